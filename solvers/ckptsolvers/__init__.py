@@ -1,0 +1,19 @@
+"""Optimal checkpoint placement in pure Python: one problem model, one judge, one file per method."""
+
+from ckptsolvers.chain import ChainTable as ChainTable
+from ckptsolvers.errors import InfeasibleError as InfeasibleError
+from ckptsolvers.errors import InvalidProblemError as InvalidProblemError
+from ckptsolvers.errors import InvalidScheduleError as InvalidScheduleError
+from ckptsolvers.errors import SolverError as SolverError
+from ckptsolvers.problem import Block as Block
+from ckptsolvers.problem import Option as Option
+from ckptsolvers.problem import Problem as Problem
+from ckptsolvers.problem import Value as Value
+from ckptsolvers.problem import chain as chain
+from ckptsolvers.schedule import Keep as Keep
+from ckptsolvers.schedule import Recompute as Recompute
+from ckptsolvers.schedule import Schedule as Schedule
+from ckptsolvers.schedule import Step as Step
+from ckptsolvers.schedule import region as region
+from ckptsolvers.simulate import Judgement as Judgement
+from ckptsolvers.simulate import simulate as simulate
