@@ -147,9 +147,7 @@ class ChainTable:
         wanted = self.problem.num_wanted(s, t)
         for o, option in enumerate(self.problem.blocks[s].options):
             held = self._units(self._hold(s, t, option=o)) if s + 1 < t else 0
-            peak = max(
-                option.forward_peak_bytes + self._waiting[t], option.backward_peak_bytes + self._passing[s]
-            )
+            peak = max(option.forward_peak_bytes + self._waiting[t], option.backward_peak_bytes + self._passing[s])
             first = max(held, self._units(peak))
             if first > self.num_levels:
                 continue
@@ -192,14 +190,10 @@ def _sweep_time(problem: Problem, k: int, t: int) -> int:
 def _waiting_cotangents(problem: Problem) -> list[int]:
     """ct(L(t)) for every cut t: cotangents that wait while blocks before t run forward again."""
     n = problem.num_blocks
-    return [
-        sum(v.cotangent_bytes for v in problem.values if v.made_by < t <= v.read_by[-1]) for t in range(n + 1)
-    ]
+    return [sum(v.cotangent_bytes for v in problem.values if v.made_by < t <= v.read_by[-1]) for t in range(n + 1)]
 
 
 def _passing_cotangents(problem: Problem) -> list[int]:
     """Cotangents alive in the backward of block k that are neither of its outputs nor first made there."""
     n = problem.num_blocks
-    return [
-        sum(v.cotangent_bytes for v in problem.values if v.made_by < k < v.read_by[-1]) for k in range(n)
-    ]
+    return [sum(v.cotangent_bytes for v in problem.values if v.made_by < k < v.read_by[-1]) for k in range(n)]
