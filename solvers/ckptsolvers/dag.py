@@ -4,7 +4,7 @@ This is the model of Checkmate, of Kusumoto et al. and of pebbling: nodes in a t
 time. A schedule is any list of computes and drops; the training graph's backward nodes are nodes like all others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -165,15 +165,23 @@ def simulate_dag(dag: Dag, steps: Iterable[DagStep]) -> DagJudgement:
 
 
 def plain_steps(dag: Dag) -> tuple[DagStep, ...]:
-    """Compute every node once, in order, and drop each after its last reader: the schedule without recomputation."""
-    readers = dag.readers
-    ends: list[list[int]] = [[] for _ in dag.nodes]
-    for i, later in enumerate(readers):
-        ends[later[-1] if later else i].append(i)
+    """Compute every node once, in order: the schedule without recomputation."""
+    return steps_of_computes(dag, range(len(dag.nodes)))
+
+
+def steps_of_computes(dag: Dag, computes: Sequence[int]) -> tuple[DagStep, ...]:
+    """Drop every value after its last read before it is computed again: the least memory for an order of computes."""
+    ends: list[list[int]] = [[] for _ in computes]
+    last_read: dict[int, int] = {}
+    for place in range(len(computes) - 1, -1, -1):
+        node = computes[place]
+        ends[last_read.pop(node, place)].append(node)
+        for read in dag.nodes[node].reads:
+            last_read.setdefault(read, place)
     steps = []
-    for i, ending in enumerate(ends):
-        steps.append(DagStep("compute", i))
-        steps.extend(DagStep("drop", d) for d in ending)
+    for node, ending in zip(computes, ends, strict=True):
+        steps.append(DagStep("compute", node))
+        steps.extend(DagStep("drop", dropped) for dropped in sorted(ending))
     return tuple(steps)
 
 

@@ -182,6 +182,9 @@ def chain(
     choices = options or [[(0, 0)]] * n
     if not all(len(x) == n for x in (sizes_bytes, cts, fwd_extra, bwd_extra, choices)):
         raise InvalidProblemError(f"every list of a chain must have one entry per block; forward_times has {n}")
+    check_numbers("sizes_bytes", *sizes_bytes)
+    check_numbers("forward_times", *forward_times)
+    check_numbers("a transient or a cotangent", *cts, *fwd_extra, *bwd_extra)
     blocks = []
     for k in range(n):
         fwd_peak = sizes_bytes[k] + fwd_extra[k]

@@ -112,7 +112,7 @@ class BlockGraph:
 
     def _forward_node(self, k: int) -> Node:
         problem, block, outputs = self.problem, self.problem.blocks[k], self.problem.outputs[k]
-        if len(block.options) > 1 or len(outputs) != 1 or block.options[0].saved_bytes or block.forward_times[0]:
+        if len(block.options) != 1 or len(outputs) != 1 or block.options[0].saved_bytes or block.forward_times[0]:
             raise InvalidProblemError(f"block {k} must have one output, one option and save nothing inside")
         size = sum(problem.values[v].size_bytes for v in outputs)
         return Node(
