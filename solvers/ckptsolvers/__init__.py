@@ -1,6 +1,8 @@
 """Optimal checkpoint placement in pure Python: one problem model, one judge, one file per method."""
 
 from ckptsolvers.chain import ChainTable as ChainTable
+from ckptsolvers.chen import chen_schedules as chen_schedules
+from ckptsolvers.chen import solve_chen as solve_chen
 from ckptsolvers.errors import InfeasibleError as InfeasibleError
 from ckptsolvers.errors import InvalidProblemError as InvalidProblemError
 from ckptsolvers.errors import InvalidScheduleError as InvalidScheduleError
@@ -10,6 +12,8 @@ from ckptsolvers.problem import Option as Option
 from ckptsolvers.problem import Problem as Problem
 from ckptsolvers.problem import Value as Value
 from ckptsolvers.problem import chain as chain
+from ckptsolvers.revolve import revolve_schedules as revolve_schedules
+from ckptsolvers.revolve import solve_revolve as solve_revolve
 from ckptsolvers.schedule import Keep as Keep
 from ckptsolvers.schedule import Recompute as Recompute
 from ckptsolvers.schedule import Schedule as Schedule
@@ -17,3 +21,4 @@ from ckptsolvers.schedule import Step as Step
 from ckptsolvers.schedule import region as region
 from ckptsolvers.simulate import Judgement as Judgement
 from ckptsolvers.simulate import simulate as simulate
+from ckptsolvers.solution import Solution as Solution

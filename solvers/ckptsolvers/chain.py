@@ -16,28 +16,24 @@ each where its peaks fit in M. The result is optimal among schedules that nest (
 and these options, when the memory axis is exact. Bytes are rounded up to the axis' resolution, so that a schedule
 found for M bytes never needs more.
 
-Time O(n^3 levels) in vectorised NumPy, space O(n^2 levels).
+Intervals that are equal up to a shift, as in a stack of like layers, are solved once: with period p there are O(p n)
+of them instead of O(n^2).
+
+Time O(n^3 levels), or O(p n^2 levels), in vectorised NumPy; space O(n^2 levels), or O(p n levels).
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from ckptsolvers.errors import InfeasibleError
+from ckptsolvers.errors import InfeasibleError, InvalidProblemError
+from ckptsolvers.intervals import Intervals
 from ckptsolvers.problem import Problem
 from ckptsolvers.schedule import Keep, Node, Schedule, region
 
 _INF = np.int64(2**60)
-
-
-@dataclass(frozen=True, slots=True)
-class _Interval:
-    """What the recurrence needs of the interval [s, t), each `[t - s - 1]` over the splits m = s+1..t-1."""
-
-    store: np.ndarray  # w(s, m): bytes of L(m) - L(s) that something before t reads
-    sweep: np.ndarray  # time of running blocks s..m-1 forward
-    peak: np.ndarray  # most bytes above L(s) while they run, without the waiting cotangents
 
 
 class ChainTable:
@@ -46,26 +42,27 @@ class ChainTable:
     Args:
         problem: the blocks and values.
         max_bytes: the largest budget of interest.
-        num_levels: resolution of the memory axis; the unit is max_bytes / num_levels, rounded up.
+        num_levels: resolution of the memory axis at most; the unit is max_bytes / num_levels rounded up, or the
+            greatest common divisor of all sizes where that is coarser still, and then the axis is exact.
+        rounding: "up" for schedules that fit; "down" for bounds: no schedule does less work than `times`.
     """
 
-    def __init__(self, problem: Problem, *, max_bytes: int, num_levels: int = 500):
+    def __init__(
+        self, problem: Problem, *, max_bytes: int, num_levels: int = 500, rounding: Literal["up", "down"] = "up"
+    ):
+        """Solve every interval, the shorter ones first."""
+        if max_bytes < 0 or num_levels < 1:
+            raise InvalidProblemError(f"{max_bytes=} must not be negative and {num_levels=} at least 1")
         self.problem = problem
-        self.unit_bytes = max(1, -(-max_bytes // num_levels))
+        self.unit_bytes, self.is_exact = _unit(problem, max_bytes, num_levels)
         self.num_levels = max_bytes // self.unit_bytes
-        n = problem.num_blocks
-        self._waiting = _waiting_cotangents(problem)
-        self._passing = _passing_cotangents(problem)
-        self._forward = [np.array([0] + [_sweep_time(problem, k, t) for k in range(t)]).cumsum() for t in range(n + 1)]
-        self._table = np.full((n + 1, n + 1, self.num_levels + 1), _INF)
-        self._choice = np.zeros((n, n + 1, self.num_levels + 1), np.int32)
-        self._table[np.arange(n + 1), np.arange(n + 1)] = 0
-        for t in range(1, n + 1):
-            self._solve_until(t)
+        self._rounding = rounding
+        self._about = Intervals(problem)
+        self._solve()
 
     def times(self) -> np.ndarray:
         """Least work at each memory level, `[num_levels + 1]`; never rising, and `2**60` where nothing fits."""
-        return self._table[0, self.problem.num_blocks]
+        return self._row(0, self.problem.num_blocks)
 
     def level(self, budget_bytes: int) -> int:
         """The memory level a budget allows."""
@@ -84,7 +81,7 @@ class ChainTable:
             InfeasibleError: nothing fits at this level.
         """
         n = self.problem.num_blocks
-        if self._table[0, n, level] >= _INF:
+        if self.times()[level] >= _INF:
             steps = self.steps()
             least = steps[0] * self.unit_bytes if steps else None
             raise InfeasibleError(level * self.unit_bytes, least, "chain")
@@ -99,107 +96,122 @@ class ChainTable:
                 continue
             if s == t:
                 continue
-            choice = int(self._choice[s, t, m_level])
-            if choice < 0:
-                option = -choice - 1
+            split, option, used = self._choose(s, t, m_level)
+            if split is None:
                 out[-1].append(Keep(s, option))
-                if s + 1 < t:
-                    held = self._units(self._hold(s, t, option))
-                    tasks.append((s + 1, t, m_level - held))
+                tasks.append((s + 1, t, m_level - used))
             else:
-                m, store = choice, int(self._interval_of(s, t).store[choice - s - 1])
-                tasks.append((m, t, m_level - self._units(store)))
+                tasks.append((split, t, m_level - used))
                 tasks.append((-1, -1, -1))
-                tasks.append((s, m, m_level))
+                tasks.append((s, split, m_level))
                 out.append([])
         return Schedule(tuple(out[0]))
 
-    def _units(self, size_bytes: int) -> int:
-        return -(-size_bytes // self.unit_bytes)
+    def _solve(self) -> None:
+        n, size = self.problem.num_blocks, self.num_levels + 1
+        twins = self._about.twins()
+        # Which row of the table holds P(s, t, .); row 0 is the empty interval's.
+        self._rows = np.zeros((n + 1, n + 1), np.int32)
+        self._table = np.empty((1 + sum(t - length for t, (_, length) in enumerate(twins)), size), np.int64)
+        self._table[0] = 0
+        used = 1
+        for t in range(1, n + 1):
+            twin, length = twins[t]
+            alone = t - length
+            self._rows[alone:t, t] = self._rows[twin - length : twin, twin]
+            self._rows[:alone, t] = np.arange(used, used + alone)
+            used += alone
+            self._solve_until(t, alone)
 
-    def _solve_until(self, t: int) -> None:
-        levels = np.arange(self.num_levels + 1)
-        # Row m holds P(m, t, .) with num_levels infinities in front, so that a negative budget reads infinity.
-        padded = np.full((t + 1, 2 * self.num_levels + 1), _INF)
-        padded[t, self.num_levels :] = 0
-        flat = padded.reshape(-1)
-        for s, interval in self._intervals(t):
-            best, choice = self._best_keep(s, t, padded)
-            if len(interval.store):
-                store = np.minimum(-(-interval.store // self.unit_bytes), self.num_levels)
-                need = -(-(interval.peak + self._waiting[t]) // self.unit_bytes)
-                row = np.arange(s + 1, t) * padded.shape[1] + self.num_levels - store
-                rest = flat[row[:, None] + levels]
-                total = rest + self._table[s, s + 1 : t] + interval.sweep[:, None]  # (2)
-                total[(levels < need[:, None]) | (total > _INF)] = _INF
-                m = total.argmin(0)
-                least = total[m, levels]
-                wins = least < best
-                best = np.where(wins, least, best)
-                choice = np.where(wins, m + s + 1, choice)
-            self._table[s, t] = best
-            self._choice[s, t] = choice
-            padded[s, self.num_levels :] = best
+    def _solve_until(self, t: int, alone: int) -> None:
+        sweep = self._about.sweep_times(t)
+        # rest[m] is P(m, t, .) plus the time of running blocks 0..m-1, so that (2) adds two rows and no number.
+        rest = np.empty((t + 1, self.num_levels + 1), np.int64)
+        rest[alone:] = self._table[self._rows[alone : t + 1, t]] + sweep[alone:, None]
+        for s in range(alone - 1, -1, -1):
+            best = self._row(s, t)
+            best[:] = self._best_split(s, t, rest) - sweep[s]
+            self._improve_by_keeping(s, t, best)
+            np.minimum(best, _INF, out=best)
+            rest[s] = best + sweep[s]
 
-    def _best_keep(self, s: int, t: int, padded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        best = np.full(self.num_levels + 1, _INF)
-        choice = np.full(self.num_levels + 1, -1, np.int32)
-        wanted = self.problem.num_wanted(s, t)
-        for o, option in enumerate(self.problem.blocks[s].options):
-            held = self._units(self._hold(s, t, option=o)) if s + 1 < t else 0
-            peak = max(
-                option.forward_peak_bytes + self._waiting[t], option.backward_peak_bytes + self._passing[s]
-            )
-            first = max(held, self._units(peak))
-            if first > self.num_levels:
-                continue
-            rest = padded[s + 1, self.num_levels + first - held : 2 * self.num_levels + 1 - held]
-            total = rest + (option.forward_times[wanted] + option.recompute_time)  # (1)
-            wins = total < best[first:]
-            best[first:][wins] = total[wins]
-            choice[first:][wins] = -o - 1
-        return best, choice
+    def _best_split(self, s: int, t: int, rest: np.ndarray) -> np.ndarray:
+        size = self.num_levels + 1
+        best, total = np.full(size, 2 * _INF), np.empty(size, np.int64)
+        store, first = self._split_levels(s, t)
+        splits = np.flatnonzero(first < size)
+        parts = zip(
+            (splits + s + 1).tolist(),
+            first[splits].tolist(),
+            store[splits].tolist(),
+            self._rows[s, s + 1 : t][splits].tolist(),
+            strict=True,
+        )
+        for m, start, held, inner in parts:
+            into, least = total[start:], best[start:]
+            np.add(rest[m, start - held : size - held], self._table[inner, start:], out=into)  # (2)
+            np.minimum(least, into, out=least)
+        return best
 
-    def _hold(self, s: int, t: int, option: int) -> int:
-        """a(s, o): what keeping block s holds above L(s) while the blocks after it run."""
-        chosen, problem = self.problem.blocks[s].options[option], self.problem
-        made = set(problem.outputs[s][: problem.num_wanted(s, t)])
-        made |= {problem.outputs[s][p] for p in chosen.saved_outputs}
-        return chosen.saved_bytes + sum(problem.values[v].size_bytes for v in made)
+    def _improve_by_keeping(self, s: int, t: int, best: np.ndarray) -> None:
+        after, size = self._row(s + 1, t), self.num_levels + 1
+        for o in range(len(self.problem.blocks[s].options)):
+            held, first, time = self._keep_levels(s, t, o)
+            if first < size:
+                np.minimum(best[first:], after[first - held : size - held] + time, out=best[first:])  # (1)
 
-    def _interval_of(self, s: int, t: int) -> _Interval:
-        return next(interval for start, interval in self._intervals(t) if start == s)
+    def _choose(self, s: int, t: int, level: int) -> tuple[int | None, int, int]:
+        """Find the choice behind P(s, t, level): the split or None, the option, and the levels it holds."""
+        wanted = self._row(s, t)[level]
+        for o in range(len(self.problem.blocks[s].options)):
+            held, first, time = self._keep_levels(s, t, o)
+            if first <= level and self._row(s + 1, t)[level - held] + time == wanted:
+                return None, o, held
+        store, first = self._split_levels(s, t)
+        splits = np.flatnonzero(first <= level)
+        ends = splits + s + 1
+        sweep = self._about.sweep_times(t)
+        total = self._table[self._rows[ends, t], level - store[splits]] + self._table[self._rows[s, ends], level]
+        best = int((total + sweep[ends]).argmin())
+        return int(ends[best]), -1, int(store[splits[best]])
 
-    def _intervals(self, t: int) -> Iterator[tuple[int, _Interval]]:
-        """Yield (s, interval) for s = t-1 down to 0; each step adds one block's values to the stores."""
-        problem, n = self.problem, self.problem.num_blocks
-        store = np.zeros(t + 1, np.int64)
-        forward = self._forward[t]
-        peaks = np.array([block.forward_peak_bytes for block in problem.blocks[:t]], np.int64)
-        for s in range(t - 1, -1, -1):
-            for v in problem.outputs[s]:
-                value = problem.values[v]
-                last = max((r for r in value.read_by if r < t or t == n), default=s)
-                store[s + 1 : last + 1] += value.size_bytes
-            running = np.maximum.accumulate(np.concatenate(([0], store[s + 1 : t])) + peaks[s:t])
-            yield s, _Interval(store[s + 1 : t], forward[s + 1 : t] - forward[s], running[:-1])
+    def _keep_levels(self, s: int, t: int, o: int) -> tuple[int, int, int]:
+        """What keeping block s holds, from which level on it fits, and its time."""
+        option, about = self.problem.blocks[s].options[o], self._about
+        held = self._units(about.hold_bytes(s, t, o)) if s + 1 < t else 0
+        peak = max(option.forward_peak_bytes + about.waiting[t], option.backward_peak_bytes + about.passing[s])
+        time = option.forward_times[about.num_wanted(s, t)] + option.recompute_time
+        return held, max(held, self._units(peak)), time
 
+    def _split_levels(self, s: int, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """What each split holds and from which level on it fits, each `[t - s - 1]`."""
+        if t == s + 1:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        store = self._about.store_bytes(s, t)
+        peaks = self._about.sweep_peaks(s, t, store) + self._about.waiting[t]
+        held = self._units(store)
+        return held, np.maximum(held, self._units(peaks))
 
-def _sweep_time(problem: Problem, k: int, t: int) -> int:
-    return problem.blocks[k].forward_times[problem.num_wanted(k, t)]
+    def _units(self, size_bytes):
+        return size_bytes // self.unit_bytes if self._rounding == "down" else -(-size_bytes // self.unit_bytes)
 
-
-def _waiting_cotangents(problem: Problem) -> list[int]:
-    """ct(L(t)) for every cut t: cotangents that wait while blocks before t run forward again."""
-    n = problem.num_blocks
-    return [
-        sum(v.cotangent_bytes for v in problem.values if v.made_by < t <= v.read_by[-1]) for t in range(n + 1)
-    ]
+    def _row(self, s: int, t: int) -> np.ndarray:
+        return self._table[self._rows[s, t]]
 
 
-def _passing_cotangents(problem: Problem) -> list[int]:
-    """Cotangents alive in the backward of block k that are neither of its outputs nor first made there."""
-    n = problem.num_blocks
-    return [
-        sum(v.cotangent_bytes for v in problem.values if v.made_by < k < v.read_by[-1]) for k in range(n)
-    ]
+def _unit(problem: Problem, max_bytes: int, num_levels: int) -> tuple[int, bool]:
+    """The unit of the memory axis, and whether every size is a multiple of it."""
+    divisor = math.gcd(*_all_sizes(problem))
+    unit = max(1, -(-max_bytes // num_levels))
+    if divisor == 0 or unit <= divisor:
+        return max(unit, divisor), True
+    return unit, False
+
+
+def _all_sizes(problem: Problem) -> Iterator[int]:
+    for value in problem.values:
+        yield from (value.size_bytes, value.cotangent_bytes)
+    for block in problem.blocks:
+        yield block.forward_peak_bytes
+        for option in block.options:
+            yield from (option.saved_bytes, option.forward_peak_bytes, option.backward_peak_bytes)

@@ -8,6 +8,7 @@ Times and bytes are integers in whatever unit the caller likes, as long as it is
 before block 0 (arguments) is outside the problem: it costs nothing to hold and is always there.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -136,7 +137,8 @@ class Problem:
 
     def is_wanted(self, value: Value, after: int, until: int) -> bool:
         """Whether a block in `(after, until)` reads the value, or the program's end does when `until` is n."""
-        return any(after < r and (r < until or until == self.num_blocks) for r in value.read_by)
+        i = bisect_right(value.read_by, after)
+        return i < len(value.read_by) and (value.read_by[i] < until or until == self.num_blocks)
 
     def num_wanted(self, block: int, until: int) -> int:
         """How many of a block's outputs are read before block `until`; they are the first ones."""
