@@ -7,7 +7,7 @@ to them from what is there, exactly what JAX is left with after its own dead-cod
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,12 +30,10 @@ class BlockChoice:
     Attributes:
         name: what the option is called.
         saved: the values it saves by name; None where the block is left to JAX, without a checkpoint.
-        recompute_flops: FLOPs of making the rest again.
     """
 
     name: str
     saved: tuple[int, ...] | None
-    recompute_flops: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +44,21 @@ class Blocks:
         program: the flat program.
         graph: its graph of equations.
         spans: `[n]`, the equations of each block.
-        problem: `[n]` blocks and the values between them, in bytes and time units.
+        problem: `[n]` blocks and the values between them, in bytes and units of the plan's cost.
+        flops_problem: the same with FLOPs for times, to count a schedule's recomputation with.
         choices: `[n]`, for each block what stands behind each of its options.
         classes: `[n]`, equal for blocks with the same equations and shapes.
-        unknown: primitives without a cost rule.
+        unplanned_cost: forward and backward without recomputation, in units of the plan's cost.
     """
 
     program: Program
     graph: nx.DiGraph
     spans: tuple[Span, ...]
     problem: Problem
+    flops_problem: Problem
     choices: tuple[tuple[BlockChoice, ...], ...]
     classes: tuple[int, ...]
-    unknown: tuple[str, ...]
+    unplanned_cost: int
 
 
 def analyse(
@@ -85,7 +85,7 @@ def analyse(
     """
     results = {x for x in program.outputs if isinstance(x, int)}
     known: dict[str, tuple[int, _Analysis]] = {}
-    blocks, choices, classes = [], [], []
+    blocks, flops_blocks, choices, classes, cost = [], [], [], [], 0
     for span in spans:
         local = _Local(program, span, active, arguments, results)
         key = local.signature()
@@ -93,16 +93,20 @@ def analyse(
             known[key] = len(known), _analyse_block(local, timer)
         number, analysis = known[key]
         classes.append(number)
+        cost += analysis.unplanned_cost
         blocks.append(analysis.block)
+        flops_blocks.append(analysis.flops_block)
         choices.append(tuple(local.globalised(choice) for choice in analysis.choices))
+    values = _crossing_values(program, spans, active, results)
     return Blocks(
         program=program,
         graph=graph,
         spans=tuple(spans),
-        problem=Problem(blocks=tuple(blocks), values=_crossing_values(program, spans, active, results)),
+        problem=Problem(blocks=tuple(blocks), values=values),
+        flops_problem=Problem(blocks=tuple(flops_blocks), values=values),
         choices=tuple(choices),
         classes=tuple(classes),
-        unknown=tuple(sorted(set().union(*(graph.nodes[i]["unknown"] for i in graph)))) if len(graph) else (),
+        unplanned_cost=cost,
     )
 
 
@@ -165,20 +169,21 @@ class _Local:
 
     def globalised(self, choice: "_LocalChoice") -> BlockChoice:
         saved = None if choice.saved is None else tuple(self.values[i] for i in choice.saved)
-        return BlockChoice(name=choice.name, saved=saved, recompute_flops=choice.recompute_flops)
+        return BlockChoice(name=choice.name, saved=saved)
 
 
 @dataclass(frozen=True, slots=True)
 class _LocalChoice:
     name: str
     saved: tuple[int, ...] | None  # positions in the block's own numbering
-    recompute_flops: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Analysis:
     block: Block
+    flops_block: Block
     choices: tuple[_LocalChoice, ...]
+    unplanned_cost: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,23 +254,23 @@ def _differentiate(local: _Local) -> _Joint:
 def _analyse_block(local: _Local, timer: Timer) -> _Analysis:
     joint = _differentiate(local)
     model = _Model(local, joint, timer)
-    options, choices = [], []
+    kept: list[tuple[Option, frozenset[int]]] = []
+    choices = []
     for saved in model.save_sets():
-        option = model.option(saved)
-        if any(_dominates(other, option) for other in options):
+        option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
+        if any(_dominates(other, option) for other, _ in kept):
             continue
-        options.append(option)
-        choices.append(
-            _LocalChoice(option.name, tuple(model.local_number(v) for v in sorted(saved)), model.flops_again(saved))
-        )
-    options.append(model.everything())
-    choices.append(_LocalChoice(EVERYTHING, None, 0))
-    block = Block(
-        forward_times=model.forward_times(frozenset()),
-        forward_peak_bytes=model.forward_peak(frozenset()),
-        options=tuple(options),
+        kept.append((option, saved))
+        choices.append(_LocalChoice(option.name, tuple(sorted(model.named[v] for v in saved))))
+    everything = model.residuals_kept()
+    kept.append((replace(model.option(EVERYTHING, everything), recompute_time=0), everything))
+    choices.append(_LocalChoice(EVERYTHING, None))
+    return _Analysis(
+        model.block(tuple(option for option, _ in kept), model.time),
+        model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
+        tuple(choices),
+        sum(model.time.values()) + sum(timer(eqn, joint.avals) for eqn in joint.backward),
     )
-    return _Analysis(block, tuple(choices))
 
 
 def _dominates(a: Option, b: Option) -> bool:
@@ -280,21 +285,19 @@ class _Model:
         self.local, self.joint = local, joint
         self.size = lambda v: size_bytes(joint.avals[v])
         self.time = {id(eqn): timer(eqn, joint.avals) for eqn in joint.forward}
+        self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
         # Several of the block's values may be one value of the joint program; the first stands for it.
-        self.named = {}
+        self.named: dict[int, int] = {}
         for position, v in enumerate(local.values):
-            self.named.setdefault(joint.value.get(v), position)
-        sunk_or_input = {joint.value[v] for v in local.span.inputs}
-        self.savable = {
-            v: max(1, self.size(v)) for v in self.named if v is not None and v not in sunk_or_input and self.size(v)
-        }
-
-    def local_number(self, v: int) -> int:
-        return self.named[v]
+            if v in joint.value:
+                self.named.setdefault(joint.value[v], position)
+        inputs = {joint.value[v] for v in local.span.inputs}
+        self.savable = {v: self.size(v) for v in self.named if v not in inputs and self.size(v)}
 
     def save_sets(self) -> list[frozenset[int]]:
+        """Sets worth considering: once as if every value had its price, once as if outputs were held anyway."""
         operations = self._operations(self.time)
         outputs_free = {v: 1 if v in self.outputs else b for v, b in self.savable.items()}
         found: dict[frozenset[int], None] = {}
@@ -303,54 +306,56 @@ class _Model:
                 found.setdefault(saved)
         return list(found)
 
-    def option(self, saved: frozenset[int]) -> Option:
-        own = [v for v in self.outputs if v in saved]
-        interior = [v for v in saved if v not in own]
-        again = self._needed(self.joint.residuals, saved)
-        return Option(
-            name=f"save {len(saved)}" if saved else "nothing",
-            saved_bytes=sum(map(self.size, interior)),
-            recompute_time=sum(self.time[id(eqn)] for eqn in again),
-            forward_times=self.forward_times(saved),
-            forward_peak_bytes=self.forward_peak(saved),
-            backward_peak_bytes=self._backward_peak(again, saved),
-            saved_outputs=tuple(self.outputs.index(v) for v in own),
-        )
+    def residuals_kept(self) -> frozenset[int]:
+        """What is held without a checkpoint: JAX's residuals, less what a compiler folds into their readers."""
+        folded = {id(eqn): 0 if eqn.primitive in costs.LAYOUT else 1 for eqn in self.joint.forward}
+        sizes = {v: self.size(v) for eqn in self.joint.forward for v in eqn.outputs if self.size(v)}
+        return save_sets(self._operations(folded), targets=self.joint.residuals, save_bytes=sizes, num_rates=2)[-1]
 
-    def everything(self) -> Option:
-        """No checkpoint: JAX keeps every residual, and the compiler repeats what it can fuse."""
-        free = {id(eqn): 0 if eqn.primitive in costs.LAYOUT else 1 for eqn in self.joint.forward}
-        any_value = {v: max(1, self.size(v)) for eqn in self.joint.forward for v in eqn.outputs}
-        *_, saved = save_sets(self._operations(free), targets=self.joint.residuals, save_bytes=any_value, num_rates=2)
-        again = self._needed(self.joint.residuals, saved)
+    def option(self, name: str, saved: frozenset[int]) -> Option:
+        """The option that saves this set."""
         own = [v for v in self.outputs if v in saved]
+        again = self._needed(self.joint.residuals, saved)
         return Option(
-            name=EVERYTHING,
+            name=name,
             saved_bytes=sum(self.size(v) for v in saved if v not in own),
-            recompute_time=0,
-            forward_times=self.forward_times(saved),
-            forward_peak_bytes=self.forward_peak(saved),
+            recompute_time=sum(self.time[id(eqn)] for eqn in again),
+            forward_times=self._forward_times(saved, self.time),
+            forward_peak_bytes=self._forward_peak(saved),
             backward_peak_bytes=self._backward_peak(again, saved),
             saved_outputs=tuple(self.outputs.index(v) for v in own),
         )
 
-    def flops_again(self, saved: frozenset[int]) -> int:
-        again = self._needed(self.joint.residuals, saved)
-        return sum(costs.cost(eqn, self.joint.avals).flops for eqn in again)
+    def in_flops(self, option: Option, saved: frozenset[int]) -> Option:
+        """The same option with FLOPs for times."""
+        again = [] if option.name == EVERYTHING else self._needed(self.joint.residuals, saved)
+        return replace(
+            option,
+            recompute_time=sum(self.flops[id(eqn)] for eqn in again),
+            forward_times=self._forward_times(saved, self.flops),
+        )
 
-    def forward_times(self, saved: frozenset[int]) -> tuple[int, ...]:
+    def block(self, options: tuple[Option, ...], time: dict[int, int]) -> Block:
+        """The block with these options."""
+        nothing: frozenset[int] = frozenset()
+        return Block(
+            forward_times=self._forward_times(nothing, time),
+            forward_peak_bytes=self._forward_peak(nothing),
+            options=options,
+        )
+
+    def _forward_times(self, saved: frozenset[int], time: dict[int, int]) -> tuple[int, ...]:
         times = []
-        for j in range(len(self.local.outputs) + 1):
-            wanted = {*saved, *self.outputs[:j]}
-            times.append(sum(self.time[id(eqn)] for eqn in self._needed(wanted, frozenset())))
+        for j in range(len(self.outputs) + 1):
+            needed = self._needed({*saved, *self.outputs[:j]}, frozenset())
+            times.append(sum(time[id(eqn)] for eqn in needed))
         return tuple(times)
 
-    def forward_peak(self, saved: frozenset[int]) -> int:
+    def _forward_peak(self, saved: frozenset[int]) -> int:
         external = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
         kept = {*self.outputs, *saved} - external - {-1}
-        return liveness.peak_bytes(
-            self._needed({*kept, *external}, frozenset()), self.size, kept=kept, external=external
-        )
+        needed = self._needed({*kept, *external}, frozenset())
+        return liveness.peak_bytes(needed, self.size, kept=kept, external=external)
 
     def _backward_peak(self, again: list[Equation], saved: frozenset[int]) -> int:
         waiting = set(self.joint.waiting)

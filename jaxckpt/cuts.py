@@ -23,11 +23,13 @@ class Span:
     """A block as a run of equations.
 
     Attributes:
-        equations: in order, with copies of the sunk ones it reads.
+        positions: where its equations stand in the program, copies of the sunk ones it reads among them.
+        equations: in order.
         inputs: values read from outside, arguments among them, in order of first reading.
         outputs: values that later blocks or the program's end read, in order of their first reader.
     """
 
+    positions: tuple[int, ...]
     equations: tuple[Equation, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -53,7 +55,7 @@ def cut(program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: in
     borders = _thin(_borders(graph, order, alive, max_blocks), alive, max_blocks)
     starts, stops = [0, *borders], [*borders, len(order)]
     runs = [order[a:b] for a, b in zip(starts, stops, strict=True)]
-    return _spans(program, graph, runs, sunk)
+    return spans_at(program, [_with_sunk(graph, run, sunk) for run in runs])
 
 
 def _sunk(program: Program, graph: nx.DiGraph) -> set[int]:
@@ -131,22 +133,30 @@ def _thin(borders: list[int], alive: Sequence[int], max_blocks: int) -> list[int
     return kept
 
 
-def _spans(program: Program, graph: nx.DiGraph, runs: Sequence[Sequence[int]], sunk: set[int]) -> tuple[Span, ...]:
-    readers = graph.graph["readers"]
-    block_of = {i: k for k, run in enumerate(runs) for i in run}
+def spans_at(program: Program, blocks: Sequence[Sequence[int]]) -> tuple[Span, ...]:
+    """Make blocks of the equations at these positions; an equation in several blocks is sunk into each.
+
+    Args:
+        program: the flat program.
+        blocks: `[n]`, positions of each block's equations.
+
+    Returns:
+        The blocks.
+    """
     results = {x for x in program.outputs if isinstance(x, int)}
+    equations = [tuple(program.equations[i] for i in block) for block in blocks]
+    inputs = []
+    for block in equations:
+        made = {v for eqn in block for v in eqn.outputs}
+        inputs.append(tuple(dict.fromkeys(v for eqn in block for v in eqn.reads if v not in made)))
+    first_reader: dict[int, int] = dict.fromkeys(results, len(blocks))
+    for k in reversed(range(len(blocks))):
+        first_reader.update(dict.fromkeys(inputs[k], k))
     spans = []
-    for k, run in enumerate(runs):
-        equations = [program.equations[i] for i in _with_sunk(graph, run, sunk)]
-        made = {v for eqn in equations for v in eqn.outputs}
-        reads = dict.fromkeys(v for eqn in equations for v in eqn.reads if v not in made)
-        first = {
-            v: min((block_of[r] for r in readers[v] if block_of[r] > k), default=len(runs))
-            for i in run
-            for v in program.equations[i].outputs
-        }
-        outputs = sorted((v for v in first if v in results or first[v] < len(runs)), key=first.__getitem__)
-        spans.append(Span(equations=tuple(equations), inputs=tuple(reads), outputs=tuple(outputs)))
+    for positions, block, reads in zip(blocks, equations, inputs, strict=True):
+        outputs = [v for eqn in block for v in eqn.outputs if v in first_reader]
+        outputs.sort(key=first_reader.__getitem__)
+        spans.append(Span(positions=tuple(positions), equations=block, inputs=reads, outputs=tuple(outputs)))
     return tuple(spans)
 
 
