@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jaxlib
 from jax._src import source_info_util  # no public way to read or restore an equation's source
+from jax.extend.core.primitives import jit_p
 from jax.interpreters import ad, partial_eval
 
 JAX_VERSION = jax.__version__
@@ -64,6 +65,13 @@ def set_linearize_rule(primitive: Any, rule: Any) -> bool:
         return False
     table[primitive] = rule
     return True
+
+
+def linearize_jit(is_vjp: bool, nonzeros: Any, *primals: Any, **params: Any) -> Any:
+    """JAX's linearize rule of `jit`, in whatever form this JAX has it."""
+    from jax._src.interpreters import ad as private_ad
+
+    return private_ad.primitive_linearizations[jit_p](is_vjp, nonzeros, *primals, **params)
 
 
 def is_zero(tangent: Any) -> bool:

@@ -9,7 +9,7 @@ from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
 
 from jaxckpt.cuts import Span
-from jaxckpt.trace import Constant, Program, evaluate
+from jaxckpt.trace import Program, evaluate, outputs_of
 
 # A group of values to save in a block: None leaves the block to JAX, without a checkpoint.
 Saved = tuple[int, ...] | None
@@ -41,7 +41,7 @@ def planned(
     def fun(*inputs: Any) -> list[Any]:
         env = dict(zip(program.inputs, inputs, strict=True))
         runner.run(schedule.nodes, env)
-        return [x.value if isinstance(x, Constant) else env[x] for x in program.outputs]
+        return outputs_of(program, env)
 
     return fun
 

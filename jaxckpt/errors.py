@@ -5,6 +5,10 @@ class JaxckptError(Exception):
     """Base of every error jaxckpt raises on purpose."""
 
 
+class JaxckptWarning(UserWarning):
+    """Something works but not as hoped, with what to do."""
+
+
 class BudgetError(JaxckptError, ValueError):
     """A budget, reserve or max_cost that cannot be read."""
 

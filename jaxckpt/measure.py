@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxckpt import _compat, targets
 from jaxckpt.errors import NotDifferentiableError, TargetError
-from jaxckpt.trace import Traced, evaluate, is_differentiable, show_aval, trace
+from jaxckpt.trace import Traced, is_differentiable, run, show_aval, trace
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
@@ -165,11 +165,7 @@ def measure(
     traced = trace(fun, args)
     program = traced.program
 
-    def plain(*inputs: Any) -> list[Any]:
-        env = dict(zip(program.inputs, inputs, strict=True))
-        evaluate(program.equations, env)
-        return [env[x] if isinstance(x, int) else x.value for x in program.outputs]
-
+    plain = functools.partial(run, program)
     specs = input_specs(program)
     if not differentiate:
         return compiled_bytes(plain, specs, target)

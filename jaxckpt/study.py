@@ -1,5 +1,6 @@
 """Everything known about one program under one objective: blocks, candidate schedules, and what they measured."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from jaxckpt import apply, cuts, graph, targets
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.measure import Measurement, Objective, compiled_bytes, cotangent_specs, input_specs
-from jaxckpt.trace import Program, evaluate, size_bytes
+from jaxckpt.trace import Program, run, size_bytes
 
 # Candidates stand this far apart in predicted bytes; finer ones differ by less than a compiler's own noise.
 _STEP = 1.01
@@ -114,22 +115,13 @@ class Study:
         """Compile the differentiated program under a schedule, or without one; each is compiled once."""
         if digest not in self._measured:
             if schedule is None:
-                fun = _plain(self.program)
+                fun = functools.partial(run, self.program)
             else:
                 assert self.blocks is not None
                 fun = apply.planned(self.program, self.blocks.spans, schedule, self.saved(schedule))
             specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
             self._measured[digest] = compiled_bytes(self.objective.differentiated(fun), specs, self.target)
         return self._measured[digest]
-
-
-def _plain(program: Program) -> Callable[..., list[Any]]:
-    def fun(*inputs: Any) -> list[Any]:
-        env = dict(zip(program.inputs, inputs, strict=True))
-        evaluate(program.equations, env)
-        return [env[x] if isinstance(x, int) else x.value for x in program.outputs]
-
-    return fun
 
 
 def _candidates(blocks: Blocks, solver: Any) -> list[Candidate]:

@@ -128,8 +128,10 @@ class Traced:
 
 
 def is_array_like(leaf: Any) -> bool:
-    """Whether a leaf is traced: arrays, their specs, tracers and Python numbers. Everything else is static."""
-    if isinstance(leaf, bool | int | float | complex | np.ndarray | np.generic | jax.Array):
+    """Whether a leaf is traced: arrays, their specs, tracers and Python numbers. All else, booleans too, is static."""
+    if isinstance(leaf, bool):
+        return False  # a flag that decides what the function does, not data
+    if isinstance(leaf, int | float | complex | np.ndarray | np.generic | jax.Array):
         return True
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
@@ -254,6 +256,18 @@ def evaluate(equations: Iterable[Equation], env: dict[int, Any], names: dict[int
                 if names and v in names:
                     result = checkpoint_name(result, names[v])
                 env[v] = result
+
+
+def outputs_of(program: Program, env: dict[int, Any]) -> list[Any]:
+    """Read a program's outputs from the values that running it made."""
+    return [x.value if isinstance(x, Constant) else env[x] for x in program.outputs]
+
+
+def run(program: Program, *inputs: Any) -> list[Any]:
+    """Run a program on flat inputs, without a plan."""
+    env = dict(zip(program.inputs, inputs, strict=True))
+    evaluate(program.equations, env)
+    return outputs_of(program, env)
 
 
 def size_bytes(aval: Any) -> int:
