@@ -1,6 +1,7 @@
 """Optimal checkpoint placement in pure Python: one problem model, one judge, one file per method."""
 
 from ckptsolvers.chain import ChainTable as ChainTable
+from ckptsolvers.chain import solve_chain as solve_chain
 from ckptsolvers.chen import chen_schedules as chen_schedules
 from ckptsolvers.chen import solve_chen as solve_chen
 from ckptsolvers.errors import InfeasibleError as InfeasibleError

@@ -1,6 +1,8 @@
 """Bytes and times of an interval [s, t) of blocks, and which intervals are alike: the chain recurrence's input."""
 
+import math
 from bisect import bisect_left
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -125,6 +127,24 @@ class Intervals:
                 times[k] = problem.blocks[k].forward_times[wanted[k]]
             found.append(np.concatenate(([0], times[:t].cumsum())))
         return found
+
+
+def memory_unit(problem: Problem, *, max_bytes: int, num_levels: int) -> tuple[int, bool]:
+    """Choose the unit of a memory axis of at most `num_levels`, and say whether every size is a multiple of it."""
+    divisor = math.gcd(*_all_sizes(problem))
+    unit = max(1, -(-max_bytes // num_levels))
+    if divisor == 0 or unit <= divisor:
+        return max(unit, divisor), True
+    return unit, False
+
+
+def _all_sizes(problem: Problem) -> Iterator[int]:
+    for value in problem.values:
+        yield from (value.size_bytes, value.cotangent_bytes)
+    for block in problem.blocks:
+        yield block.forward_peak_bytes
+        for option in block.options:
+            yield from (option.saved_bytes, option.forward_peak_bytes, option.backward_peak_bytes)
 
 
 def _cumulative(numbers: list[int]) -> list[int]:

@@ -1,12 +1,16 @@
 """The chain recurrence against brute force and revolve."""
 
 import itertools
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
-from ckptsolvers import ChainTable, InfeasibleError, chain, simulate
+from ckptsolvers import Block, ChainTable, InfeasibleError, Option, Problem, Value, chain, simulate, solve_chain
 from ckptsolvers.brute import all_schedules, brute_force_frontier
+from ckptsolvers.intervals import Intervals
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import chains, problems
 
 
@@ -81,3 +85,99 @@ def test_an_infeasible_level_says_the_least():
     with pytest.raises(InfeasibleError, match="the least peak it reached is 10 bytes") as error:
         table.schedule(table.level(9))
     assert (error.value.budget_bytes, error.value.least_bytes) == (5, 10)
+
+
+@st.composite
+def stacks(draw):
+    """A few repetitions of the same blocks, with a residual that skips, between a first and a last block."""
+    period, repeats = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    n = period * repeats + 2
+    parts = draw(st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=period, max_size=period))
+    skip, outer = draw(st.integers(1, 4)), draw(st.booleans())
+    values, blocks = [], []
+    for k in range(n):
+        time, size, saved = parts[(k - 1) % period] if 0 < k < n - 1 else (1, 2, 1)
+        readers = {k + 1, min(k + skip, n)} | ({n - 1} if outer and k == 0 and n > 2 else set())
+        values.append(Value(size_bytes=size, made_by=k, read_by=tuple(sorted(readers)), cotangent_bytes=size))
+        choices = [("all", saved, 0), ("none", 0, time)]
+        options = tuple(
+            Option(
+                name=name,
+                saved_bytes=held,
+                recompute_time=again,
+                forward_times=(time if held else 0, time),
+                forward_peak_bytes=size + held,
+                backward_peak_bytes=2 * size + held,
+            )
+            for name, held, again in choices
+        )
+        blocks.append(Block(forward_times=(0, time), forward_peak_bytes=size, options=options))
+    return Problem(blocks=tuple(blocks), values=tuple(values))
+
+
+@settings(max_examples=60)
+@given(stacks())
+def test_sharing_changes_nothing(problem):
+    shared = ChainTable(problem, max_bytes=60, num_levels=60)
+    with mock.patch.object(Intervals, "twins", lambda self: [(0, 0)] * (problem.num_blocks + 1)):
+        alone = ChainTable(problem, max_bytes=60, num_levels=60)
+    assert (shared.times() == alone.times()).all()
+    for level in shared.steps():
+        judged = simulate(problem, shared.schedule(level))
+        assert judged.work == shared.times()[level]
+        assert judged.peak_bytes <= level * shared.unit_bytes
+
+
+def test_a_long_stack_has_a_row_per_start_and_length_only():
+    problem = chain([1, 2, 3] * 40, [3, 1, 2] * 40)
+    table = ChainTable(problem, max_bytes=30, num_levels=30)
+    assert len(table._table) <= 6 * problem.num_blocks
+
+
+@settings(max_examples=60)
+@given(problems(max_blocks=4), st.integers(1, 9))
+def test_rounding_brackets_the_optimum(problem, num_levels):
+    frontier = brute_force_frontier(problem)
+    budget = frontier[len(frontier) // 2][0]
+    optimum = min(work for peak, work in frontier if peak <= budget)
+    lower, upper = (
+        ChainTable(problem, max_bytes=budget, num_levels=num_levels, rounding=rounding) for rounding in ("down", "up")
+    )
+    assert lower.times()[-1] <= optimum <= upper.times()[-1]
+    for level in upper.steps():
+        assert simulate(problem, upper.schedule(level)).peak_bytes <= level * upper.unit_bytes
+    try:
+        solution = solve_chain(problem, budget_bytes=budget, num_levels=num_levels)
+    except InfeasibleError:
+        return
+    assert solution.judgement.peak_bytes <= budget
+    assert solution.bound_work is not None and solution.gap is not None and solution.gap >= 0
+    assert solution.bound_work <= optimum <= solution.judgement.work <= upper.times()[-1]
+
+
+def test_bytes_beyond_32_bits_and_indivisible():
+    rng = np.random.default_rng(3)
+    n = 20
+    problem = chain(
+        rng.integers(10**12, 10**13, n).tolist(),
+        rng.integers(10**9, 10**11, n).tolist(),
+        cotangent_bytes=rng.integers(10**9, 10**11, n).tolist(),
+    )
+    budget = sum(value.size_bytes for value in problem.values) // 2
+    coarse, fine = (solve_chain(problem, budget_bytes=budget, num_levels=levels) for levels in (100, 2000))
+    assert coarse.judgement.peak_bytes <= budget and fine.judgement.peak_bytes <= budget
+    assert coarse.bound_work is not None and coarse.bound_work <= fine.judgement.work <= coarse.judgement.work
+
+
+@pytest.mark.slow
+def test_speed_of_a_heterogeneous_chain():
+    rng = np.random.default_rng(0)
+    n = 100
+    options = [
+        [(int(a), 0), (0, int(b)), (int(a) // 2, int(b) // 2), (int(a) // 4, int(b))]
+        for a, b in rng.integers(1, 99, (n, 2))
+    ]
+    problem = chain(*rng.integers(1, 99, (2, n)).tolist(), options=options)
+    started = time.perf_counter()
+    ChainTable(problem, max_bytes=2507, num_levels=500)
+    assert time.perf_counter() - started < 2
