@@ -5,6 +5,7 @@ they made, and when their backward is due runs its children as a schedule of the
 those of the whole, cover consecutive blocks. Every choice nests, so a schedule is a tree of `jax.checkpoint` calls.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -159,7 +160,9 @@ class Schedule:
                 _, nodes, start, until = task
                 yield from _forward_sweep(problem, nodes, start, until)
                 # The stack is last in, first out: the last node's backward comes first.
-                tasks.extend(("backward", node, after, until) for node, after in zip(nodes, [*nodes[1:], None]))
+                tasks.extend(
+                    ("backward", node, after, until) for node, after in itertools.zip_longest(nodes, nodes[1:])
+                )
             else:
                 _, node, after, until = task
                 gone = _unread_after(problem, node, after, until)
