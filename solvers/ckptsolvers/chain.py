@@ -12,7 +12,9 @@ forward and backward of blocks s..t-1:
     (1) keep s with option o:      f(s, o) + g(s, o) + P(s+1, t, M - a(s, o))
     (2) recompute blocks s..m-1:   f(s) + ... + f(m-1) + P(m, t, M - w(s, m)) + P(s, m, M)
 
-each where its peaks fit in M. The result is optimal among schedules that nest (persistent schedules), for this order
+each where its peaks fit in M. Where block s+1 is kept too, under an option that does not read again what block s made
+for it, that value is dropped once s+1 has run forward: P'(s+1, t, M) is the least time under such a start, and (1) may
+go on with it. The result is optimal among schedules that nest (persistent schedules), for this order
 and these options, when the memory axis is exact. Bytes are rounded up to the axis' resolution, so that a schedule
 found for M bytes never needs more.
 
@@ -157,23 +159,23 @@ class ChainTable:
             raise InfeasibleError(level * self.unit_bytes, least, "chain")
         # Post-order by hand: nested intervals may be deeper than Python's stack.
         out: list[list[Node]] = [[]]
-        tasks: list[tuple[int, int, int]] = [(0, n, level)]
+        tasks: list[tuple[int, int, int, bool]] = [(0, n, level, False)]
         while tasks:
-            s, t, m_level = tasks.pop()
+            s, t, m_level, dropped = tasks.pop()
             if s < 0:
                 children = out.pop()
                 out[-1].append(region(tuple(children)))
                 continue
             if s == t:
                 continue
-            split, option, used = self._choose(s, t, m_level)
+            split, option, used, drops_next = self._choose(s, t, m_level, dropped)
             if split is None:
                 out[-1].append(Keep(s, option))
-                tasks.append((s + 1, t, m_level - used))
+                tasks.append((s + 1, t, m_level - used, drops_next))
             else:
-                tasks.append((split, t, m_level - used))
-                tasks.append((-1, -1, -1))
-                tasks.append((s, split, m_level))
+                tasks.append((split, t, m_level - used, False))
+                tasks.append((-1, -1, -1, False))
+                tasks.append((s, split, m_level, False))
                 out.append([])
         return Schedule(tuple(out[0]))
 
@@ -184,12 +186,18 @@ class ChainTable:
         self._rows = np.zeros((n + 1, n + 1), np.int32)
         self._table = np.empty((1 + sum(t - length for t, (_, length) in enumerate(twins)), size), np.int64)
         self._table[0] = 0
+        # Beside each row P'(s, t, .): block s is kept and what it does not read again is dropped, at the same M.
+        self._dropped = np.full_like(self._table, _INF)
+        # The first of a run of shared rows has another block before it than its twin, so other values to drop.
+        self._drops_alike = np.ones((n + 1, n + 1), bool)
         rest = np.empty((n + 1, size), np.int64)
         used = 1
         for t in range(1, n + 1):
             twin, length = twins[t]
             alone = t - length
             self._rows[alone:t, t] = self._rows[twin - length : twin, twin]
+            self._drops_alike[alone:t, t] = self._drops_alike[twin - length : twin, twin]
+            self._drops_alike[alone, t] = length == 0
             self._rows[:alone, t] = np.arange(used, used + alone)
             used += alone
             self._solve_until(t, alone, rest[: t + 1])
@@ -201,17 +209,46 @@ class ChainTable:
         rest[alone:] += sweep[alone:, None]
         for s in range(alone - 1, -1, -1):
             best = self._row(s, t)
-            self._keep(s, t, best)
+            self._keep(s, t, best, dropped=False)
+            self._keep(s, t, self._dropped[self._rows[s, t]], dropped=True)
             self._improve_by_splitting(s, t, rest, best)
             np.add(best, sweep[s], out=rest[s])
 
-    def _keep(self, s: int, t: int, best: np.ndarray) -> None:
-        after, size = self._row(s + 1, t), self.num_levels + 1
+    def _keep(self, s: int, t: int, best: np.ndarray, *, dropped: bool) -> None:
+        size = self.num_levels + 1
         best[:] = _INF
         for o in range(len(self.problem.blocks[s].options)):
-            held, first, time = self._keep_levels(s, t, o)
-            if first < size:
-                np.minimum(best[first:], after[first - held : size - held] + time, out=best[first:])  # (1)
+            drop = self._drop_levels(s, t, o) if dropped else 0
+            if dropped and not drop:
+                continue
+            held, first, time = self._keep_levels(s, t, o, drop)
+            if first >= size:
+                continue
+            into = best[first:]
+            for after in self._rest_rows(s, t, o):
+                there = after[first - held :][: len(into)]
+                # Beyond the axis, a budget is as good as the largest.
+                np.minimum(into[: len(there)], there + time, out=into[: len(there)])  # (1)
+                np.minimum(into[len(there) :], after[-1] + time, out=into[len(there) :])
+
+    def _rest_rows(self, s: int, t: int, o: int) -> list[np.ndarray]:
+        """What may follow keeping block s: any schedule, and one that drops what block s made."""
+        rows = [self._row(s + 1, t)]
+        if s + 1 < t and not self.problem.blocks[s].options[o].saved_outputs:
+            rows.append(self._dropped_row(s + 1, t))
+        return rows
+
+    def _dropped_row(self, s: int, t: int) -> np.ndarray:
+        if self._drops_alike[s, t]:
+            return self._dropped[self._rows[s, t]]
+        row = np.empty(self.num_levels + 1, np.int64)
+        self._keep(s, t, row, dropped=True)
+        return row
+
+    def _drop_levels(self, s: int, t: int, o: int) -> int:
+        sizes = (self.problem.values[v].size_bytes for v in self.problem.droppable(s, o, t))
+        total = sum(sizes)
+        return -(-total // self.unit_bytes) if self._rounding == "down" else total // self.unit_bytes
 
     def _improve_by_splitting(self, s: int, t: int, rest: np.ndarray, best: np.ndarray) -> None:
         size = self.num_levels + 1
@@ -227,28 +264,34 @@ class ChainTable:
             np.minimum(least, into, out=least)
         best -= start_time
 
-    def _choose(self, s: int, t: int, level: int) -> tuple[int | None, int, int]:
-        """Find the choice behind P(s, t, level): the split or None, the option, and the levels it holds."""
-        wanted = self._row(s, t)[level]
+    def _choose(self, s: int, t: int, level: int, dropped: bool) -> tuple[int | None, int, int, bool]:
+        """Find the choice behind P(s, t, level), or P': the split or None, the option, the levels held, and P' next."""
+        wanted = (self._dropped_row(s, t) if dropped else self._row(s, t))[level]
         for o in range(len(self.problem.blocks[s].options)):
-            held, first, time = self._keep_levels(s, t, o)
-            if first <= level and self._row(s + 1, t)[level - held] + time == wanted:
-                return None, o, held
+            drop = self._drop_levels(s, t, o) if dropped else 0
+            held, first, time = self._keep_levels(s, t, o, drop)
+            if first > level or (dropped and not drop):
+                continue
+            left = min(level - held, self.num_levels)
+            for is_dropped, after in enumerate(self._rest_rows(s, t, o)):
+                if after[left] + time == wanted:
+                    return None, o, level - left, bool(is_dropped)
         store, first = self._split_levels(s, t)
         splits = np.flatnonzero(first <= level)
         ends = splits + s + 1
         sweep = self._about.sweep_times(t)
         total = self._table[self._rows[ends, t], level - store[splits]] + self._table[self._rows[s, ends], level]
         best = int((total + sweep[ends]).argmin())
-        return int(ends[best]), -1, int(store[splits[best]])
+        return int(ends[best]), -1, int(store[splits[best]]), False
 
-    def _keep_levels(self, s: int, t: int, o: int) -> tuple[int, int, int]:
-        """What keeping block s holds, from which level on it fits, and its time."""
+    def _keep_levels(self, s: int, t: int, o: int, drop: int) -> tuple[int, int, int]:
+        """What keeping block s holds beyond what it drops, from which level on it fits, and its time."""
         option, about = self.problem.blocks[s].options[o], self._about
         held = self._units(about.hold_bytes(s, t, o)) if s + 1 < t else 0
-        peak = max(option.forward_peak_bytes + about.waiting[t], option.backward_peak_bytes + about.passing[s])
+        forward = self._units(option.forward_peak_bytes + about.waiting[t])
+        backward = self._units(option.backward_peak_bytes + about.passing[s])
         time = option.forward_times[about.num_wanted(s, t)] + option.recompute_time
-        return held, max(held, self._units(peak)), time
+        return held - drop, max(held - drop, forward, backward - drop, 0), time
 
     def _split_levels(self, s: int, t: int) -> tuple[np.ndarray, np.ndarray]:
         """What each split holds and from which level on it fits, each `[t - s - 1]`."""

@@ -48,6 +48,8 @@ class Option:
         forward_peak_bytes: most bytes alive at once during the forward, beyond what was alive before it.
         backward_peak_bytes: the same for the backward, with what was saved, the cotangents of the block's outputs
             and those of its inputs among it.
+        unread_inputs: positions, among the block's inputs, of those neither its backward nor what it makes again
+            reads. One that the block before it made, kept under an option without saved outputs, is dropped.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Option:
     forward_peak_bytes: int
     backward_peak_bytes: int
     saved_outputs: tuple[int, ...] = ()
+    unread_inputs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,7 @@ class Problem:
         blocks: `[n]`.
         values: in any order.
         outputs: `[n]`, for each block its values, as positions in `values`, in the order of their first reader.
-        inputs: `[n]`, for each block the values it reads.
+        inputs: `[n]`, for each block the values it reads, ascending.
 
     Raises:
         InvalidProblemError: a negative or overflowing number, a reader that does not come after the maker, a block
@@ -116,7 +119,7 @@ class Problem:
         for made in outputs:
             made.sort(key=lambda v: (self.values[v].read_by[0], v))
         for k, block in enumerate(self.blocks):
-            _check_block(k, block, len(outputs[k]))
+            _check_block(k, block, len(outputs[k]), len(inputs[k]))
         times = sum(2 * max(o.forward_times[-1] + o.recompute_time for o in b.options) for b in self.blocks)
         sizes = sum(v.size_bytes + v.cotangent_bytes for v in self.values)
         sizes += sum(max(o.backward_peak_bytes + o.saved_bytes for o in b.options) for b in self.blocks)
@@ -134,6 +137,18 @@ class Problem:
     def forward_time(self) -> int:
         """Time of one plain forward sweep."""
         return sum(block.forward_time for block in self.blocks)
+
+    def unread(self, block: int, option: int) -> set[int]:
+        """The values that a block reads when it runs forward, and under this option never again."""
+        return {self.inputs[block][p] for p in self.blocks[block].options[option].unread_inputs}
+
+    def droppable(self, block: int, option: int, until: int) -> list[int]:
+        """What the block before made for this one alone, and this one, kept under the option, does not read again."""
+        if block == 0:
+            return []
+        unread = self.unread(block, option)
+        made = self.outputs[block - 1]
+        return [v for v in made if v in unread and not self.is_wanted(self.values[v], block, until)]
 
     def is_wanted(self, value: Value, after: int, until: int) -> bool:
         """Whether a block in `(after, until)` reads the value, or the program's end does when `until` is n."""
@@ -223,7 +238,7 @@ def _check_value(v: int, value: Value, n: int) -> None:
     check_numbers(f"values[{v}]", value.size_bytes, value.cotangent_bytes)
 
 
-def _check_block(k: int, block: Block, num_outputs: int) -> None:
+def _check_block(k: int, block: Block, num_outputs: int, num_inputs: int) -> None:
     if not block.options:
         raise InvalidProblemError(f"blocks[{k}] has no options; give at least one way to keep it")
     for where, item in [(f"blocks[{k}]", block), *((f"blocks[{k}].options[{o}]", x) for o, x in _numbered(block))]:
@@ -237,6 +252,8 @@ def _check_block(k: int, block: Block, num_outputs: int) -> None:
         )
         if any(not 0 <= p < num_outputs for p in option.saved_outputs):
             raise InvalidProblemError(f"blocks[{k}].options[{o}].saved_outputs={option.saved_outputs} names no output")
+        if any(not 0 <= p < num_inputs for p in option.unread_inputs):
+            raise InvalidProblemError(f"blocks[{k}].options[{o}].unread_inputs={option.unread_inputs} names no input")
 
 
 def _numbered(block: Block) -> list[tuple[int, Option]]:

@@ -5,6 +5,7 @@ they made, and when their backward is due runs its children as a schedule of the
 those of the whole, cover consecutive blocks. Every choice nests, so a schedule is a tree of `jax.checkpoint` calls.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -168,10 +169,13 @@ class Schedule:
                 _, nodes, start, until = task
                 yield from _forward_sweep(problem, nodes, start, until)
                 # The stack is last in, first out: the last node's backward comes first.
-                tasks.extend(("backward", node, until) for node in nodes)
+                tasks.extend(
+                    ("backward", node, after, until) for node, after in itertools.zip_longest(nodes, nodes[1:])
+                )
             else:
-                _, node, until = task
-                yield from _drop(_held_after(problem, node, until))
+                _, node, after, until = task
+                gone = _unread_after(problem, node, after, until)
+                yield from _drop([v for v in _held_after(problem, node, until) if v not in gone])
                 if isinstance(node, Keep):
                     yield Step("backward", node.block, node.option)
                 else:
@@ -179,12 +183,25 @@ class Schedule:
 
 
 def _forward_sweep(problem: Problem, nodes: tuple[Node, ...], start: int, until: int) -> Iterator[Step]:
+    before: Node | None = None
     for node in nodes:
         for k in range(node.start, node.stop):
             option = node.option if isinstance(node, Keep) else None
             yield Step("forward", k, option, until)
             if isinstance(node, Recompute):
                 yield from _drop(_dead_inside(problem, node, k, until))
+        if before is not None:
+            yield from _drop(_unread_after(problem, before, node, until))
+        before = node
+
+
+def _unread_after(problem: Problem, node: Node, after: Node | None, until: int) -> list[int]:
+    """What a kept block made for the kept one after it, which does not read it again: gone once that one has run."""
+    if not (isinstance(node, Keep) and isinstance(after, Keep)):
+        return []
+    if problem.blocks[node.block].options[node.option].saved_outputs:
+        return []
+    return problem.droppable(after.block, after.option, until)
 
 
 def _dead_inside(problem: Problem, node: Recompute, k: int, until: int) -> list[int]:

@@ -1,0 +1,84 @@
+"""Everything that touches private JAX or asks for its version. No other module does.
+
+Each entry says which public name it stands in for, so that it can go when JAX has one.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jaxlib.version
+from jax._src import source_info_util  # no public way to read or restore an equation's source
+from jax.extend.core.primitives import jit_p
+from jax.interpreters import ad, partial_eval
+
+JAX_VERSION = jax.__version__
+JAXLIB_VERSION: str = jaxlib.version.__version__
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", version)[:2])
+
+
+# Before 0.12 the CPU compiler removes optimization barriers before it merges common subexpressions, so recomputation
+# is merged back and jax.checkpoint saves nothing. Disabling the pass that does it restores the barriers.
+CPU_UNDOES_REMAT = _release(JAXLIB_VERSION) < (0, 12)
+CPU_REMAT_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"} if CPU_UNDOES_REMAT else {}
+
+
+def source_line(source_info: Any) -> str:
+    """`file:line (function)` of the user's frame that made an equation; empty where there is none."""
+    summary = source_info_util.summarize(source_info)
+    return "" if summary.startswith("<") else summary
+
+
+@contextlib.contextmanager
+def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> Iterator[None]:
+    """Bind primitives as if at an equation's own place: its traceback, its name stack, its context."""
+    stack = source_info_util.current_name_stack()
+    for part in name_stacks:
+        stack = stack + part
+    with source_info_util.user_context(source_info.traceback, name_stack=stack), ctx.manager:
+        yield
+
+
+def dce(jaxpr: Any) -> Any:
+    """Remove dead equations, inside nested jaxprs too (`jax.interpreters.partial_eval.dce_jaxpr`)."""
+    closed_over = jaxpr.jaxpr
+    live, _ = partial_eval.dce_jaxpr(closed_over, [True] * len(closed_over.outvars), instantiate=True)
+    return live
+
+
+def set_linearize_rule(primitive: Any, rule: Any) -> bool:
+    """Register a linearize rule; False where this JAX has no such table.
+
+    Without one, differentiation falls back on the JVP rule, which loses rematerialization under `JAX_REMAT3=1`.
+    """
+    from jax._src.interpreters import ad as private_ad
+
+    table = getattr(private_ad, "primitive_linearizations", None)
+    if table is None:
+        return False
+    table[primitive] = rule
+    return True
+
+
+def linearize_jit(is_vjp: bool, nonzeros: Any, *primals: Any, **params: Any) -> Any:
+    """JAX's linearize rule of `jit`, in whatever form this JAX has it."""
+    from jax._src.interpreters import ad as private_ad
+
+    return private_ad.primitive_linearizations[jit_p](is_vjp, nonzeros, *primals, **params)
+
+
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent is symbolically zero."""
+    return isinstance(tangent, ad.Zero)
+
+
+def cpu_option_is_set() -> bool:
+    """Whether XLA_FLAGS already keep the barriers on CPU."""
+    import os
+
+    return "cse_barrier_expander" in os.environ.get("XLA_FLAGS", "")

@@ -1,0 +1,331 @@
+"""The decorator: a call-like primitive that plans when, and for what, it is differentiated.
+
+Inside `vmap` a function sees one example's shapes, and a plan made there would be for the wrong program. The decorated
+function is therefore traced and bound as one primitive, which is batched as a whole and planned only when it is
+differentiated, at the shapes and for the tangents it then has.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+from jax.interpreters import ad, batching, mlir
+
+import jaxckpt
+from jaxckpt import _compat
+from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, UnsupportedProgramError
+from jaxckpt.measure import input_specs, output_objective
+from jaxckpt.plan import Plan
+from jaxckpt.planner import Request, make_request, plan_program
+from jaxckpt.trace import Program, is_differentiable, run, trace
+from jaxckpt.units import short_bytes, short_count
+
+_LOG = logging.getLogger("jaxckpt")
+
+
+def auto_remat(
+    fun: Callable | None = None,
+    /,
+    *,
+    budget: int | str | None = None,
+    cost: str = "time",
+    solver: Any = "auto",
+    target: str | None = None,
+    reserve: int | str = 0,
+    verify: bool = True,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    cache_dir: str | os.PathLike | None = None,
+) -> Callable:
+    """Give back the same function, which recomputes as a plan within the budget says when it is differentiated.
+
+    The plan is made the first time a program is differentiated, for what really is (the tangents that are not zero),
+    compiled and measured unless `verify` is false, and kept on disk for the next run.
+
+    Args:
+        fun: a function of pytrees; leaves that are not arrays are static. Left out, a decorator is returned.
+        budget: device bytes of its value and gradient: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
+            None runs the function unchanged.
+        cost: what is minimised: "time", modelled for the target, or "flops".
+        solver: as in `plan`.
+        target: a chip's name; None is the default backend.
+        reserve: device bytes to leave for what lives outside the function, such as optimizer state.
+        verify: compile the plan and measure it before it is used.
+        static_argnums: positional arguments to treat as static, as in `jax.jit`.
+        static_argnames: keyword arguments to treat as static.
+        cache_dir: where plans are kept; None is the user's cache directory.
+
+    Returns:
+        A function with the same arguments and results.
+
+    Raises:
+        BudgetError: a budget that cannot be read, at once.
+        InfeasibleBudgetError: no plan fits, when it is differentiated.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> @auto_remat(budget="80%")
+        ... def loss(w, x):
+        ...     for _ in range(8):
+        ...         x = jnp.tanh(x @ w)
+        ...     return jnp.sum(x**2)
+        >>> jax.grad(loss)(jnp.eye(64), jnp.ones((1024, 64))).shape
+        (64, 64)
+    """
+    options = {"budget": budget, "cost": cost, "solver": solver, "target": target, "reserve": reserve}
+    if fun is None:
+        return functools.partial(
+            auto_remat,
+            **options,
+            verify=verify,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+            cache_dir=cache_dir,
+        )
+    if budget is None:
+        return _unplanned(fun)
+    request = make_request(budget, None, cost, solver, target, reserve, verify)
+    positions = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+    names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+    label = getattr(fun, "__name__", type(fun).__name__)
+
+    @functools.wraps(fun)
+    def with_plan(*args: Any, **kwargs: Any) -> Any:
+        inner, args, kwargs = _bind_static(fun, args, kwargs, positions, names)
+        traced = trace(inner, args, kwargs)
+        _refuse_effects(traced.program, label)
+        leaves = [leaf for leaf, dyn in zip(jax.tree.leaves((args, kwargs)), traced.is_array, strict=True) if dyn]
+        call = _Call(traced.program, request, label, None if cache_dir is None else str(cache_dir))
+        results = auto_remat_p.bind(*traced.consts, *leaves, call=call)
+        return jax.tree.unflatten(traced.out_tree, results)
+
+    return with_plan
+
+
+def compiler_options() -> dict[str, Any]:
+    """Return what `jax.jit(..., compiler_options=...)` needs for recomputation to survive on this backend.
+
+    It is empty everywhere but on CPU with jaxlib before 0.12, whose compiler merges recomputation back.
+    """
+    return dict(_compat.CPU_REMAT_OPTIONS) if jax.default_backend() == "cpu" else {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """The parameter of the primitive: a program and how to plan it."""
+
+    program: Program
+    request: Request
+    label: str
+    cache_dir: str | None
+
+    def __repr__(self) -> str:
+        return f"{self.label}:{self.program.fingerprint()[:8]}"
+
+    def plain(self, *inputs: Any) -> list[Any]:
+        """Run the program without a plan."""
+        return run(self.program, *inputs)
+
+    def planned(self, active: tuple[int, ...]) -> Callable[..., list[Any]]:
+        """Return the program with the plan for these differentiated inputs."""
+        try:
+            found = _find_plan(self, active)
+        except NotDifferentiableError:
+            return self.plain
+        if found.schedule is None:
+            return self.plain
+        _warn_on_old_cpu()
+        return found.flat(self.program)
+
+
+auto_remat_p = jex.Primitive("auto_remat")
+auto_remat_p.multiple_results = True
+
+
+_RUNS: dict[str, Callable[..., list[Any]]] = {}
+
+
+@auto_remat_p.def_impl
+def _impl(*args: Any, call: _Call) -> list[Any]:
+    # Without a derivative there is nothing to plan. One compiled program per fingerprint, whoever calls.
+    return _RUNS.setdefault(call.program.fingerprint(), jax.jit(call.plain))(*args)
+
+
+@auto_remat_p.def_abstract_eval
+def _abstract(*avals: Any, call: _Call) -> list[Any]:
+    del avals
+    return [call.program.avals[x] if isinstance(x, int) else x.aval for x in call.program.outputs]
+
+
+mlir.register_lowering(auto_remat_p, mlir.lower_fun(lambda *args, call: call.plain(*args), multiple_results=True))
+
+
+def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[int]]:
+    """Batch the whole program; it is planned at the batched shapes, should it be differentiated."""
+    specs = [jax.ShapeDtypeStruct(jax.typeof(x).shape, jax.typeof(x).dtype) for x in args]
+    in_axes = tuple(dims)  # None where not mapped
+    batched = jax.vmap(
+        call.plain,
+        in_axes=in_axes,
+        axis_name=axis.name,
+        axis_size=axis.size,
+        spmd_axis_name=axis.spmd_name or None,
+    )
+    traced = trace(batched, specs)
+    whole = _Call(traced.program, call.request, call.label, call.cache_dir)
+    results = auto_remat_p.bind(*traced.consts, *args, call=whole)
+    return results, [0] * len(results)
+
+
+batching.fancy_primitive_batchers[auto_remat_p] = _batch
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[Any]]:
+    active = tuple(i for i, t in enumerate(tangents) if not _compat.is_zero(t))
+    planned = call.planned(active)
+
+    def on_active(*values: Any) -> list[Any]:
+        full = list(primals)
+        for i, value in zip(active, values, strict=True):
+            full[i] = value
+        return planned(*full)
+
+    results, moved = jax.jvp(on_active, [primals[i] for i in active], [tangents[i] for i in active])
+    zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())  # noqa: E731
+    return results, [
+        zero(x) if jax.typeof(t).dtype == jax.dtypes.float0 else t for x, t in zip(results, moved, strict=True)
+    ]
+
+
+def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: _Call) -> Any:
+    """Linearize as the planned program under `jit`: JAX's own rule for that keeps every kind of remat."""
+    planned = call.planned(tuple(i for i, nonzero in enumerate(nonzeros) if nonzero))
+    closed = jax.make_jaxpr(jax.jit(planned))(*input_specs(call.program))
+    (eqn,) = closed.jaxpr.eqns
+    return _compat.linearize_jit(is_vjp, nonzeros, *primals, **eqn.params)
+
+
+ad.primitive_jvps[auto_remat_p] = _jvp
+if not _compat.set_linearize_rule(auto_remat_p, _linearize):
+    _LOG.debug("this JAX has no linearize rules; recomputation is lost under JAX_REMAT3=1")
+
+_PLANS: dict[str, Plan] = {}
+
+
+def _find_plan(call: _Call, active: tuple[int, ...]) -> Plan:
+    """The plan of this program for these inputs: from memory, from disk, or made now."""
+    program, request = call.program, call.request
+    outputs = _abstract(call=call)
+    is_loss = bool(outputs) and outputs[0].shape == () and is_differentiable(outputs[0])
+    # A scalar in front is the loss, and what follows it has no cotangent.
+    goal = output_objective(program, active, 1 if is_loss else len(outputs))
+    key = _key(program, goal, request)
+    if key not in _PLANS:
+        path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
+        found = _read(path, program)
+        if found is None:
+            found = plan_program(program, goal, request)
+            _LOG.info(
+                "planned %s: peak %s of budget %s, %sFLOP recomputed",
+                call.label,
+                short_bytes(found.peak_bytes),
+                short_bytes(found.budget_bytes or 0),
+                short_count(found.recompute_flops),
+            )
+            _write(path, found)
+        _PLANS[key] = found
+    return _PLANS[key]
+
+
+def _key(program: Program, goal: Any, request: Request) -> str:
+    versions = (jaxckpt.__version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
+    place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""))
+    return hashlib.sha256(repr((program.fingerprint(), goal, request, versions, place)).encode()).hexdigest()[:32]
+
+
+def _path(cache_dir: str | None, key: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_dir or Path(base) / "jaxckpt") / f"{key}.json"
+
+
+def _read(path: Path | None, program: Program) -> Plan | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        found = Plan.load(path)
+        found.check(program)
+    except (PlanFileError, OSError, jaxckpt.PlanMismatchError) as error:
+        _LOG.warning("the kept plan %s cannot be used and is made again: %s", path, error)
+        return None
+    return found
+
+
+def _write(path: Path | None, found: Plan) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+    except OSError as error:
+        _LOG.warning("the plan could not be kept at %s: %s", path, error)
+
+
+def _bind_static(
+    fun: Callable, args: tuple, kwargs: dict[str, Any], positions: tuple[int, ...], names: tuple[str, ...]
+) -> tuple[Callable, tuple, dict[str, Any]]:
+    """Fix the static arguments, so that only the others are traced."""
+    if not positions and not names:
+        return fun, args, kwargs
+    fixed = {p % len(args): args[p] for p in positions if -len(args) <= p < len(args)}
+    fixed_names = {name: kwargs[name] for name in names if name in kwargs}
+
+    def inner(*rest: Any, **named: Any) -> Any:
+        left = iter(rest)
+        full = [fixed[i] if i in fixed else next(left) for i in range(len(args))]
+        return fun(*full, **named, **fixed_names)
+
+    rest = tuple(a for i, a in enumerate(args) if i not in fixed)
+    return inner, rest, {k: v for k, v in kwargs.items() if k not in fixed_names}
+
+
+def _refuse_effects(program: Program, label: str) -> None:
+    for eqn in program.equations:
+        if eqn.effects:
+            raise UnsupportedProgramError(
+                f"{eqn.primitive.name} at {eqn.source or 'an unknown line'} has side effects, which would happen again "
+                f"in every recomputation; move it out of {label}"
+            )
+
+
+def _unplanned(fun: Callable) -> Callable:
+    @functools.wraps(fun)
+    def unchanged(*args: Any, **kwargs: Any) -> Any:
+        _warn_no_budget()
+        return fun(*args, **kwargs)
+
+    return unchanged
+
+
+@functools.cache
+def _warn_no_budget() -> None:
+    warnings.warn("auto_remat without a budget runs the function unchanged; give budget=...", JaxckptWarning, 3)
+
+
+@functools.cache
+def _warn_on_old_cpu() -> None:
+    if _compat.CPU_UNDOES_REMAT and jax.default_backend() == "cpu" and not _compat.cpu_option_is_set():
+        warnings.warn(
+            "on CPU, jaxlib before 0.12 merges recomputation back and saves no memory. Compile with "
+            "jax.jit(..., compiler_options=jaxckpt.compiler_options()), or set "
+            "XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander",
+            JaxckptWarning,
+            3,
+        )

@@ -1,0 +1,174 @@
+"""Where to cut: the order of the equations, what is sunk into its readers, and the borders of blocks.
+
+A cut is worth having where little is alive, and between any two costly equations one cut is enough: after the first of
+them where bytes are equal, so that dropping a block's last output drops the costly equation with it.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from jaxckpt import costs
+from jaxckpt.trace import Equation, Program, size_bytes
+
+# What is sunk is made again by every block that reads it, so it must cost next to nothing.
+_SINKABLE = costs.CHEAP | costs.LAYOUT
+# A cut at which this many times more is alive than at both its neighbours is not worth a place in the table.
+_HIGH_CUT = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A block as a run of equations.
+
+    Attributes:
+        positions: where its equations stand in the program, copies of the sunk ones it reads among them.
+        equations: in order.
+        inputs: values read from outside, arguments among them, in order of first reading.
+        outputs: values that later blocks or the program's end read, in order of their first reader.
+    """
+
+    positions: tuple[int, ...]
+    equations: tuple[Equation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def cut(program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: int = 130) -> tuple[Span, ...]:
+    """Cut a program into blocks.
+
+    Args:
+        program: a flat program.
+        graph: its graph, from `build_graph`.
+        active: values that tangents flow through, from `active_values`.
+        max_blocks: how many blocks at most; the solver's time grows with the cube of it.
+
+    Returns:
+        The blocks in order.
+    """
+    sunk = _sunk(program, graph)
+    order = _order(program, graph, active, sunk)
+    if not order:
+        return ()
+    alive = _alive_bytes(program, graph, order)
+    borders = _thin(_borders(graph, order, alive, max_blocks), alive, max_blocks)
+    starts, stops = [0, *borders], [*borders, len(order)]
+    runs = [order[a:b] for a, b in zip(starts, stops, strict=True)]
+    return spans_at(program, [_with_sunk(graph, run, sunk) for run in runs])
+
+
+def _sunk(program: Program, graph: nx.DiGraph) -> set[int]:
+    """Equations that are cheap to repeat anywhere: they read only arguments, constants and each other."""
+    maker = graph.graph["maker"]
+    results = {x for x in program.outputs if isinstance(x, int)}
+    sunk: set[int] = set()
+    for i, eqn in enumerate(program.equations):
+        cheap = eqn.primitive in _SINKABLE and not eqn.effects and results.isdisjoint(eqn.outputs)
+        if cheap and all(v not in maker or maker[v] in sunk for v in eqn.reads):
+            sunk.add(i)
+    return sunk
+
+
+def _order(program: Program, graph: nx.DiGraph, active: set[int], sunk: set[int]) -> list[int]:
+    """The program's own order, but what no tangent flows into waits until right before its first reader.
+
+    Dropout masks, positions and the like would otherwise live from wherever the program happens to make them.
+    """
+    maker, readers = graph.graph["maker"], graph.graph["readers"]
+    late: set[int] = set()
+    for i, eqn in enumerate(program.equations):
+        from_inactive = all(v not in active if v not in maker else maker[v] in late for v in eqn.reads)
+        if from_inactive and active.isdisjoint(eqn.outputs) and not eqn.effects:
+            late.add(i)
+    place: dict[int, tuple[int, ...]] = {}
+    for i in reversed(range(len(program.equations))):
+        first = min((place[r] for v in program.equations[i].outputs for r in readers[v]), default=None)
+        place[i] = (*first[:-2], -1, i, 0, 0) if i in late and first is not None else (i, 0, 0)
+    return sorted((i for i in place if i not in sunk), key=place.__getitem__)
+
+
+def _alive_bytes(program: Program, graph: nx.DiGraph, order: Sequence[int]) -> list[int]:
+    """Bytes alive after each equation of the order, arguments and what is sunk left out."""
+    position = {i: p for p, i in enumerate(order)}
+    readers = graph.graph["readers"]
+    results = {x for x in program.outputs if isinstance(x, int)}
+    change = [0] * (len(order) + 1)
+    for p, i in enumerate(order):
+        for v in program.equations[i].outputs:
+            # A sunk equation reads no value of the order, so every reader has a place in it.
+            last = max((position[r] for r in readers[v]), default=p)
+            if v not in results and last > p:
+                size = size_bytes(program.avals[v])
+                change[p] += size
+                change[last] -= size
+    alive, total = [], 0
+    for p in range(len(order)):
+        total += change[p]
+        alive.append(total)
+    return alive
+
+
+def _borders(graph: nx.DiGraph, order: Sequence[int], alive: Sequence[int], max_blocks: int) -> list[int]:
+    """One cut between each two costly equations, where least is alive; positions in the order where blocks start."""
+    weights = [graph.nodes[i]["flops"] for i in order]
+    heavy = [p for p, w in enumerate(weights) if w * 4 * max_blocks >= sum(weights) and w]
+    return [min(range(a, b), key=lambda p: (alive[p], p)) + 1 for a, b in itertools.pairwise(heavy)]
+
+
+def _thin(borders: list[int], alive: Sequence[int], max_blocks: int) -> list[int]:
+    """Drop cuts that stand high above both neighbours, then the highest ones while there are too many."""
+    kept = list(borders)
+    for border in sorted(borders, key=lambda b: (-alive[b - 1], b)):
+        p = kept.index(border)
+        around = [alive[kept[q] - 1] for q in (p - 1, p + 1) if 0 <= q < len(kept)]
+        if around and alive[border - 1] > _HIGH_CUT * max(around):
+            kept.remove(border)
+    while len(kept) >= max_blocks:
+        # Every second of the highest ones, so that equal cuts thin out evenly.
+        level = max(alive[b - 1] for b in kept)
+        highest = [b for b in kept if alive[b - 1] == level]
+        drop = set(highest[::2][: len(kept) - max_blocks + 1])
+        kept = [b for b in kept if b not in drop]
+    return kept
+
+
+def spans_at(program: Program, blocks: Sequence[Sequence[int]]) -> tuple[Span, ...]:
+    """Make blocks of the equations at these positions; an equation in several blocks is sunk into each.
+
+    Args:
+        program: the flat program.
+        blocks: `[n]`, positions of each block's equations.
+
+    Returns:
+        The blocks.
+    """
+    results = {x for x in program.outputs if isinstance(x, int)}
+    equations = [tuple(program.equations[i] for i in block) for block in blocks]
+    inputs = []
+    for block in equations:
+        made = {v for eqn in block for v in eqn.outputs}
+        inputs.append(tuple(dict.fromkeys(v for eqn in block for v in eqn.reads if v not in made)))
+    first_reader: dict[int, int] = dict.fromkeys(results, len(blocks))
+    for k in reversed(range(len(blocks))):
+        first_reader.update(dict.fromkeys(inputs[k], k))
+    spans = []
+    for positions, block, reads in zip(blocks, equations, inputs, strict=True):
+        outputs = [v for eqn in block for v in eqn.outputs if v in first_reader]
+        outputs.sort(key=first_reader.__getitem__)
+        spans.append(Span(positions=tuple(positions), equations=block, inputs=reads, outputs=tuple(outputs)))
+    return tuple(spans)
+
+
+def _with_sunk(graph: nx.DiGraph, run: Sequence[int], sunk: set[int]) -> list[int]:
+    """The run's equations, each after the sunk ones it needs; a sunk one appears once."""
+    placed: dict[int, None] = {}
+    for i in run:
+        needed = [i]
+        for j in needed:
+            needed.extend(p for p in graph.predecessors(j) if p in sunk and p not in placed)
+        # Sunk equations are numbered in the program's order, which is topological.
+        placed.update(dict.fromkeys(sorted(set(needed) - {i})))
+        placed[i] = None
+    return list(placed)

@@ -1,0 +1,62 @@
+"""The errors users meet. Each is a sentence that says what to do next; numbers are attributes."""
+
+
+class JaxckptError(Exception):
+    """Base of every error jaxckpt raises on purpose."""
+
+
+class JaxckptWarning(UserWarning):
+    """Something works but not as hoped, with what to do."""
+
+
+class BudgetError(JaxckptError, ValueError):
+    """A budget, reserve or max_cost that cannot be read."""
+
+
+class InfeasibleBudgetError(JaxckptError):
+    """No plan fits the budget.
+
+    Attributes:
+        budget_bytes: what was asked for.
+        least_peak_bytes: the least peak found.
+        unplanned_peak_bytes: the peak without a plan.
+        measured: whether the two peaks were measured, or predicted.
+        forced_by: what stands at the least plan's peak, largest first: (what, bytes, source line).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: int,
+        least_peak_bytes: int,
+        unplanned_peak_bytes: int,
+        measured: bool,
+        forced_by: tuple[tuple[str, int, str], ...],
+    ):
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.least_peak_bytes = least_peak_bytes
+        self.unplanned_peak_bytes = unplanned_peak_bytes
+        self.measured = measured
+        self.forced_by = forced_by
+
+
+class NotDifferentiableError(JaxckptError, TypeError):
+    """Nothing to differentiate: no floating-point argument, or an output that no gradient flows from."""
+
+
+class PlanFileError(JaxckptError, ValueError):
+    """A file that is not a plan, is damaged, or was written by a newer version."""
+
+
+class PlanMismatchError(JaxckptError, ValueError):
+    """A plan that was made for another function, other shapes, or another version of JAX."""
+
+
+class UnsupportedProgramError(JaxckptError, NotImplementedError):
+    """A program that cannot be planned, with the line that stands in the way."""
+
+
+class TargetError(JaxckptError, ValueError):
+    """A target that is unknown, or whose compiler is not installed."""

@@ -1,0 +1,143 @@
+"""Peak bytes of a run of equations: live ranges of what a compiler materialises.
+
+Elementwise, layout and broadcast results fuse into what reads them: they are no buffers, unless an operation that
+needs a buffer reads them (a dot, a convolution, a gather, a loop), they must outlive the run, or they are costly and
+read more than once. A fused result's readers read its operands instead, which live that much longer.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from jaxckpt import costs
+from jaxckpt.trace import Equation
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """An equation with every value that is another's buffer under a new shape replaced by that other."""
+
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    is_fused: bool
+    reads_fused: bool
+    is_expensive: bool
+
+
+def peak_bytes(
+    equations: Sequence[Equation],
+    size: Callable[[int], int],
+    *,
+    kept: Collection[int] = (),
+    held: Collection[int] = (),
+    external: Collection[int] = (),
+) -> int:
+    """Most bytes alive at once while equations run in order.
+
+    Args:
+        equations: in order.
+        size: bytes of a value.
+        kept: values that must be there at the end.
+        held: values that are there at the start and count until their last reader is done.
+        external: results whose storage is counted elsewhere, such as outputs of the whole program.
+
+    Returns:
+        The peak. Values that are read but neither made nor held are free.
+    """
+    same: dict[int, int] = {}
+    runs = _resolve(equations, same)
+    at_end, at_start = _find(kept, same), _find(held, same)
+    elsewhere = _find(external, same) - at_end
+    buffers = _materialised(runs, at_end | elsewhere)
+    roots = _roots(runs, buffers, at_start)
+
+    last = dict.fromkeys(at_start, -1)
+    for i, run in enumerate(runs):
+        if not buffers.isdisjoint(run.makes):
+            for v in run.reads:
+                last.update(dict.fromkeys(roots.get(v, ()), i))
+    for v in at_end | elsewhere:
+        last.update(dict.fromkeys(roots.get(v, ()), len(runs)))
+    ends: dict[int, list[int]] = {}
+    for v, i in last.items():
+        if v not in elsewhere:
+            ends.setdefault(i, []).append(v)
+
+    total = lambda values: sum(map(size, values))  # noqa: E731
+    live = peak = total(at_start)
+    live -= total(ends.get(-1, ()))
+    for i, run in enumerate(runs):
+        made = [v for v in run.makes if v in buffers and v not in elsewhere]
+        grown, shrunk = total(made), total(ends.get(i, ()))
+        # A fused loop writes over an operand that dies with it.
+        peak = max(peak, live + grown - (min(grown, shrunk) if run.is_fused else 0))
+        live += grown - shrunk - total(v for v in made if v not in last)
+    return peak
+
+
+def buffers_across(forward: Sequence[Equation], backward: Sequence[Equation], *, kept: Collection[int]) -> set[int]:
+    """The buffers that the forward makes and the backward reads, when one compiler sees both.
+
+    Args:
+        forward: in order.
+        backward: in order.
+        kept: values that outlive both.
+
+    Returns:
+        Values that the forward makes. One that is fused is made again from the buffers it is fused from.
+    """
+    same: dict[int, int] = {}
+    runs = _resolve([*forward, *backward], same)
+    made = {v for eqn in forward for v in eqn.outputs}
+    buffers = _materialised(runs, _find(kept, same))
+    roots = _roots(runs, buffers, ())
+    late = _find((v for eqn in backward for v in eqn.reads), same)
+    return {root for v in late for root in roots.get(v, ()) if root in made}
+
+
+def _find(values: Iterable[int], same: dict[int, int]) -> set[int]:
+    return {same.get(v, v) for v in values}
+
+
+def _resolve(equations: Iterable[Equation], same: dict[int, int]) -> list[_Run]:
+    runs = []
+    for eqn in equations:
+        reads = tuple(dict.fromkeys(same.get(v, v) for v in eqn.reads))
+        if eqn.primitive in costs.ALIAS and len(reads) == 1:
+            same[eqn.outputs[0]] = reads[0]
+            continue
+        runs.append(
+            _Run(
+                reads,
+                eqn.outputs,
+                eqn.primitive in costs.FUSIBLE,
+                eqn.primitive in costs.READS_FUSED,
+                eqn.primitive in costs.EXPENSIVE,
+            )
+        )
+    return runs
+
+
+def _materialised(runs: Sequence[_Run], kept: Collection[int]) -> set[int]:
+    """The values that become buffers."""
+    made = {v for run in runs for v in run.makes}
+    num_readers = Counter(v for run in runs for v in run.reads)
+    buffers = made.intersection(kept)
+    for run in runs:
+        if not run.is_fused:
+            buffers.update(run.makes)
+        if not run.reads_fused:
+            buffers.update(made.intersection(run.reads))
+        if run.is_expensive:
+            buffers.update(v for v in run.makes if num_readers[v] > 1)
+    return buffers
+
+
+def _roots(runs: Sequence[_Run], buffers: Collection[int], held: Iterable[int]) -> dict[int, frozenset[int]]:
+    """For each value, the buffers that reading it reads: itself, or what it is fused from."""
+    roots = {v: frozenset((v,)) for v in held}
+    for run in runs:
+        read = frozenset().union(*(roots.get(v, frozenset()) for v in run.reads))
+        for v in run.makes:
+            roots[v] = frozenset((v,)) if v in buffers else read
+    return roots

@@ -1,0 +1,239 @@
+"""Device bytes, as the target's own compiler counts them."""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxckpt import _compat, targets
+from jaxckpt.errors import NotDifferentiableError, TargetError
+from jaxckpt.trace import Traced, is_differentiable, run, show_aval, trace
+from jaxckpt.units import show_bytes
+
+_LOG = logging.getLogger("jaxckpt")
+_SLOW_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What a compiled program takes on one device.
+
+    Attributes:
+        device_bytes: arguments + outputs - aliased + temporaries; what is compared with a budget.
+        argument_bytes: of the program's arguments.
+        output_bytes: of its results, gradients among them.
+        alias_bytes: of results that reuse an argument's buffer.
+        temp_bytes: of everything in between.
+        code_bytes: of the program itself; not counted.
+        target: for which chip.
+        compile_s: how long the compiler took.
+    """
+
+    device_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+    code_bytes: int
+    target: str
+    compile_s: float
+
+    def __str__(self) -> str:
+        """One line a person reads."""
+        return f"{show_bytes(self.device_bytes)} measured for {self.target}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What of a program is differentiated.
+
+    Attributes:
+        inputs: positions among the program's inputs.
+        outputs: positions among its outputs.
+        is_scalar: the one output is a scalar, as `jax.value_and_grad` wants; otherwise cotangents are arguments.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    is_scalar: bool
+
+    def differentiated(self, fun: Callable[..., list[Any]]) -> Callable[..., Any]:
+        """Return a flat function's results with its gradients; cotangents, where needed, follow the inputs."""
+
+        def value_and_gradients(*args: Any) -> tuple[list[Any], Any]:
+            num_inputs = len(args) - (0 if self.is_scalar else len(self.outputs))
+            inputs, cotangents = list(args[:num_inputs]), list(args[num_inputs:])
+
+            def active(*values: Any) -> tuple[list[Any], list[Any]]:
+                full = list(inputs)
+                for position, value in zip(self.inputs, values, strict=True):
+                    full[position] = value
+                results = fun(*full)
+                return [results[i] for i in self.outputs], results
+
+            outs, pull, results = jax.vjp(active, *(inputs[i] for i in self.inputs), has_aux=True)
+            return results, pull([jnp.ones_like(outs[0])] if self.is_scalar else cotangents)
+
+        return value_and_gradients
+
+
+def objective(traced: Traced, argnums: int | Sequence[int], has_aux: bool) -> Objective:
+    """Find what `jax.value_and_grad(fun, argnums, has_aux)` would differentiate; a vjp where `fun` is not scalar.
+
+    Raises:
+        NotDifferentiableError: no floating-point leaf in these arguments, or none in the result.
+    """
+    program, num_consts = traced.program, len(traced.consts)
+    wanted = {argnums} if isinstance(argnums, int) else set(argnums)
+    args_tree = traced.in_tree.children()[0]
+    num_args = args_tree.num_leaves and len(args_tree.children())
+    if any(not -num_args <= a < num_args for a in wanted):
+        raise NotDifferentiableError(f"argnums={argnums} names an argument that is not there; the call has {num_args}")
+    wanted = {a % num_args for a in wanted}
+    owner = [i for i, child in enumerate(args_tree.children()) for _ in range(child.num_leaves)]
+    owner += [-1] * (len(traced.is_array) - len(owner))
+    owner = [i for i, dyn in zip(owner, traced.is_array, strict=True) if dyn]
+    inputs = [
+        num_consts + i
+        for i, arg in enumerate(owner)
+        if arg in wanted and is_differentiable(program.avals[program.inputs[num_consts + i]])
+    ]
+    if not inputs:
+        shown = ", ".join(
+            f"{name}: {show_aval(program.avals[v])}"
+            for name, v in zip(traced.arg_names, program.inputs[num_consts:], strict=True)
+        )
+        raise NotDifferentiableError(
+            f"no floating-point array among the arguments argnums={argnums}, so there is nothing to differentiate "
+            f"(the arguments are {shown or 'no arrays at all'})"
+        )
+    num_outputs = traced.out_tree.children()[0].num_leaves if has_aux else traced.out_tree.num_leaves
+    return output_objective(program, tuple(inputs), num_outputs)
+
+
+def output_objective(program: Any, inputs: tuple[int, ...], num_outputs: int) -> Objective:
+    """Choose among a program's first outputs those that have a gradient.
+
+    Raises:
+        NotDifferentiableError: none of them is floating point.
+    """
+    avals = [program.avals[x] if isinstance(x, int) else x.aval for x in program.outputs[:num_outputs]]
+    outputs = tuple(i for i, aval in enumerate(avals) if is_differentiable(aval))
+    if not outputs:
+        shown = ", ".join(map(show_aval, avals)) or "nothing"
+        raise NotDifferentiableError(f"the function returns {shown}, and no gradient flows from that")
+    is_scalar = num_outputs == 1 and avals[0].shape == ()
+    return Objective(inputs=inputs, outputs=outputs, is_scalar=is_scalar)
+
+
+def measure(
+    fun: Callable,
+    *args: Any,
+    target: str | None = None,
+    differentiate: bool = True,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Measurement:
+    """Compile a function, or its value and gradient, and read the device bytes.
+
+    Args:
+        fun: a function of pytrees.
+        *args: arrays or `ShapeDtypeStruct`s.
+        target: a chip's name; None is the default backend.
+        differentiate: measure value and gradient (for a result that is not scalar, the vjp) and not `fun` itself.
+        argnums: as in `jax.grad`.
+        has_aux: as in `jax.grad`.
+
+    Returns:
+        The bytes, in parts.
+
+    Raises:
+        NotDifferentiableError: nothing to differentiate.
+        TargetError: the target's compiler is not here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+        >>> measure(lambda x: jnp.sum(jnp.tanh(x) ** 2), x).argument_bytes
+        262144
+    """
+    traced = trace(fun, args)
+    program = traced.program
+
+    plain = functools.partial(run, program)
+    specs = input_specs(program)
+    if not differentiate:
+        return compiled_bytes(plain, specs, target)
+    goal = objective(traced, argnums, has_aux)
+    return compiled_bytes(goal.differentiated(plain), [*specs, *cotangent_specs(program, goal)], target)
+
+
+def input_specs(program: Any) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a program's inputs, `[num_inputs]`."""
+    return [_spec(program.avals[v]) for v in program.inputs]
+
+
+def cotangent_specs(program: Any, goal: Objective) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the cotangents that are arguments; none for a scalar."""
+    if goal.is_scalar:
+        return []
+    outputs = [program.outputs[i] for i in goal.outputs]
+    return [_spec(program.avals[x] if isinstance(x, int) else x.aval) for x in outputs]
+
+
+def _spec(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def compiled_bytes(fun: Callable, specs: Sequence[jax.ShapeDtypeStruct], target: str | None) -> Measurement:
+    """Compile a flat function for a target and read what it takes.
+
+    Raises:
+        TargetError: the target's compiler is not here.
+    """
+    chip = targets.find(target)
+    backend = jax.default_backend()
+    platform = {"gpu": "cuda"}.get(backend, backend)
+    if chip.platform != platform and target is not None:
+        raise TargetError(
+            f"target={target!r} needs the {chip.platform} compiler, and this process has the {platform} backend; "
+            'leave the target out to plan for the backend that is here, or use target="cpu" on a CPU'
+        )
+    started = time.perf_counter()
+    lowered = jax.jit(fun).trace(*specs).lower()
+    compiled = lowered.compile(compiler_options=_options(platform))
+    took = time.perf_counter() - started
+    if took > _SLOW_S:
+        _log_slow(target or platform, took)
+    stats = compiled.memory_analysis()
+    assert stats is not None, "every backend that jaxckpt plans for reports its memory"
+    device = (
+        stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    )
+    return Measurement(
+        device_bytes=device,
+        argument_bytes=stats.argument_size_in_bytes,
+        output_bytes=stats.output_size_in_bytes,
+        alias_bytes=stats.alias_size_in_bytes,
+        temp_bytes=stats.temp_size_in_bytes,
+        code_bytes=stats.generated_code_size_in_bytes,
+        target=target or platform,
+        compile_s=took,
+    )
+
+
+def _options(platform: str) -> dict[str, Any] | None:
+    if platform != "cpu":
+        return None
+    # Buffers are assigned before LLVM runs, so its optimisations change nothing but the time this takes.
+    return {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
+
+
+@functools.cache
+def _log_slow(target: str, took: float) -> None:
+    _LOG.info("compiling for %s took %.1f s; verify=False plans from prediction and skips it", target, took)

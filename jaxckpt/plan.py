@@ -1,0 +1,271 @@
+"""A plan: what to save and what to recompute, with the numbers it was chosen by. Frozen, printable, saved as JSON."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import networkx as nx
+from ckptsolvers import InvalidScheduleError, Keep, Schedule
+
+from jaxckpt import _compat
+from jaxckpt.apply import Saved, planned
+from jaxckpt.cuts import spans_at
+from jaxckpt.errors import PlanFileError, PlanMismatchError
+from jaxckpt.trace import Program, trace
+
+SCHEMA = 1
+_FORMAT = "jaxckpt plan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedGroup:
+    """Values of one shape that equal blocks save.
+
+    Attributes:
+        source: `file:line (function)` of the first one.
+        primitive: what makes them.
+        scope: name stack of the first one.
+        shape_dtype: such as `float32[8,512]`.
+        count: how many there are.
+        size_bytes: of all of them together.
+    """
+
+    source: str
+    primitive: str
+    scope: str
+    shape_dtype: str
+    count: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recomputation plan for one program.
+
+    Attributes:
+        budget_bytes: what was asked for, `reserve` taken off; None where `max_cost` was given.
+        max_cost: the limit on cost, as a fraction of the unplanned cost; None where a budget was given.
+        unplanned_peak_bytes: device bytes without a plan.
+        predicted_peak_bytes: device bytes under the plan, from the model.
+        measured_peak_bytes: device bytes under the plan, from the compiler; None if it was not compiled.
+        least_peak_bytes: device bytes of the plan that takes least.
+        is_unplanned_measured: whether `unplanned_peak_bytes` was measured.
+        is_least_measured: whether `least_peak_bytes` was measured.
+        forward_flops: of one forward pass.
+        recompute_flops: beyond the unplanned value and gradient.
+        recompute_cost: the same in the unit of `cost`: FLOPs, or modelled picoseconds.
+        unplanned_cost: of the unplanned value and gradient, in that unit.
+        cost: "time" or "flops".
+        solver: which solver chose.
+        target: for which chip.
+        num_compiles: how many programs were compiled to find it.
+        fingerprint: of the program it was made for.
+        jax_version: under which JAX.
+        parameter_bytes: of what is differentiated.
+        saved: what is saved, grouped by equal blocks.
+        schedule: the tree of regions; None where the program fits as it is.
+        blocks: `[n]`, positions of each block's equations in the flat program.
+        block_saves: `[n]`, the values that each block saves by name; None where JAX decides.
+        block_labels: `[n]`, how a person recognises each block.
+        lines: digests of the program's lines, to say what changed.
+        unknown: primitives counted by their bytes, for want of a rule.
+    """
+
+    budget_bytes: int | None
+    max_cost: float | None
+    unplanned_peak_bytes: int
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    least_peak_bytes: int
+    is_unplanned_measured: bool
+    is_least_measured: bool
+    forward_flops: int
+    recompute_flops: int
+    recompute_cost: int
+    unplanned_cost: int
+    cost: str
+    solver: str
+    target: str
+    num_compiles: int
+    fingerprint: str
+    jax_version: str
+    parameter_bytes: int
+    saved: tuple[SavedGroup, ...]
+    schedule: Schedule | None
+    blocks: tuple[tuple[int, ...], ...]
+    block_saves: tuple[Saved, ...]
+    block_labels: tuple[str, ...]
+    lines: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The best number there is for the plan's peak: measured, else predicted."""
+        return self.predicted_peak_bytes if self.measured_peak_bytes is None else self.measured_peak_bytes
+
+    def __str__(self) -> str:
+        """The report a person reads."""
+        from jaxckpt.report import show_plan
+
+        return show_plan(self)
+
+    def apply(self, fun: Callable) -> Callable:
+        """Return the function with the plan in it.
+
+        Args:
+            fun: the function the plan was made for; it is traced at each call, as under `jax.jit`.
+
+        Returns:
+            A function of the same arguments with the same results, which recomputes as planned when differentiated.
+
+        Raises:
+            PlanMismatchError: when called, if the function or its shapes are not those of the plan.
+        """
+        if self.schedule is None:
+            return fun
+
+        def with_plan(*args: Any, **kwargs: Any) -> Any:
+            traced = trace(fun, args, kwargs)
+            self.check(traced.program)
+            leaves = jax.tree.leaves((args, kwargs))
+            dynamic = [leaf for leaf, dyn in zip(leaves, traced.is_array, strict=True) if dyn]
+            return jax.tree.unflatten(traced.out_tree, self.flat(traced.program)(*traced.consts, *dynamic))
+
+        return with_plan
+
+    def flat(self, program: Program) -> Callable[..., list[Any]]:
+        """Return the planned program as a function of flat inputs."""
+        assert self.schedule is not None
+        spans = spans_at(program, self.blocks)
+        prefix = f"jaxckpt.{self.fingerprint[:8]}"
+        return planned(program, spans, self.schedule, self.block_saves, prefix)
+
+    def check(self, program: Program) -> None:
+        """Refuse a program that is not the plan's.
+
+        Raises:
+            PlanMismatchError: with the first thing that differs.
+        """
+        if program.fingerprint() == self.fingerprint:
+            return
+        lines = program.lines()
+        ours = self.lines
+        for i, (line, digest) in enumerate(zip(lines, ours, strict=False)):
+            if _digest(line) != digest:
+                change = f"line {i + 1} of the program is now `{line[:160]}`"
+                break
+        else:
+            change = f"the program has {len(lines)} lines where the plan's has {len(ours)}"
+        version = ""
+        if self.jax_version != _compat.JAX_VERSION:
+            version = f" (the plan was made under jax {self.jax_version}, this is {_compat.JAX_VERSION})"
+        raise PlanMismatchError(
+            f"the plan was made for another function or other shapes: {change}{version}; plan again"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, under the names of its attributes."""
+        data: dict[str, Any] = {"format": _FORMAT, "schema": SCHEMA}
+        for f in fields(self):
+            data[f.name] = getattr(self, f.name)
+        data["saved"] = [{g.name: getattr(group, g.name) for g in fields(group)} for group in self.saved]
+        data["schedule"] = None if self.schedule is None else self.schedule.to_json()
+        return json.loads(json.dumps(data))
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "this") -> "Plan":
+        """Read what `to_json` made.
+
+        Raises:
+            PlanFileError: anything else, or a newer schema.
+        """
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise PlanFileError(f"{where} is not a jaxckpt plan")
+        if data.get("schema") != SCHEMA:
+            raise PlanFileError(
+                f"{where} has plan schema {data.get('schema')!r} and this jaxckpt reads {SCHEMA}; upgrade or plan again"
+            )
+        names = {f.name for f in fields(cls)}
+        if missing := names - set(data):
+            raise PlanFileError(f"{where} is damaged: it lacks {', '.join(sorted(missing))}")
+        try:
+            values = {name: data[name] for name in names}
+            values["saved"] = tuple(SavedGroup(**group) for group in data["saved"])
+            values["schedule"] = None if data["schedule"] is None else Schedule.from_json(data["schedule"])
+            values["blocks"] = tuple(tuple(map(int, block)) for block in data["blocks"])
+            values["block_saves"] = tuple(None if s is None else tuple(map(int, s)) for s in data["block_saves"])
+            for name in ("block_labels", "lines", "unknown"):
+                values[name] = tuple(map(str, data[name]))
+            plan = cls(**values)
+            _check_shape(plan)
+        except (TypeError, ValueError, KeyError, InvalidScheduleError) as error:
+            raise PlanFileError(f"{where} is damaged: {error}") from error
+        return plan
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON; the file is there whole or not at all."""
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(self.to_json(), file, indent=1)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Read a plan.
+
+        Raises:
+            PlanFileError: a file that is no plan, is truncated, or is of another schema.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PlanFileError(f"{path} is not a jaxckpt plan, or is truncated: {error}") from error
+        return cls.from_json(data, str(path))
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The tree of regions as a graph: nodes `keep`, `recompute` and the root, edges from parent to child."""
+        graph = nx.DiGraph()
+        graph.add_node(0, kind="root", start=0, stop=len(self.blocks))
+        parents = [0]
+        for node, depth in self.schedule.walk() if self.schedule else ():
+            number = len(graph)
+            kind = "keep" if isinstance(node, Keep) else "recompute"
+            graph.add_node(number, kind=kind, start=node.start, stop=node.stop)
+            graph.add_edge(parents[depth], number)
+            del parents[depth + 1 :]
+            parents.append(number)
+        return graph
+
+
+def line_digests(program: Program) -> tuple[str, ...]:
+    """A short digest for each of a program's lines."""
+    return tuple(map(_digest, program.lines()))
+
+
+def _digest(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()[:8]
+
+
+def _check_shape(plan: Plan) -> None:
+    if plan.schedule is None:
+        return
+    at = 0
+    for node, _ in plan.schedule.walk():
+        if node.start != at:
+            raise ValueError(f"its schedule covers block {node.start} where {at} is due")
+        at = node.stop if isinstance(node, Keep) else at
+    if not at == len(plan.blocks) == len(plan.block_saves) == len(plan.block_labels):
+        raise ValueError(f"its schedule covers {at} blocks of {len(plan.blocks)}")

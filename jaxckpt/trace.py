@@ -1,0 +1,324 @@
+"""A function of pytrees as a flat program: one list of equations, nested calls inlined, every value numbered."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import primitives as prims
+
+from jaxckpt import _compat
+
+# Calls that stand for their body and nothing else.
+_INLINED = {prims.jit_p: "jaxpr", prims.closed_call_p: "call_jaxpr"}
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A literal operand."""
+
+    value: Any
+    aval: Any
+
+
+Atom = int | Constant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equation:
+    """One primitive application over numbered values.
+
+    Attributes:
+        primitive: the primitive object; dispatch on it, never on its name.
+        params: its parameters.
+        inputs: values read, or constants.
+        outputs: values made.
+        source_info: JAX's record of where it came from.
+        call_infos: the same of the calls it was inlined from, innermost first.
+        name_stacks: name stacks of the calls it was inlined from, outermost first, its own last.
+        ctx: JAX's context of the equation.
+        effects: its effects.
+    """
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Atom, ...]
+    outputs: tuple[int, ...]
+    source_info: Any
+    call_infos: tuple[Any, ...]
+    name_stacks: tuple[Any, ...]
+    ctx: Any
+    effects: Any
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values read, constants left out, each once."""
+        return tuple(dict.fromkeys(x for x in self.inputs if isinstance(x, int)))
+
+    @property
+    def source(self) -> str:
+        """`file:line (function)` of the user's code."""
+        return next(filter(None, map(_compat.source_line, (self.source_info, *self.call_infos))), "")
+
+    @property
+    def scope(self) -> str:
+        """The name stack as text, such as `GPT/h0/attn`."""
+        return "/".join(filter(None, (str(s) for s in self.name_stacks)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A flat program.
+
+    Attributes:
+        avals: `[num_values]`, shape and dtype of each value.
+        inputs: the values it starts from: closed-over constants first, then the arguments' array leaves.
+        equations: in order.
+        outputs: values or constants returned.
+    """
+
+    avals: list[Any]
+    inputs: tuple[int, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Atom, ...]
+    _lines: tuple[str, ...] | None = field(default=None, init=False, repr=False)
+
+    def lines(self) -> tuple[str, ...]:
+        """The program as text, a line per input, equation and output; stable across traces and processes."""
+        if self._lines is None:
+            rename: dict[int, int] = {}
+            number = lambda v: rename.setdefault(v, len(rename))  # noqa: E731
+            lines = [f"input {number(v)}:{_show_aval(self.avals[v])}" for v in self.inputs]
+            lines += [_show_equation(eqn, self.avals, number) for eqn in self.equations]
+            lines.append("output " + " ".join(_show_atom(x, number) for x in self.outputs))
+            object.__setattr__(self, "_lines", tuple(lines))
+        assert self._lines is not None
+        return self._lines
+
+    def fingerprint(self) -> str:
+        """A digest of the program: equal programs have equal ones."""
+        return hashlib.sha256("\n".join(self.lines()).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A program with the trees that lead from arguments to it and back.
+
+    Attributes:
+        program: the flat program.
+        consts: closed-over arrays or tracers, the first of the program's inputs.
+        in_tree: structure of `(args, kwargs)`.
+        is_array: for each leaf, whether it is traced; the others are static.
+        static_leaves: the leaves that are not traced, None in the places of those that are.
+        out_tree: structure of the result.
+        arg_names: for each traced leaf, how a user would write it, such as `args[0]['w']`.
+    """
+
+    program: Program
+    consts: tuple[Any, ...]
+    in_tree: Any
+    is_array: tuple[bool, ...]
+    static_leaves: tuple[Any, ...]
+    out_tree: Any
+    arg_names: tuple[str, ...]
+
+
+def is_array_like(leaf: Any) -> bool:
+    """Whether a leaf is traced: arrays, their specs, tracers and Python numbers. All else, booleans too, is static."""
+    if isinstance(leaf, bool):
+        return False  # a flag that decides what the function does, not data
+    if isinstance(leaf, int | float | complex | np.ndarray | np.generic | jax.Array):
+        return True
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def trace(fun: Callable, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Traced:
+    """Trace a function to a flat program.
+
+    Args:
+        fun: a function of pytrees.
+        args: arrays, `ShapeDtypeStruct`s or pytrees of them; leaves that are not arrays are static.
+        kwargs: likewise.
+
+    Returns:
+        The program and its trees. What `fun` raises while it is traced is raised unchanged.
+    """
+    paths, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs or {})))
+    leaves = [leaf for _, leaf in paths]
+    is_array = tuple(map(is_array_like, leaves))
+    static = tuple(None if dyn else leaf for leaf, dyn in zip(leaves, is_array, strict=True))
+    out_trees = []
+
+    def flat(*dynamic: Any) -> list[Any]:
+        out = call_with_leaves(fun, in_tree, static, is_array, dynamic)
+        out_leaves, out_tree = jax.tree.flatten(out)
+        out_trees.append(out_tree)
+        return out_leaves
+
+    dynamic = [leaf for leaf, dyn in zip(leaves, is_array, strict=True) if dyn]
+    closed = jax.make_jaxpr(flat)(*dynamic)
+    return Traced(
+        program=flatten(closed.jaxpr),
+        consts=tuple(closed.consts),
+        in_tree=in_tree,
+        is_array=is_array,
+        static_leaves=static,
+        out_tree=out_trees[-1],
+        arg_names=tuple(_show_path(path) for (path, _), dyn in zip(paths, is_array, strict=True) if dyn),
+    )
+
+
+def call_with_leaves(fun: Callable, in_tree: Any, static: Sequence[Any], is_array: Sequence[bool], dynamic: Any) -> Any:
+    """Call a function with its traced leaves put back among the static ones."""
+    rest = iter(dynamic)
+    leaves = [next(rest) if dyn else leaf for leaf, dyn in zip(static, is_array, strict=True)]
+    args, kwargs = jax.tree.unflatten(in_tree, leaves)
+    return fun(*args, **kwargs)
+
+
+def flatten(jaxpr: Any) -> Program:
+    """Flatten a jaxpr: number its values, inline calls, and leave out what no output and no effect needs."""
+    avals: list[Any] = []
+    equations: list[Equation] = []
+
+    def new(var: Any) -> int:
+        avals.append(var.aval)
+        return len(avals) - 1
+
+    def walk(jaxpr: Any, operands: Iterable[Atom], stacks: tuple[Any, ...], calls: tuple[Any, ...]) -> list[Atom]:
+        env: dict[Any, Atom] = dict(zip([*jaxpr.constvars, *jaxpr.invars], operands, strict=True))
+
+        def read(atom: Any) -> Atom:
+            return Constant(atom.val, atom.aval) if isinstance(atom, jex.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = tuple(map(read, eqn.invars))
+            eqn_stacks = (*stacks, eqn.source_info.name_stack)
+            if eqn.primitive in _INLINED:
+                inner = eqn.params[_INLINED[eqn.primitive]]
+                # Closed-over arrays of a nested jaxpr are operands like any other.
+                consts = [Constant(c, v.aval) for c, v in zip(inner.consts, inner.jaxpr.constvars, strict=True)]
+                results = walk(inner.jaxpr, (*consts, *inputs), eqn_stacks, (eqn.source_info, *calls))
+                env.update(zip(eqn.outvars, results, strict=True))
+                continue
+            outputs = tuple(map(new, eqn.outvars))
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            equations.append(
+                Equation(
+                    primitive=eqn.primitive,
+                    params=eqn.params,
+                    inputs=inputs,
+                    outputs=outputs,
+                    source_info=eqn.source_info,
+                    call_infos=calls,
+                    name_stacks=eqn_stacks,
+                    ctx=eqn.ctx,
+                    effects=eqn.effects,
+                )
+            )
+        return [read(v) for v in jaxpr.outvars]
+
+    inputs = tuple(new(v) for v in [*jaxpr.constvars, *jaxpr.invars])
+    outputs = tuple(walk(jaxpr, inputs, (), ()))
+    live = live_equations(equations, outputs)
+    return Program(avals=avals, inputs=inputs, equations=tuple(live), outputs=outputs)
+
+
+def live_equations(equations: Sequence[Equation], outputs: Iterable[Atom]) -> list[Equation]:
+    """Those that an output or an effect needs, in order."""
+    needed = {x for x in outputs if isinstance(x, int)}
+    live = []
+    for eqn in reversed(equations):
+        if eqn.effects or not needed.isdisjoint(eqn.outputs):
+            needed.update(eqn.reads)
+            live.append(eqn)
+    return live[::-1]
+
+
+def evaluate(equations: Iterable[Equation], env: dict[int, Any], names: dict[int, str] | None = None) -> None:
+    """Run equations on traced or concrete values.
+
+    Args:
+        equations: in order.
+        env: value number to value; what is made is added to it.
+        names: values to pass through `checkpoint_name`, under these names.
+    """
+    for eqn in equations:
+        operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
+        with _compat.source_context(eqn.source_info, eqn.name_stacks, eqn.ctx):
+            results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+            if not eqn.primitive.multiple_results:
+                results = [results]
+            for v, result in zip(eqn.outputs, results, strict=True):
+                if names and v in names:
+                    result = checkpoint_name(result, names[v])
+                env[v] = result
+
+
+def outputs_of(program: Program, env: dict[int, Any]) -> list[Any]:
+    """Read a program's outputs from the values that running it made."""
+    return [x.value if isinstance(x, Constant) else env[x] for x in program.outputs]
+
+
+def run(program: Program, *inputs: Any) -> list[Any]:
+    """Run a program on flat inputs, without a plan."""
+    env = dict(zip(program.inputs, inputs, strict=True))
+    evaluate(program.equations, env)
+    return outputs_of(program, env)
+
+
+def size_bytes(aval: Any) -> int:
+    """Bytes of an array of this shape and dtype; 0 for tokens and float0."""
+    dtype, shape = getattr(aval, "dtype", None), getattr(aval, "shape", ())
+    if dtype is None or dtype == jax.dtypes.float0:
+        return 0
+    itemsize = 8 if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
+    return int(np.prod(shape, dtype=object)) * itemsize
+
+
+def is_differentiable(aval: Any) -> bool:
+    """Whether a tangent can be other than zero: floating point or complex."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, np.inexact)
+
+
+def show_aval(aval: Any) -> str:
+    """`float32[8,512]`."""
+    dtype = getattr(aval, "dtype", None)
+    if dtype is None:
+        return str(aval)
+    return f"{dtype}[{','.join(map(str, aval.shape))}]"
+
+
+def _show_aval(aval: Any) -> str:
+    return show_aval(aval) + ("*" if getattr(aval, "weak_type", False) else "")
+
+
+def _show_atom(atom: Atom, number: Callable[[int], int]) -> str:
+    if isinstance(atom, int):
+        return str(number(atom))
+    value = np.asarray(atom.value) if np.ndim(atom.value) else atom.value
+    if np.ndim(value):
+        return f"const:{hashlib.sha256(value.tobytes()).hexdigest()[:12]}:{_show_aval(atom.aval)}"
+    return f"{value}:{_show_aval(atom.aval)}"
+
+
+def _show_equation(eqn: Equation, avals: Sequence[Any], number: Callable[[int], int]) -> str:
+    params = " ".join(f"{k}={_ADDRESS.sub('', str(v))}" for k, v in sorted(eqn.params.items()))
+    reads = " ".join(_show_atom(x, number) for x in eqn.inputs)
+    made = " ".join(f"{number(v)}:{_show_aval(avals[v])}" for v in eqn.outputs)
+    return f"{made} = {eqn.primitive.name} {reads} [{params}]"
+
+
+def _show_path(path: Any) -> str:
+    branch, *rest = path
+    if getattr(branch, "idx", None) == 1:
+        return f"{rest[0].key}{jax.tree_util.keystr(tuple(rest[1:]))}"
+    return f"args{jax.tree_util.keystr(tuple(rest))}"
