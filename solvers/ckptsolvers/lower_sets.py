@@ -8,7 +8,7 @@ needs is a kept block, and memory is counted as the judge counts it and not by t
 
 Optimal among schedules whose regions do not nest, when every block has one option; the paper's class, and so far from
 the nested optimum when memory is short. With several options regions use uniform rules. The lists of non-dominated
-(bytes, work) pairs are exact up to 2000 pairs per cut, beyond which some are left out.
+(bytes, work) pairs are exact up to 1000 pairs per cut, beyond which some are left out.
 
 O(n^2 pairs) time, O(n pairs) space.
 """
@@ -26,7 +26,7 @@ from ckptsolvers.schedule import Keep, Node, Schedule, region
 from ckptsolvers.simulate import simulate
 from ckptsolvers.solution import Solution, check_budget
 
-_MOST_PAIRS = 2000
+_MOST_PAIRS = 1000
 
 
 def solve_lower_sets(problem: Problem, *, budget_bytes: int) -> Solution:
@@ -135,14 +135,16 @@ class _Search:
             return None
         held = np.concatenate([at.held[fits] + move.held_bytes for _, fits, move, at in found])
         work = np.concatenate([at.work[fits] + move.work for _, fits, move, at in found])
-        origins = [(place, pair, move) for place, fits, move, _ in found for pair in fits.tolist()]
+        arrival = np.repeat(np.arange(len(found)), [len(fits) for _, fits, _, _ in found])
+        pair = np.concatenate([fits for _, fits, _, _ in found])
         order = np.lexsort((work, held))
         least = np.minimum.accumulate(work[order])
         keep = order[np.flatnonzero(np.diff(least, prepend=least[0] + 1) < 0)]
         if len(keep) > _MOST_PAIRS:
             self.is_exact = False
             keep = keep[np.linspace(0, len(keep) - 1, _MOST_PAIRS).round().astype(int)]
-        return _Pairs(held[keep], work[keep], [origins[i] for i in keep.tolist()])
+        ways = zip(arrival[keep].tolist(), pair[keep].tolist(), strict=True)
+        return _Pairs(held[keep], work[keep], [(found[i][0], p, found[i][2]) for i, p in ways])
 
     def _moves(self) -> list[list[_Move]]:
         """Every kept block and every region, by the place it starts from."""
