@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 from jax._src import source_info_util  # no public way to read or restore an equation's source
 from jax.extend.core.primitives import jit_p
 from jax.interpreters import ad, partial_eval
 
 JAX_VERSION = jax.__version__
-JAXLIB_VERSION = jaxlib.__version__
+JAXLIB_VERSION: str = jaxlib.version.__version__
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -25,9 +25,7 @@ def _release(version: str) -> tuple[int, ...]:
 # Before 0.12 the CPU compiler removes optimization barriers before it merges common subexpressions, so recomputation
 # is merged back and jax.checkpoint saves nothing. Disabling the pass that does it restores the barriers.
 CPU_UNDOES_REMAT = _release(JAXLIB_VERSION) < (0, 12)
-CPU_REMAT_OPTIONS: dict[str, Any] = (
-    {"xla_disable_hlo_passes": "cse_barrier_expander"} if CPU_UNDOES_REMAT else {}
-)
+CPU_REMAT_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"} if CPU_UNDOES_REMAT else {}
 
 
 def source_line(source_info: Any) -> str:

@@ -71,9 +71,7 @@ class _Runner:
             node.start, node.stop, lambda inner: evaluate(span.equations, inner, names), tuple(names.values()), env
         )
 
-    def _region(
-        self, start: int, stop: int, body: Callable, names: tuple[str, ...], env: dict[int, Any]
-    ) -> None:
+    def _region(self, start: int, stop: int, body: Callable, names: tuple[str, ...], env: dict[int, Any]) -> None:
         """Run blocks start..stop-1 inside one `jax.checkpoint`, on what they read, for what is read after them."""
         made = {v for span in self.spans[start:stop] for v in span.outputs}
         reads = list(dict.fromkeys(v for span in self.spans[start:stop] for v in span.inputs if v not in made))

@@ -84,6 +84,7 @@ def analyse(
         The problem, with what stands behind its options.
     """
     results = {x for x in program.outputs if isinstance(x, int)}
+    values, place = _crossing_values(program, spans, active, results)
     known: dict[str, tuple[int, _Analysis]] = {}
     blocks, flops_blocks, choices, classes, cost = [], [], [], [], 0
     for span in spans:
@@ -94,10 +95,9 @@ def analyse(
         number, analysis = known[key]
         classes.append(number)
         cost += analysis.unplanned_cost
-        blocks.append(analysis.block)
-        flops_blocks.append(analysis.flops_block)
+        blocks.append(_placed(analysis.block, analysis, span, place))
+        flops_blocks.append(_placed(analysis.flops_block, analysis, span, place))
         choices.append(tuple(local.globalised(choice) for choice in analysis.choices))
-    values = _crossing_values(program, spans, active, results)
     return Blocks(
         program=program,
         graph=graph,
@@ -112,14 +112,16 @@ def analyse(
 
 def _crossing_values(
     program: Program, spans: Sequence[Span], active: Collection[int], results: Collection[int]
-) -> tuple[Value, ...]:
+) -> tuple[tuple[Value, ...], dict[int, int]]:
+    """The solver's values, and where each of the program's stands among them."""
     readers: dict[int, list[int]] = {}
     for k, span in enumerate(spans):
         for v in span.inputs:
             readers.setdefault(v, []).append(k)
-    values = []
+    values, place = [], {}
     for k, span in enumerate(spans):
         for v in span.outputs:
+            place[v] = len(values)
             size = size_bytes(program.avals[v])
             values.append(
                 Value(
@@ -130,7 +132,18 @@ def _crossing_values(
                     cotangent_bytes=size if v in active and readers.get(v) else 0,
                 )
             )
-    return tuple(values)
+    return tuple(values), place
+
+
+def _placed(block: Block, analysis: "_Analysis", span: Span, place: dict[int, int]) -> Block:
+    """A distinct block at one of its places: inputs counted as the problem counts them there."""
+    order = {p: i for i, p in enumerate(sorted(place[v] for v in span.inputs if v in place))}
+    options = [
+        replace(option, unread_inputs=tuple(order[place[v]] for v in span.inputs if v in place and v in unread))
+        for option, positions in zip(block.options, analysis.unread, strict=True)
+        if (unread := {span.inputs[i] for i in positions}) is not None
+    ]
+    return replace(block, options=tuple(options))
 
 
 class _Local:
@@ -183,6 +196,7 @@ class _Analysis:
     block: Block
     flops_block: Block
     choices: tuple[_LocalChoice, ...]
+    unread: tuple[tuple[int, ...], ...]  # for each option, the inputs that only its forward reads
     unplanned_cost: int
 
 
@@ -211,7 +225,7 @@ def _differentiate(local: _Local) -> _Joint:
             inner = env | dict(zip(local.active_inputs, active, strict=True))
             # A name is a value of its own: what an operation's derivative reads of its unnamed result is made again
             # even where the named one is saved, so the model must see both.
-            evaluate(span.equations, inner, {v: "value" for v in interior})
+            evaluate(span.equations, inner, dict.fromkeys(interior, "value"))
             return [inner[v] for v in local.active_outputs], [inner[v] for v in interior]
 
         _, pull, values = jax.vjp(forward, *(env[v] for v in local.active_inputs), has_aux=True)
@@ -237,7 +251,7 @@ def _differentiate(local: _Local) -> _Joint:
     forward = [eqn for eqn in flat.equations if late.isdisjoint(eqn.outputs)]
     made_forward = {v for eqn in forward for v in eqn.outputs}
     read = dict.fromkeys(v for eqn in backward for v in eqn.reads if v in made_forward)
-    read |= dict.fromkeys(v for v in grads if v in made_forward)
+    read |= dict.fromkeys(v for v in grads if isinstance(v, int) and v in made_forward)
     ints = lambda atoms: [x for x in atoms if isinstance(x, int)]  # noqa: E731
     return _Joint(
         avals=flat.avals,
@@ -269,6 +283,7 @@ def _analyse_block(local: _Local, timer: Timer) -> _Analysis:
         model.block(tuple(option for option, _ in kept), model.time),
         model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
         tuple(choices),
+        tuple(model.unread(saved) for _, saved in kept),
         sum(model.time.values()) + sum(timer(eqn, joint.avals) for eqn in joint.backward),
     )
 
@@ -307,10 +322,11 @@ class _Model:
         return list(found)
 
     def residuals_kept(self) -> frozenset[int]:
-        """What is held without a checkpoint: JAX's residuals, less what a compiler folds into their readers."""
-        folded = {id(eqn): 0 if eqn.primitive in costs.LAYOUT else 1 for eqn in self.joint.forward}
-        sizes = {v: self.size(v) for eqn in self.joint.forward for v in eqn.outputs if self.size(v)}
-        return save_sets(self._operations(folded), targets=self.joint.residuals, save_bytes=sizes, num_rates=2)[-1]
+        """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
+        held = liveness.buffers_across(
+            self.joint.forward, self.joint.backward, kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients]
+        )
+        return frozenset(v for v in held if self.size(v))
 
     def option(self, name: str, saved: frozenset[int]) -> Option:
         """The option that saves this set."""
@@ -325,6 +341,13 @@ class _Model:
             backward_peak_bytes=self._backward_peak(again, saved),
             saved_outputs=tuple(self.outputs.index(v) for v in own),
         )
+
+    def unread(self, saved: frozenset[int]) -> tuple[int, ...]:
+        """Positions of the inputs that neither the backward nor what it makes again reads."""
+        late = [*self._needed(self.joint.residuals, saved), *self.joint.backward]
+        read = {v for eqn in late for v in eqn.reads}
+        inputs = (self.joint.value[v] for v in self.local.span.inputs)
+        return tuple(i for i, v in enumerate(inputs) if v not in read)
 
     def in_flops(self, option: Option, saved: frozenset[int]) -> Option:
         """The same option with FLOPs for times."""

@@ -118,9 +118,7 @@ def _nested(primitive: Any, params: dict[str, Any]) -> Cost | None:
         return Cost(body.flops, body.moved_bytes, body.unknown | {"while (trips unknown, counted once)"})
     if primitive is prims.cond_p:
         return max((jaxpr_cost(b.jaxpr) for b in params["branches"]), key=lambda c: c.flops)
-    bodies = [
-        getattr(params[k], "jaxpr", params[k]) for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params
-    ]
+    bodies = [getattr(params[k], "jaxpr", params[k]) for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params]
     bodies = [b for b in bodies if hasattr(b, "eqns")]
     return _total([jaxpr_cost(b) for b in bodies]) if bodies else None
 

@@ -4,6 +4,7 @@ A cut is worth having where little is alive, and between any two costly equation
 them where bytes are equal, so that dropping a block's last output drops the costly equation with it.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class Span:
     outputs: tuple[int, ...]
 
 
-def cut(program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: int = 100) -> tuple[Span, ...]:
+def cut(program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: int = 130) -> tuple[Span, ...]:
     """Cut a program into blocks.
 
     Args:
@@ -113,7 +114,7 @@ def _borders(graph: nx.DiGraph, order: Sequence[int], alive: Sequence[int], max_
     """One cut between each two costly equations, where least is alive; positions in the order where blocks start."""
     weights = [graph.nodes[i]["flops"] for i in order]
     heavy = [p for p, w in enumerate(weights) if w * 4 * max_blocks >= sum(weights) and w]
-    return [min(range(a, b), key=lambda p: (alive[p], p)) + 1 for a, b in zip(heavy, heavy[1:], strict=False)]
+    return [min(range(a, b), key=lambda p: (alive[p], p)) + 1 for a, b in itertools.pairwise(heavy)]
 
 
 def _thin(borders: list[int], alive: Sequence[int], max_blocks: int) -> list[int]:

@@ -46,34 +46,57 @@ def peak_bytes(
     """
     same: dict[int, int] = {}
     runs = _resolve(equations, same)
-    find = lambda values: {same.get(v, v) for v in values}  # noqa: E731
-    kept, held = find(kept), find(held)
-    external = find(external) - kept
-    buffers = _materialised(runs, kept | external)
-    roots = _roots(runs, buffers, held)
+    at_end, at_start = _find(kept, same), _find(held, same)
+    elsewhere = _find(external, same) - at_end
+    buffers = _materialised(runs, at_end | elsewhere)
+    roots = _roots(runs, buffers, at_start)
 
-    last = dict.fromkeys(held, -1)
+    last = dict.fromkeys(at_start, -1)
     for i, run in enumerate(runs):
         if not buffers.isdisjoint(run.makes):
             for v in run.reads:
                 last.update(dict.fromkeys(roots.get(v, ()), i))
-    for v in kept | external:
+    for v in at_end | elsewhere:
         last.update(dict.fromkeys(roots.get(v, ()), len(runs)))
     ends: dict[int, list[int]] = {}
     for v, i in last.items():
-        if v not in external:
+        if v not in elsewhere:
             ends.setdefault(i, []).append(v)
 
     total = lambda values: sum(map(size, values))  # noqa: E731
-    live = peak = total(held)
+    live = peak = total(at_start)
     live -= total(ends.get(-1, ()))
     for i, run in enumerate(runs):
-        made = [v for v in run.makes if v in buffers and v not in external]
+        made = [v for v in run.makes if v in buffers and v not in elsewhere]
         grown, shrunk = total(made), total(ends.get(i, ()))
         # A fused loop writes over an operand that dies with it.
         peak = max(peak, live + grown - (min(grown, shrunk) if run.is_fused else 0))
         live += grown - shrunk - total(v for v in made if v not in last)
     return peak
+
+
+def buffers_across(forward: Sequence[Equation], backward: Sequence[Equation], *, kept: Collection[int]) -> set[int]:
+    """The buffers that the forward makes and the backward reads, when one compiler sees both.
+
+    Args:
+        forward: in order.
+        backward: in order.
+        kept: values that outlive both.
+
+    Returns:
+        Values that the forward makes. One that is fused is made again from the buffers it is fused from.
+    """
+    same: dict[int, int] = {}
+    runs = _resolve([*forward, *backward], same)
+    made = {v for eqn in forward for v in eqn.outputs}
+    buffers = _materialised(runs, _find(kept, same))
+    roots = _roots(runs, buffers, ())
+    late = _find((v for eqn in backward for v in eqn.reads), same)
+    return {root for v in late for root in roots.get(v, ()) if root in made}
+
+
+def _find(values: Iterable[int], same: dict[int, int]) -> set[int]:
+    return {same.get(v, v) for v in values}
 
 
 def _resolve(equations: Iterable[Equation], same: dict[int, int]) -> list[_Run]:
@@ -110,7 +133,7 @@ def _materialised(runs: Sequence[_Run], kept: Collection[int]) -> set[int]:
     return buffers
 
 
-def _roots(runs: Sequence[_Run], buffers: Collection[int], held: Collection[int]) -> dict[int, frozenset[int]]:
+def _roots(runs: Sequence[_Run], buffers: Collection[int], held: Iterable[int]) -> dict[int, frozenset[int]]:
     """For each value, the buffers that reading it reads: itself, or what it is fused from."""
     roots = {v: frozenset((v,)) for v in held}
     for run in runs:

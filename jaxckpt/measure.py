@@ -211,11 +211,9 @@ def compiled_bytes(fun: Callable, specs: Sequence[jax.ShapeDtypeStruct], target:
     if took > _SLOW_S:
         _log_slow(target or platform, took)
     stats = compiled.memory_analysis()
+    assert stats is not None, "every backend that jaxckpt plans for reports its memory"
     device = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
+        stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     )
     return Measurement(
         device_bytes=device,

@@ -166,7 +166,9 @@ class Plan:
         version = ""
         if self.jax_version != _compat.JAX_VERSION:
             version = f" (the plan was made under jax {self.jax_version}, this is {_compat.JAX_VERSION})"
-        raise PlanMismatchError(f"the plan was made for another function or other shapes: {change}{version}; plan again")
+        raise PlanMismatchError(
+            f"the plan was made for another function or other shapes: {change}{version}; plan again"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, under the names of its attributes."""
@@ -188,7 +190,7 @@ class Plan:
             raise PlanFileError(f"{where} is not a jaxckpt plan")
         if data.get("schema") != SCHEMA:
             raise PlanFileError(
-                f"{where} has plan schema {data.get('schema')!r} and this jaxckpt reads {SCHEMA}; plan again, or upgrade"
+                f"{where} has plan schema {data.get('schema')!r} and this jaxckpt reads {SCHEMA}; upgrade or plan again"
             )
         names = {f.name for f in fields(cls)}
         if missing := names - set(data):

@@ -83,8 +83,8 @@ def plan(
         ...     for _ in range(8):
         ...         x = jnp.tanh(x @ w)
         ...     return jnp.sum(x**2)
-        >>> spec = jax.ShapeDtypeStruct((128, 128), jnp.float32)
-        >>> plan(loss, spec, spec, budget="80%").measured_peak_bytes is not None
+        >>> w, x = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((1024, 64), jnp.float32)
+        >>> plan(loss, w, x, budget="80%").measured_peak_bytes is not None
         True
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify)
@@ -166,6 +166,8 @@ class _Search:
         fits, over = -1, len(self.candidates)
         while over - fits > 1 and self.num_compiles < _MAX_COMPILES:
             i = self._guess(fits, over, budget)
+            if i is None:
+                break
             if self._measured(i) <= budget:
                 fits = i
                 if self.known[i] >= _ENOUGH * budget:
@@ -178,13 +180,15 @@ class _Search:
                 self._refuse(budget, unplanned, self.known[fits], self.candidates[fits])
         return self._plan(fits, budget, unplanned)
 
-    def _guess(self, fits: int, over: int, budget: int) -> int:
+    def _guess(self, fits: int, over: int, budget: int) -> int | None:
         """The cheapest candidate between the two that should fit, by the prediction corrected by what was measured."""
         inside = [i for i in range(fits + 1, over) if self._corrected(i) <= budget]
         if inside:
             return inside[-1]
-        # The correction says that nothing more fits. One step further shows it.
-        return fits + 1 if fits >= 0 else (over - 1 if over <= 2 else over // 2)
+        # The correction says that nothing more fits: one step further shows it, or the least one does.
+        if fits >= 0:
+            return fits + 1
+        return None if 0 in self.known else 0
 
     def _corrected(self, i: int) -> float:
         """Predicted device bytes, temporaries scaled as those of the nearest measured candidates were."""
@@ -214,11 +218,7 @@ class _Search:
 
     def _predicted(self, budget: int, unplanned: int) -> Plan:
         room = budget - self.study.fixed_bytes
-        inside = [
-            i
-            for i, c in enumerate(self.candidates)
-            if c.judgement.peak_bytes * (1 + _UNVERIFIED_MARGIN) <= room
-        ]
+        inside = [i for i, c in enumerate(self.candidates) if c.judgement.peak_bytes * (1 + _UNVERIFIED_MARGIN) <= room]
         if not inside:
             least = math.ceil(self.candidates[0].judgement.peak_bytes * (1 + _UNVERIFIED_MARGIN))
             self._refuse(budget, unplanned, self.study.fixed_bytes + least, self.candidates[0])
@@ -275,12 +275,14 @@ class _Search:
             num_compiles=self.num_compiles,
             fingerprint=study.program.fingerprint(),
             jax_version=_compat.JAX_VERSION,
-            parameter_bytes=sum(size_bytes(study.program.avals[study.program.inputs[i]]) for i in study.objective.inputs),
+            parameter_bytes=sum(
+                size_bytes(study.program.avals[study.program.inputs[i]]) for i in study.objective.inputs
+            ),
             saved=() if candidate is None else _saved_groups(study, candidate),
             schedule=None if candidate is None else candidate.schedule,
             blocks=() if candidate is None or blocks is None else tuple(span.positions for span in blocks.spans),
             block_saves=() if candidate is None else tuple(study.saved(candidate.schedule)),
-            block_labels=() if candidate is None else tuple(map(_label, study.blocks.spans)),
+            block_labels=() if candidate is None or blocks is None else tuple(map(_label, blocks.spans)),
             lines=line_digests(study.program),
             unknown=tuple(sorted(set().union(*(study.graph.nodes[i]["unknown"] for i in study.graph)))),
         )
@@ -288,7 +290,9 @@ class _Search:
 
 def _label(span: Any) -> str:
     """The scope and the operations that tell a block from others."""
-    eqn = max(span.equations, key=lambda e: (e.primitive.name in ("dot_general", "conv_general_dilated"), e.scope != ""))
+    eqn = max(
+        span.equations, key=lambda e: (e.primitive.name in ("dot_general", "conv_general_dilated"), e.scope != "")
+    )
     heavy = Counter(e.primitive.name for e in span.equations).most_common(1)[0][0]
     name = eqn.primitive.name if eqn.primitive.name in ("dot_general", "conv_general_dilated") else heavy
     return f"{eqn.scope} {name}".strip()

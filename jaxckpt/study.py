@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptsolvers import ChainTable, InfeasibleError, Judgement, Keep, Schedule, simulate
+from ckptsolvers.chain import default_num_levels
 
 from jaxckpt import apply, cuts, graph, targets
 from jaxckpt.blocks import Blocks, analyse
@@ -17,7 +18,8 @@ from jaxckpt.trace import Program, run, size_bytes
 
 # Candidates stand this far apart in predicted bytes; finer ones differ by less than a compiler's own noise.
 _STEP = 1.01
-_NUM_LEVELS = 2000
+# JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
+_MAX_DEPTH = 20
 _SOLVERS = ("auto", "chain", "chen", "revolve")
 
 
@@ -88,8 +90,10 @@ class Study:
         arguments = sum(sizes[v] for v in program.inputs if v in read)
         results = sum(sizes[x] for x in program.outputs if isinstance(x, int))
         gradients = sum(sizes[program.inputs[i]] for i in self.objective.inputs)
-        cotangents = 0 if self.objective.is_scalar else sum(
-            sizes[x] for i in self.objective.outputs if isinstance(x := program.outputs[i], int)
+        cotangents = (
+            0
+            if self.objective.is_scalar
+            else sum(sizes[x] for i in self.objective.outputs if isinstance(x := program.outputs[i], int))
         )
         return arguments + results + gradients + cotangents
 
@@ -139,7 +143,7 @@ def _candidates(blocks: Blocks, solver: Any) -> list[Candidate]:
         schedules = list(revolve_schedules(problem))
     else:
         schedules = _called_schedules(blocks, solver)
-    judged = [Candidate(s, simulate(problem, s)) for s in schedules]
+    judged = [Candidate(s, simulate(problem, s)) for s in schedules if s.depth <= _MAX_DEPTH]
     judged.sort(key=lambda c: (c.judgement.peak_bytes, c.judgement.work))
     best: list[Candidate] = []
     for candidate in judged:
@@ -161,7 +165,7 @@ def _spread(candidates: list[Candidate]) -> list[Candidate]:
 
 def _chain_schedules(blocks: Blocks) -> Sequence[Schedule]:
     most = _keep_all_peak(blocks)
-    table = ChainTable(blocks.problem, max_bytes=most, num_levels=_NUM_LEVELS)
+    table = ChainTable(blocks.problem, max_bytes=most, num_levels=default_num_levels(blocks.problem.num_blocks) // 2)
     levels, last = [], 0.0
     for level in table.steps():
         # Judging every level would take longer than solving them.

@@ -35,7 +35,9 @@ class Target:
     vector_flops: float
 
 
-def _chip(name: str, platform: str, memory_bytes: int, bandwidth: float, bf16: float, f32: float, vector: float) -> Target:
+def _chip(
+    name: str, platform: str, memory_bytes: int, bandwidth: float, bf16: float, f32: float, vector: float
+) -> Target:
     rates = {"bfloat16": bf16, "float16": bf16, "int8": 2 * bf16, "": f32}
     return Target(
         name=name,

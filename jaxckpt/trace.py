@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives as prims
@@ -40,6 +41,7 @@ class Equation:
         inputs: values read, or constants.
         outputs: values made.
         source_info: JAX's record of where it came from.
+        call_infos: the same of the calls it was inlined from, innermost first.
         name_stacks: name stacks of the calls it was inlined from, outermost first, its own last.
         ctx: JAX's context of the equation.
         effects: its effects.
@@ -50,6 +52,7 @@ class Equation:
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
     source_info: Any
+    call_infos: tuple[Any, ...]
     name_stacks: tuple[Any, ...]
     ctx: Any
     effects: Any
@@ -62,7 +65,7 @@ class Equation:
     @property
     def source(self) -> str:
         """`file:line (function)` of the user's code."""
-        return _compat.source_line(self.source_info)
+        return next(filter(None, map(_compat.source_line, (self.source_info, *self.call_infos))), "")
 
     @property
     def scope(self) -> str:
@@ -189,7 +192,7 @@ def flatten(jaxpr: Any) -> Program:
         avals.append(var.aval)
         return len(avals) - 1
 
-    def walk(jaxpr: Any, operands: Iterable[Atom], stacks: tuple[Any, ...]) -> list[Atom]:
+    def walk(jaxpr: Any, operands: Iterable[Atom], stacks: tuple[Any, ...], calls: tuple[Any, ...]) -> list[Atom]:
         env: dict[Any, Atom] = dict(zip([*jaxpr.constvars, *jaxpr.invars], operands, strict=True))
 
         def read(atom: Any) -> Atom:
@@ -202,7 +205,7 @@ def flatten(jaxpr: Any) -> Program:
                 inner = eqn.params[_INLINED[eqn.primitive]]
                 # Closed-over arrays of a nested jaxpr are operands like any other.
                 consts = [Constant(c, v.aval) for c, v in zip(inner.consts, inner.jaxpr.constvars, strict=True)]
-                results = walk(inner.jaxpr, (*consts, *inputs), eqn_stacks)
+                results = walk(inner.jaxpr, (*consts, *inputs), eqn_stacks, (eqn.source_info, *calls))
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             outputs = tuple(map(new, eqn.outvars))
@@ -214,6 +217,7 @@ def flatten(jaxpr: Any) -> Program:
                     inputs=inputs,
                     outputs=outputs,
                     source_info=eqn.source_info,
+                    call_infos=calls,
                     name_stacks=eqn_stacks,
                     ctx=eqn.ctx,
                     effects=eqn.effects,
@@ -222,7 +226,7 @@ def flatten(jaxpr: Any) -> Program:
         return [read(v) for v in jaxpr.outvars]
 
     inputs = tuple(new(v) for v in [*jaxpr.constvars, *jaxpr.invars])
-    outputs = tuple(walk(jaxpr, inputs, ()))
+    outputs = tuple(walk(jaxpr, inputs, (), ()))
     live = live_equations(equations, outputs)
     return Program(avals=avals, inputs=inputs, equations=tuple(live), outputs=outputs)
 
@@ -275,14 +279,14 @@ def size_bytes(aval: Any) -> int:
     dtype, shape = getattr(aval, "dtype", None), getattr(aval, "shape", ())
     if dtype is None or dtype == jax.dtypes.float0:
         return 0
-    itemsize = 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
+    itemsize = 8 if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
     return int(np.prod(shape, dtype=object)) * itemsize
 
 
 def is_differentiable(aval: Any) -> bool:
     """Whether a tangent can be other than zero: floating point or complex."""
     dtype = getattr(aval, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, np.inexact)
+    return dtype is not None and jnp.issubdtype(dtype, np.inexact)
 
 
 def show_aval(aval: Any) -> str:

@@ -3,8 +3,8 @@
 Every needed value is either saved, at the price of its bytes, or made again, at the price of its operation's time,
 which needs the operation's operands in turn. For one exchange rate of bytes against time the cheapest choice is a
 minimum cut (the selection problem of Picard, "Maximal closure of a graph and applications to combinatorial problems",
-1976; torch.compile's partitioner uses the special case in which an operation is either free or never repeated). Sweeping
-the rate gives the lower convex hull of bytes against time; choices off the hull are not found.
+1976; torch.compile's partitioner uses the special case in which an operation is either free or never repeated).
+Sweeping the rate gives the lower convex hull of bytes against time; choices off the hull are not found.
 """
 
 from collections.abc import Collection, Iterable, Sequence

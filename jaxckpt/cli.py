@@ -1,0 +1,222 @@
+"""The command line: data to stdout, words to stderr; exit 0 yes, 1 a clear no, 2 a call that makes no sense."""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_YES, _NO, _USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not hasattr(options, "run"):
+        parser.print_help(sys.stderr)
+        return _USAGE
+    # JAX takes a second to import, and --help does not need it.
+    from jaxckpt import errors
+
+    try:
+        return options.run(options)
+    except errors.InfeasibleBudgetError as error:
+        print(f"jaxckpt: {error}", file=sys.stderr)
+        if options.json:
+            print(json.dumps(_infeasible(error), indent=1))
+        return _NO
+    except errors.PlanMismatchError as error:
+        print(f"jaxckpt: {error}", file=sys.stderr)
+        return _NO
+    except (errors.JaxckptError, _UsageError, OSError) as error:
+        print(f"jaxckpt: {error}", file=sys.stderr)
+        return _USAGE
+
+
+class _UsageError(Exception):
+    """Something on the command line that cannot be used."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxckpt", description="Gradient checkpointing for JAX by memory budget.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    plan = _command(commands, "plan", _plan, "choose what to save within a budget, from shapes alone")
+    _takes_function(plan)
+    limit = plan.add_mutually_exclusive_group(required=True)
+    limit.add_argument("--budget", type=_number_or_text, help='device bytes: "4GB", "4GiB", "80%%" or a number')
+    limit.add_argument("--max-cost", type=float, help="instead, the most a step may cost: 1.1 is 10 %% more")
+    plan.add_argument("--cost", choices=("time", "flops"), default="time", help="what is minimised")
+    plan.add_argument("--solver", default="auto", help="auto, chain, chen or revolve")
+    plan.add_argument("--reserve", type=_number_or_text, default=0, help="bytes to leave for optimizer state")
+    plan.add_argument("--no-verify", action="store_true", help="predict, do not compile")
+    plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
+
+    measure = _command(commands, "measure", _measure, "compile value and gradient and print the device bytes")
+    _takes_function(measure)
+    measure.add_argument("--forward", action="store_true", help="measure the function itself, not its gradient")
+
+    show = _command(commands, "show", _show, "print a plan from a file")
+    show.add_argument("plan", type=Path)
+
+    check = _command(commands, "check", _check, "say whether a plan from a file is for this function")
+    check.add_argument("plan", type=Path)
+    _takes_function(check)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=run)
+    return command
+
+
+def _takes_function(command: argparse.ArgumentParser) -> None:
+    command.add_argument("function", metavar="MODULE:FUNCTION", help="dotted module or path/file.py, and a name in it")
+    command.add_argument("--args", metavar="MODULE:FUNCTION", help="returns the arguments; default: its example_args")
+    command.add_argument("--target", help="chip to plan for, such as cpu; default: the backend that is here")
+    command.add_argument("--argnums", type=int, nargs="+", default=[0], help="what is differentiated")
+    command.add_argument("--has-aux", action="store_true", help="the function returns (value, aux)")
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import jaxckpt
+
+    fun, args = _function_and_args(options)
+    found = jaxckpt.plan(
+        fun,
+        *args,
+        budget=options.budget,
+        max_cost=options.max_cost,
+        cost=options.cost,
+        solver=options.solver,
+        target=options.target,
+        reserve=options.reserve,
+        verify=not options.no_verify,
+        argnums=_argnums(options),
+        has_aux=options.has_aux,
+    )
+    if options.output:
+        found.save(options.output)
+        print(f"wrote {options.output}", file=sys.stderr)
+    _print_plan(found, options.json)
+    return _YES
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    import jaxckpt
+
+    fun, args = _function_and_args(options)
+    found = jaxckpt.measure(
+        fun,
+        *args,
+        target=options.target,
+        differentiate=not options.forward,
+        argnums=_argnums(options),
+        has_aux=options.has_aux,
+    )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+        return _YES
+    print(found)
+    for part in ("argument", "output", "alias", "temp"):
+        print(f"  {part:9}{getattr(found, part + '_bytes'):>18,} bytes")
+    return _YES
+
+
+def _show(options: argparse.Namespace) -> int:
+    from jaxckpt.plan import Plan
+
+    _print_plan(Plan.load(options.plan), options.json)
+    return _YES
+
+
+def _check(options: argparse.Namespace) -> int:
+    from jaxckpt.plan import Plan
+    from jaxckpt.trace import trace
+
+    found = Plan.load(options.plan)
+    fun, args = _function_and_args(options)
+    found.check(trace(fun, args).program)
+    print(json.dumps({"matches": True}) if options.json else f"{options.plan} is a plan for {options.function}")
+    return _YES
+
+
+def _print_plan(found: Any, as_json: bool) -> None:
+    from jaxckpt.report import show_plan
+
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print(show_plan(found, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+
+
+def _infeasible(error: Any) -> dict[str, Any]:
+    names = ("budget_bytes", "least_peak_bytes", "unplanned_peak_bytes", "measured", "forced_by")
+    return {"feasible": False, **{name: getattr(error, name) for name in names}}
+
+
+def _argnums(options: argparse.Namespace) -> int | tuple[int, ...]:
+    return options.argnums[0] if len(options.argnums) == 1 else tuple(options.argnums)
+
+
+def _function_and_args(options: argparse.Namespace) -> tuple[Callable, tuple]:
+    module, name = _load(options.function)
+    fun = _attribute(module, name, options.function)
+    if options.args:
+        args_module, args_name = _load(options.args)
+        make = _attribute(args_module, args_name, options.args)
+    else:
+        make = getattr(module, "example_args", None)
+        if make is None:
+            raise _UsageError(
+                f"{options.function.rpartition(':')[0]} has no example_args; give --args MODULE:FUNCTION, a function "
+                "that returns the tuple of arguments as arrays or ShapeDtypeStructs"
+            )
+    args = make() if callable(make) else make
+    return fun, args if isinstance(args, tuple) else (args,)
+
+
+def _load(reference: str) -> tuple[Any, str]:
+    module, separator, name = reference.rpartition(":")
+    if not separator or not module or not name:
+        raise _UsageError(f"{reference!r} is not MODULE:FUNCTION, such as examples.gpt2:loss or model.py:loss")
+    if module.endswith(".py"):
+        path = Path(module)
+        if not path.exists():
+            raise _UsageError(f"{module} does not exist")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, loaded)
+        spec.loader.exec_module(loaded)
+        return loaded, name
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(module), name
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            raise _UsageError(f"there is no module {module!r} here: {error}") from error
+        raise
+
+
+def _attribute(module: Any, name: str, reference: str) -> Any:
+    if not hasattr(module, name):
+        raise _UsageError(f"{reference!r}: {module.__name__} has no {name!r}")
+    return getattr(module, name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What a person reads of a plan: sizes with their labels, the tree of regions, what is saved, what is not counted."""
+
+import io
+from collections.abc import Iterator, Sequence
+
+from ckptsolvers import Keep
+from ckptsolvers.schedule import Node
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from jaxckpt.plan import Plan, SavedGroup
+from jaxckpt.units import short_bytes, short_count, show_bytes
+
+_WIDTH = 118
+_MAX_ROWS = 24
+
+
+def show_plan(plan: Plan, *, color: bool = False, width: int = _WIDTH) -> str:
+    """Return the whole report as text.
+
+    Args:
+        plan: what to report.
+        color: with terminal colours.
+        width: columns.
+    """
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False)
+    console.print(_headline(plan), style="bold")
+    console.print(_sizes(plan))
+    if plan.schedule is not None:
+        console.print(_tree(plan))
+        console.print(_saved(plan.saved))
+    for note in _notes(plan):
+        console.print(note)
+    return out.getvalue().rstrip()
+
+
+def _headline(plan: Plan) -> str:
+    if plan.schedule is None:
+        return f"The program fits as it is on {plan.target}: no checkpoint is needed, and none is applied."
+    share = plan.recompute_flops / max(1, plan.forward_flops)
+    return (
+        f"Plan for {plan.target} by {plan.solver}: {short_bytes(plan.peak_bytes)} instead of "
+        f"{short_bytes(plan.unplanned_peak_bytes)}, {share:.1%} of the forward FLOPs recomputed."
+    )
+
+
+def _label(is_measured: bool) -> str:
+    return "measured" if is_measured else "predicted"
+
+
+def _sizes(plan: Plan) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for _ in range(3):
+        table.add_column()
+    if plan.budget_bytes is not None:
+        table.add_row("budget", show_bytes(plan.budget_bytes), "given")
+    else:
+        table.add_row("max cost", f"{plan.max_cost:g} x unplanned", "given")
+    table.add_row("unplanned peak", show_bytes(plan.unplanned_peak_bytes), _label(plan.is_unplanned_measured))
+    if plan.measured_peak_bytes is not None:
+        table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), "measured")
+    table.add_row("planned peak", show_bytes(plan.predicted_peak_bytes), "predicted")
+    table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), _label(plan.is_least_measured))
+    table.add_row("forward", f"{short_count(plan.forward_flops)}FLOP", "counted")
+    share = plan.recompute_flops / max(1, plan.forward_flops)
+    table.add_row("recomputation", f"{short_count(plan.recompute_flops)}FLOP, {share:.2%} of the forward", "counted")
+    if plan.cost == "time":
+        step = plan.recompute_cost / max(1, plan.unplanned_cost)
+        table.add_row("", f"{step:.2%} of the unplanned step's time", "modelled")
+    table.add_row("compiles", str(plan.num_compiles), "")
+    return table
+
+
+def _tree(plan: Plan) -> Tree:
+    assert plan.schedule is not None
+    num_regions, depth = plan.schedule.num_regions, plan.schedule.depth
+    tree = Tree(f"regions: {len(plan.blocks)} blocks, {num_regions} recomputed regions, {depth} deep")
+    _grow(tree, plan.schedule.nodes, plan)
+    return tree
+
+
+def _grow(tree: Tree, nodes: Sequence[Node], plan: Plan) -> None:
+    # Regions nest some twenty deep at most, so recursion is safe here.
+    for run in _runs(nodes):
+        first, last = run[0], run[-1]
+        if isinstance(first, Keep):
+            tree.add(f"keep {_span(first.start, last.stop, plan)}")
+        else:
+            branch = tree.add(f"recompute {_span(first.start, first.stop, plan)}")
+            if any(not isinstance(child, Keep) for child in first.children):
+                _grow(branch, first.children, plan)
+
+
+def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
+    """Kept blocks in a row belong on one line."""
+    run: list[Node] = []
+    for node in nodes:
+        if run and not (isinstance(node, Keep) and isinstance(run[-1], Keep)):
+            yield run
+            run = []
+        run.append(node)
+    if run:
+        yield run
+
+
+def _span(start: int, stop: int, plan: Plan) -> str:
+    blocks = f"block {start}" if stop == start + 1 else f"blocks {start}-{stop - 1}"
+    first, last = plan.block_labels[start], plan.block_labels[stop - 1]
+    return f"{blocks}  {first}" if first == last else f"{blocks}  {first} ... {last}"
+
+
+def _saved(groups: Sequence[SavedGroup]) -> Table:
+    total = sum(g.size_bytes for g in groups)
+    table = Table(title=f"saved from forward to backward: {short_bytes(total)}", title_justify="left", box=None)
+    for name in ("count", "bytes", "value", "of", "where", "scope"):
+        table.add_column(name, justify="right" if name in ("count", "bytes") else "left", overflow="fold")
+    for group in groups[:_MAX_ROWS]:
+        source = group.source.rsplit("/", 1)[-1]
+        table.add_row(
+            str(group.count), short_bytes(group.size_bytes), group.shape_dtype, group.primitive, source, group.scope
+        )
+    if len(groups) > _MAX_ROWS:
+        rest = groups[_MAX_ROWS:]
+        table.add_row(str(sum(g.count for g in rest)), short_bytes(sum(g.size_bytes for g in rest)), "others")
+    return table
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    adam = 2 * plan.parameter_bytes
+    yield (
+        "The budget covers arguments, gradients and temporaries of the value and gradient. It does not cover what "
+        f"lives outside: optimizer state (Adam: about {short_bytes(adam)}, twice the parameters), other models, data. "
+        "Leave room for it with reserve=..., or let fit(...) plan the whole step."
+    )
+    if plan.unknown:
+        yield f"Counted by their bytes, for want of a rule: {', '.join(plan.unknown)}."
+    if plan.measured_peak_bytes is None:
+        yield "Nothing was compiled: sizes are predicted and a margin is left. verify=True measures."
