@@ -45,8 +45,8 @@ FOLDED = _find("broadcast_in_dim iota")
 ALIAS = _find("reshape squeeze expand_dims name stop_gradient sharding_constraint copy reduce_precision")
 # Moving data by index: no operations, but a result of its own.
 _MOVES = _find(
-    "concatenate dynamic_slice dynamic_update_slice gather pad stack scatter platform_index all_gather all_to_all ppermute "
-    "ragged_all_to_all optimization_barrier after_all create_token axis_index"
+    "concatenate dynamic_slice dynamic_update_slice gather pad stack scatter platform_index all_gather all_to_all "
+    "ppermute ragged_all_to_all optimization_barrier after_all create_token axis_index"
 )
 _REDUCES = _find(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor cumsum cummax cummin "
