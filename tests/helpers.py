@@ -20,6 +20,11 @@ def x64() -> contextlib.AbstractContextManager:
     return jax.enable_x64(True)
 
 
+def jit(fun: Callable) -> Callable:
+    """Compile fast, and keep recomputation on every CPU."""
+    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS})
+
+
 def equations(jaxpr: Any) -> Iterator[Any]:
     """Every equation of a jaxpr, those of nested jaxprs too."""
     for eqn in jaxpr.eqns:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -15,20 +16,28 @@ class Model:
 
     Attributes:
         fun: the loss.
-        args: makes its arguments, arrays of this dtype.
+        make: makes its arguments, arrays of this dtype.
         heavy: a primitive of its forward that a plan recomputes.
         has_aux: as in `jax.grad`.
     """
 
     fun: Callable
-    args: Callable[[str], tuple]
+    make: Callable[[str], tuple]
     heavy: str
     has_aux: bool = False
 
+    def args(self, dtype: str = "float32") -> tuple:
+        """Its arguments."""
+        return self.make(dtype)
 
-def _normals(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return [jax.random.normal(k, s, dtype) / max(1, s[0]) ** 0.5 for k, s in zip(keys, shapes, strict=True)]
+    def specs(self, dtype: str = "float32") -> tuple:
+        """Their shapes."""
+        return jax.eval_shape(lambda *args: args, *self.make(dtype))
+
+
+def _normals(dtype: str, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [(random.normal(size=s) / max(1, s[0]) ** 0.5).astype(dtype) for s in shapes]
 
 
 def chain_loss(weights: list[jax.Array], x: jax.Array) -> jax.Array:
@@ -89,7 +98,7 @@ def conv_args(dtype: str = "float32", layers: int = 4, batch: int = 4, size: int
     *convs, out, images = _normals(
         dtype, *[(3, 3, channels, channels)] * layers, (channels, 10), (batch, size, size, channels)
     )
-    return {"convs": [w / channels for w in convs], "out": out}, images, jnp.arange(batch) % 10
+    return {"convs": [w / channels for w in convs], "out": out}, images, np.arange(batch, dtype=np.int32) % 10
 
 
 def dropout_loss(params: list[jax.Array], batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
@@ -105,13 +114,13 @@ def dropout_loss(params: list[jax.Array], batch: dict[str, jax.Array], key: jax.
 def dropout_args(dtype: str = "float32", layers: int = 6, rows: int = 128, width: int = 16) -> tuple:
     """Arguments of `dropout_loss`."""
     *weights, x = _normals(dtype, *[(width, width)] * layers, (rows, width))
-    return weights, {"x": x, "labels": jnp.arange(rows) % width}, jax.random.key(7)
+    return weights, {"x": x, "labels": np.arange(rows, dtype=np.int32) % width}, jax.random.key(7)
 
 
 MODELS = {
-    "chain": Model(fun=chain_loss, args=chain_args, heavy="tanh"),
-    "residual": Model(fun=residual_loss, args=residual_args, heavy="tanh"),
-    "unet": Model(fun=unet_loss, args=unet_args, heavy="tanh"),
-    "conv": Model(fun=conv_loss, args=conv_args, heavy="conv_general_dilated"),
-    "dropout": Model(fun=dropout_loss, args=dropout_args, heavy="tanh", has_aux=True),
+    "chain": Model(fun=chain_loss, make=chain_args, heavy="tanh"),
+    "residual": Model(fun=residual_loss, make=residual_args, heavy="tanh"),
+    "unet": Model(fun=unet_loss, make=unet_args, heavy="tanh"),
+    "conv": Model(fun=conv_loss, make=conv_args, heavy="conv_general_dilated"),
+    "dropout": Model(fun=dropout_loss, make=dropout_args, heavy="tanh", has_aux=True),
 }
