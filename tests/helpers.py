@@ -1,6 +1,7 @@
 """What several tests ask of JAX."""
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import numpy as np
+from zoo import gpt
+from zoo.models import MODELS
 
 from jaxckpt import _compat
 from jaxckpt.measure import objective
@@ -61,3 +64,15 @@ def study(fun: Callable, *args: Any, has_aux: bool = False, cost: str = "flops",
     """A program cut, analysed and solved, without a compile."""
     traced = trace(fun, args)
     return Study(traced.program, objective(traced, 0, has_aux), cost, solver, None)
+
+
+# Name -> function, shapes of its arguments, has_aux.
+CASES = {name: (model.fun, model.specs(), model.has_aux) for name, model in MODELS.items()}
+CASES["gpt"] = gpt.make_loss(gpt.TINY), gpt.specs(gpt.TINY), False
+
+
+@functools.cache
+def study_of(name: str) -> Study:
+    """The study of a case, made once for all tests that only look at it."""
+    fun, args, has_aux = CASES[name]
+    return study(fun, *args, has_aux=has_aux)
