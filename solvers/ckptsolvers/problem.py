@@ -197,6 +197,9 @@ def chain(
     choices = options or [[(0, 0)]] * n
     if not all(len(x) == n for x in (sizes_bytes, cts, fwd_extra, bwd_extra, choices)):
         raise InvalidProblemError(f"every list of a chain must have one entry per block; forward_times has {n}")
+    check_numbers("sizes_bytes", *sizes_bytes)
+    check_numbers("forward_times", *forward_times)
+    check_numbers("a transient or a cotangent", *cts, *fwd_extra, *bwd_extra)
     blocks = []
     for k in range(n):
         fwd_peak = sizes_bytes[k] + fwd_extra[k]
@@ -232,7 +235,7 @@ def _check_value(v: int, value: Value, n: int) -> None:
         raise InvalidProblemError(
             f"values[{v}].read_by={readers} must be ascending blocks after made_by={value.made_by}, at most {n}"
         )
-    _check_numbers(f"values[{v}]", value.size_bytes, value.cotangent_bytes)
+    check_numbers(f"values[{v}]", value.size_bytes, value.cotangent_bytes)
 
 
 def _check_block(k: int, block: Block, num_outputs: int, num_inputs: int) -> None:
@@ -242,9 +245,9 @@ def _check_block(k: int, block: Block, num_outputs: int, num_inputs: int) -> Non
         times = item.forward_times
         if len(times) != num_outputs + 1 or list(times) != sorted(times):
             raise InvalidProblemError(f"{where}.forward_times={times} must be {num_outputs + 1} ascending times")
-        _check_numbers(where, *times, item.forward_peak_bytes)
+        check_numbers(where, *times, item.forward_peak_bytes)
     for o, option in _numbered(block):
-        _check_numbers(
+        check_numbers(
             f"blocks[{k}].options[{o}]", option.saved_bytes, option.recompute_time, option.backward_peak_bytes
         )
         if any(not 0 <= p < num_outputs for p in option.saved_outputs):
@@ -257,7 +260,12 @@ def _numbered(block: Block) -> list[tuple[int, Option]]:
     return list(enumerate(block.options))
 
 
-def _check_numbers(where: str, *numbers: int) -> None:
+def check_numbers(where: str, *numbers: int) -> None:
+    """Refuse a size or a time that is no integer, negative, or so large that sums overflow.
+
+    Raises:
+        InvalidProblemError: with where it stands.
+    """
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int):
             raise InvalidProblemError(f"{where} holds {number!r}; sizes and times are Python integers")

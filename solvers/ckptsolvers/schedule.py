@@ -42,6 +42,7 @@ class Recompute:
 
 
 Node = Keep | Recompute
+_CLOSE = object()
 
 
 def region(children: "tuple[Node, ...]") -> Recompute:
@@ -119,17 +120,25 @@ class Schedule:
         Raises:
             InvalidScheduleError: anything else.
         """
-
-        def node(item: object) -> Node:
-            if isinstance(item, dict) and set(item) == {"recompute"} and isinstance(item["recompute"], list):
-                return region(tuple(map(node, item["recompute"])))
-            if isinstance(item, list) and len(item) == 2 and all(type(x) is int and x >= 0 for x in item):
-                return Keep(*item)
-            raise InvalidScheduleError(f"{item!r} is neither [block, option] nor a recompute region")
-
         if not isinstance(data, list):
             raise InvalidScheduleError(f"a schedule is a list of nodes, not {type(data).__name__}")
-        return cls(tuple(map(node, data)))
+        # Post-order by hand, so that depth costs no recursion.
+        out: list[list[Node]] = [[]]
+        tasks: list[object] = list(reversed(data))
+        while tasks:
+            item = tasks.pop()
+            if item is _CLOSE:
+                children = out.pop()
+                out[-1].append(region(tuple(children)))
+            elif isinstance(item, dict) and set(item) == {"recompute"} and isinstance(item["recompute"], list):
+                tasks.append(_CLOSE)
+                tasks.extend(reversed(item["recompute"]))
+                out.append([])
+            elif isinstance(item, list) and len(item) == 2 and all(type(x) is int and x >= 0 for x in item):
+                out[-1].append(Keep(*item))
+            else:
+                raise InvalidScheduleError(f"{item!r} is neither [block, option] nor a recompute region")
+        return cls(tuple(out[0]))
 
     def check(self, problem: Problem) -> None:
         """Refuse a tree that does not cover the problem's blocks in order, or names an option that is not there.

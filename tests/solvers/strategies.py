@@ -1,6 +1,7 @@
 """Problems that Hypothesis makes: chains, and blocks with skips, several outputs, several options, dead outputs."""
 
 from ckptsolvers import Block, Option, Problem, Value, chain
+from ckptsolvers.dag import Dag, Node
 from hypothesis import strategies as st
 
 small = st.integers(0, 4)
@@ -57,3 +58,50 @@ def _options(num_outputs, o):
         if num_outputs
         else st.just(()),
     )
+
+
+@st.composite
+def dags(draw, max_nodes=7):
+    n = draw(st.integers(1, max_nodes))
+    nodes = []
+    for i in range(n):
+        reads = draw(st.sets(st.integers(0, i - 1), max_size=3)) if i else set()
+        nodes.append(
+            Node(
+                size_bytes=draw(st.integers(0, 3)),
+                time=draw(st.integers(0, 3)),
+                reads=tuple(sorted(reads)),
+                transient_bytes=draw(st.integers(0, 1)),
+                is_once=draw(st.integers(0, 5)) == 0,
+            )
+        )
+    return Dag(tuple(nodes))
+
+
+@st.composite
+def skip_chains(draw, max_blocks=6):
+    """Blocks with one output each, which the next block reads and perhaps later ones: residuals and long skips."""
+    n = draw(st.integers(1, max_blocks))
+    values, blocks = [], []
+    for k in range(n):
+        later = draw(st.sets(st.integers(k + 1, n - 1), max_size=1)) if k < n - 1 else set()
+        size, cotangent, time = draw(st.integers(1, 4)), draw(st.integers(0, 4)), draw(st.integers(1, 4))
+        values.append(
+            Value(size_bytes=size, made_by=k, read_by=tuple(sorted({k + 1} | later)), cotangent_bytes=cotangent)
+        )
+        own = draw(st.booleans())
+        blocks.append((size, time, own))
+    made = []
+    for k, (size, time, own) in enumerate(blocks):
+        grads = sum(v.cotangent_bytes for v in values if v.made_by == k or k in v.read_by)
+        option = Option(
+            name="plain",
+            saved_bytes=0,
+            saved_outputs=(0,) if own else (),
+            recompute_time=draw(small),
+            forward_times=(time if own else 0, time),
+            forward_peak_bytes=size + draw(st.just(1)),
+            backward_peak_bytes=grads + (size if own else 0),
+        )
+        made.append(Block(forward_times=(0, time), forward_peak_bytes=size + 1, options=(option,)))
+    return Problem(blocks=tuple(made), values=tuple(values))

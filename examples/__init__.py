@@ -1,0 +1,1 @@
+"""Real models on real data, each runnable as it is."""
