@@ -17,6 +17,7 @@ from ckptsolvers.mincut import Operation, save_sets
 
 from jaxckpt import costs, liveness
 from jaxckpt.cuts import Span
+from jaxckpt.targets import Target
 from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes
 
 EVERYTHING = "everything"
@@ -69,6 +70,7 @@ def analyse(
     active: Collection[int],
     arguments: Collection[int],
     timer: Timer,
+    target: Target,
 ) -> Blocks:
     """Analyse every distinct block once and put the solver's problem together.
 
@@ -79,6 +81,7 @@ def analyse(
         active: values that tangents flow through.
         arguments: values that are there before the program and cost nothing to hold.
         timer: time of an equation, in the unit of the plan's cost.
+        target: the chip, whose compiler decides what is materialised.
 
     Returns:
         The problem, with what stands behind its options.
@@ -91,7 +94,7 @@ def analyse(
         local = _Local(program, span, active, arguments, results)
         key = local.signature()
         if key not in known:
-            known[key] = len(known), _analyse_block(local, timer)
+            known[key] = len(known), _analyse_block(local, timer, target)
         number, analysis = known[key]
         classes.append(number)
         cost += analysis.unplanned_cost
@@ -265,9 +268,9 @@ def _differentiate(local: _Local) -> _Joint:
     )
 
 
-def _analyse_block(local: _Local, timer: Timer) -> _Analysis:
+def _analyse_block(local: _Local, timer: Timer, target: Target) -> _Analysis:
     joint = _differentiate(local)
-    model = _Model(local, joint, timer)
+    model = _Model(local, joint, timer, target)
     kept: list[tuple[Option, frozenset[int]]] = []
     choices = []
     for saved in model.save_sets():
@@ -296,8 +299,8 @@ def _dominates(a: Option, b: Option) -> bool:
 class _Model:
     """Bytes and times of one distinct block under any save set, over its joint program."""
 
-    def __init__(self, local: _Local, joint: _Joint, timer: Timer):
-        self.local, self.joint = local, joint
+    def __init__(self, local: _Local, joint: _Joint, timer: Timer, target: Target):
+        self.local, self.joint, self.target = local, joint, target
         self.size = lambda v: size_bytes(joint.avals[v])
         self.time = {id(eqn): timer(eqn, joint.avals) for eqn in joint.forward}
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
@@ -324,7 +327,11 @@ class _Model:
     def residuals_kept(self) -> frozenset[int]:
         """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
         held = liveness.buffers_across(
-            self.joint.forward, self.joint.backward, kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients]
+            self.joint.forward,
+            self.joint.backward,
+            self.size,
+            kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients],
+            reductions_fuse_broadcasts=self.target.platform != "cpu",
         )
         return frozenset(v for v in held if self.size(v))
 

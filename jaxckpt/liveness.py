@@ -75,13 +75,23 @@ def peak_bytes(
     return peak
 
 
-def buffers_across(forward: Sequence[Equation], backward: Sequence[Equation], *, kept: Collection[int]) -> set[int]:
+def buffers_across(
+    forward: Sequence[Equation],
+    backward: Sequence[Equation],
+    size: Callable[[int], int],
+    *,
+    kept: Collection[int],
+    reductions_fuse_broadcasts: bool,
+) -> set[int]:
     """The buffers that the forward makes and the backward reads, when one compiler sees both.
 
     Args:
         forward: in order.
         backward: in order.
+        size: bytes of a value.
         kept: values that outlive both.
+        reductions_fuse_broadcasts: whether the compiler fuses a broadcast into a reduction that reads it, as it does
+            everywhere but on CPU.
 
     Returns:
         Values that the forward makes. One that is fused is made again from the buffers it is fused from.
@@ -90,9 +100,24 @@ def buffers_across(forward: Sequence[Equation], backward: Sequence[Equation], *,
     runs = _resolve([*forward, *backward], same)
     made = {v for eqn in forward for v in eqn.outputs}
     buffers = _materialised(runs, _find(kept, same))
+    if not reductions_fuse_broadcasts:
+        buffers |= _broadcasts_reduced(runs, buffers, size)
     roots = _roots(runs, buffers, ())
     late = _find((v for eqn in backward for v in eqn.reads), same)
     return {root for v in late for root in roots.get(v, ()) if root in made}
+
+
+def _broadcasts_reduced(runs: Sequence[_Run], buffers: Collection[int], size: Callable[[int], int]) -> set[int]:
+    """Fused values larger than all they are made of, that a reduction reads through fused operations."""
+    maker = {v: run for run in runs for v in run.makes}
+    stack = [v for run in runs if run.reads_fused and not run.is_fused for v in run.reads]
+    seen: set[int] = set()
+    while stack:
+        v = stack.pop()
+        if v in maker and v not in seen and v not in buffers:
+            seen.add(v)
+            stack.extend(maker[v].reads)
+    return {v for v in seen if all(size(u) < size(v) for u in maker[v].reads)}
 
 
 def _find(values: Iterable[int], same: dict[int, int]) -> set[int]:

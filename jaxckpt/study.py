@@ -76,6 +76,7 @@ class Study:
                 active=self.active,
                 arguments=set(program.inputs),
                 timer=targets.timer(cost, self.chip),
+                target=self.chip,
             )
             self.candidates = _candidates(self.blocks, solver)
         self.graph = dag
