@@ -45,13 +45,14 @@ FOLDED = _find("broadcast_in_dim iota")
 ALIAS = _find("reshape squeeze expand_dims name stop_gradient sharding_constraint copy reduce_precision")
 # Moving data by index: no operations, but a result of its own.
 _MOVES = _find(
-    "concatenate dynamic_slice dynamic_update_slice gather pad stack scatter all_gather all_to_all ppermute "
-    "ragged_all_to_all optimization_barrier after_all create_token axis_index"
+    "concatenate dynamic_slice dynamic_update_slice gather pad stack scatter platform_index all_gather all_to_all "
+    "ppermute ragged_all_to_all optimization_barrier after_all create_token axis_index"
 )
 _REDUCES = _find(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor cumsum cummax cummin "
     "cumprod cumlogsumexp psum pmax pmin scatter_add scatter_mul scatter_min scatter_max scatter_sub reduce_scatter"
 )
+_SOLVES = frozenset({lax.linear_solve_p})
 _RANDOM = _find(
     "random_bits random_fold_in random_seed random_split random_gamma rng_bit_generator rng_uniform threefry2x32"
 )
@@ -118,6 +119,8 @@ def _nested(primitive: Any, params: dict[str, Any]) -> Cost | None:
         return Cost(body.flops, body.moved_bytes, body.unknown | {"while (trips unknown, counted once)"})
     if primitive is prims.cond_p:
         return max((jaxpr_cost(b.jaxpr) for b in params["branches"]), key=lambda c: c.flops)
+    if primitive in _SOLVES:
+        return jaxpr_cost(params["jaxprs"].solve.jaxpr)
     bodies = [getattr(params[k], "jaxpr", params[k]) for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params]
     bodies = [b for b in bodies if hasattr(b, "eqns")]
     return _total([jaxpr_cost(b) for b in bodies]) if bodies else None
@@ -134,13 +137,16 @@ def _dot(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int
 
 def _conv(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:
     # Each result element reads the kernel's window times the input features of its group.
+    # Zeros put between the input's elements (a transposed convolution) are multiplied by nobody.
     kernel, spec = operands[1], params["dimension_numbers"].rhs_spec
-    return 2 * _elements(results[0]) * _elements(kernel) // max(1, kernel.shape[spec[0]])
+    zeros = math.prod(params["lhs_dilation"] or ())
+    return 2 * _elements(results[0]) * _elements(kernel) // max(1, kernel.shape[spec[0]] * zeros)
 
 
 def _window(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:
-    window = params.get("window_dimensions", ())
-    return max(_elements(results[0]), _elements(operands[0])) * max(1, math.prod(window) if len(window) else 1)
+    # A scatter over windows (the derivative of a pooling) reads as many as it had results to start from.
+    windows = min(_elements(results[0]), _elements(operands[0]))
+    return windows * math.prod(params.get("window_dimensions", ()))
 
 
 def _sort(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:

@@ -55,6 +55,7 @@ class Plan:
         unplanned_peak_bytes: device bytes without a plan.
         predicted_peak_bytes: device bytes under the plan, from the model.
         measured_peak_bytes: device bytes under the plan, from the compiler; None if it was not compiled.
+        next_peak_bytes: measured device bytes of the next cheaper plan, which does not fit; None if not measured.
         least_peak_bytes: device bytes of the plan that takes least.
         is_unplanned_measured: whether `unplanned_peak_bytes` was measured.
         is_least_measured: whether `least_peak_bytes` was measured.
@@ -83,6 +84,7 @@ class Plan:
     unplanned_peak_bytes: int
     predicted_peak_bytes: int
     measured_peak_bytes: int | None
+    next_peak_bytes: int | None
     least_peak_bytes: int
     is_unplanned_measured: bool
     is_least_measured: bool

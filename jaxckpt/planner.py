@@ -262,6 +262,7 @@ class _Search:
             unplanned_peak_bytes=unplanned,
             predicted_peak_bytes=unplanned if candidate is None else study.fixed_bytes + candidate.judgement.peak_bytes,
             measured_peak_bytes=measured if chosen is None else self.known.get(chosen),
+            next_peak_bytes=None if chosen is None else self.known.get(chosen + 1),
             least_peak_bytes=min(unplanned, predicted_least if least is None else least),
             is_unplanned_measured=request.verify,
             is_least_measured=least is not None,

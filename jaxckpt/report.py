@@ -62,6 +62,8 @@ def _sizes(plan: Plan) -> Table:
     if plan.measured_peak_bytes is not None:
         table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), "measured")
     table.add_row("planned peak", show_bytes(plan.predicted_peak_bytes), "predicted")
+    if plan.next_peak_bytes is not None:
+        table.add_row("next cheaper plan", show_bytes(plan.next_peak_bytes), "measured, does not fit")
     table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), _label(plan.is_least_measured))
     table.add_row("forward", f"{short_count(plan.forward_flops)}FLOP", "counted")
     share = plan.recompute_flops / max(1, plan.forward_flops)

@@ -165,12 +165,20 @@ def _spread(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def _chain_schedules(blocks: Blocks) -> Sequence[Schedule]:
-    most = _keep_all_peak(blocks)
-    table = ChainTable(blocks.problem, max_bytes=most, num_levels=default_num_levels(blocks.problem.num_blocks) // 2)
+    """Schedules from the least bytes to keeping everything: two tables, the finer one where bytes are few."""
+    problem, most = blocks.problem, _keep_all_peak(blocks)
+    num_levels = default_num_levels(problem.num_blocks) // 2
+    coarse = ChainTable(problem, max_bytes=most, num_levels=num_levels)
+    least = coarse.steps()[0] * coarse.unit_bytes
+    fine = ChainTable(problem, max_bytes=int(1.5 * least), num_levels=num_levels)
+    return [*_spread_schedules(fine, 0), *_spread_schedules(coarse, int(1.5 * least))]
+
+
+def _spread_schedules(table: ChainTable, above_bytes: int) -> list[Schedule]:
+    """A table's schedules above a level, as many as are worth judging: that takes longer than solving."""
     levels, last = [], 0.0
     for level in table.steps():
-        # Judging every level would take longer than solving them.
-        if level >= last * (1 + (_STEP - 1) / 2):
+        if level * table.unit_bytes > above_bytes and level >= last * _STEP:
             levels.append(level)
             last = level
     return [table.schedule(level) for level in levels]

@@ -46,6 +46,7 @@ def save_set(
         The saved values of a minimum cut, the one nearest to the inputs. Ties are settled the same way every time.
     """
     import networkx as nx
+    from networkx.algorithms.flow import boykov_kolmogorov
 
     maker = {v: i for i, op in enumerate(operations) for v in op.makes}
     wanted, stack = set(), [v for v in targets if v in maker]
@@ -72,7 +73,7 @@ def save_set(
                 graph.add_edge(("op", op), u)
     for v in sorted(v for v in targets if v in maker):
         graph.add_edge("source", v)
-    _, (reachable, _) = nx.minimum_cut(graph, "source", "sink")
+    _, (reachable, _) = nx.minimum_cut(graph, "source", "sink", flow_func=boykov_kolmogorov)
     return frozenset(v for v in wanted if v in reachable and ("op", maker[v]) not in reachable)
 
 
