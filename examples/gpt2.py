@@ -241,7 +241,14 @@ class Run:
     whole_step_bytes: int
 
 
-def train(config: Config, losses: dict[str, Callable], num_steps: int, *, seed: int = 0) -> dict[str, Run]:
+def train(
+    config: Config,
+    losses: dict[str, Callable],
+    num_steps: int,
+    *,
+    seed: int = 0,
+    compiler_options: dict[str, Any] | None = None,
+) -> dict[str, Run]:
     """Train one copy of the model per loss function on the same batches and keys, the copies' steps interleaved.
 
     Args:
@@ -249,6 +256,7 @@ def train(config: Config, losses: dict[str, Callable], num_steps: int, *, seed: 
         losses: functions `(params, batch, key)` by name.
         num_steps: steps of each.
         seed: of the parameters, the batches and the dropout.
+        compiler_options: beyond those that recomputation needs.
     """
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, max(num_steps, 11)), weight_decay=0.1)
     params_key, dropout_key = jax.random.split(jax.random.key(seed))
@@ -258,6 +266,7 @@ def train(config: Config, losses: dict[str, Callable], num_steps: int, *, seed: 
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
+    options = jaxckpt.compiler_options() | (compiler_options or {})
     data = batches(config, seed)
     batch = next(data)
     params = jax.jit(init, static_argnums=0)(config, params_key)
@@ -266,7 +275,7 @@ def train(config: Config, losses: dict[str, Callable], num_steps: int, *, seed: 
         copy = jax.tree.map(jnp.copy, params)
         carried[name] = (copy, optimizer.init(copy))
         jitted = jax.jit(lambda *args, fun=fun: step(fun, *args), donate_argnums=(0, 1))
-        compiled[name] = jitted.lower(*carried[name], batch, dropout_key).compile(jaxckpt.compiler_options())
+        compiled[name] = jitted.lower(*carried[name], batch, dropout_key).compile(options)
     values: dict[str, list[float]] = {name: [] for name in losses}
     times: dict[str, list[float]] = {name: [] for name in losses}
     for i in range(num_steps):

@@ -18,7 +18,9 @@ def test_gpt2_trains_along_the_same_curve_with_a_plan():
 
     # optax raises floats to integer powers, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
-        runs = gpt2.train(config, {"no plan": loss, "plan": plan.apply(loss)}, 50)
+        # Quicker to compile, and the same buffers.
+        fast = {"xla_backend_optimization_level": 1}
+        runs = gpt2.train(config, {"no plan": loss, "plan": plan.apply(loss)}, 50, compiler_options=fast)
 
     assert gpt2.largest_difference(runs["no plan"], runs["plan"]) <= gpt2.TOLERANCE["float32"]
     assert runs["plan"].losses[-1] < 0.75 * runs["plan"].losses[0]
