@@ -1,0 +1,78 @@
+"""What several tests ask of JAX."""
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from zoo import gpt
+from zoo.models import MODELS
+
+from jaxckpt import _compat
+from jaxckpt.measure import objective
+from jaxckpt.study import Study
+from jaxckpt.trace import trace
+
+
+def x64() -> contextlib.AbstractContextManager:
+    """Double precision inside."""
+    return jax.enable_x64(True)
+
+
+def jit(fun: Callable) -> Callable:
+    """Compile fast, and keep recomputation on every CPU."""
+    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS})
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr, those of nested jaxprs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def count(fun: Callable, *args: Any) -> Counter:
+    """How often each primitive is in the function's jaxpr once dead code is removed: what will really run."""
+    return Counter(e.primitive.name for e in equations(_compat.dce(jax.make_jaxpr(fun)(*args))))
+
+
+def names(fun: Callable, *args: Any) -> set[str]:
+    """The names that `checkpoint_name` gives in the function's jaxpr."""
+    return {e.params["name"] for e in equations(jax.make_jaxpr(fun)(*args).jaxpr) if e.primitive.name == "name"}
+
+
+def value_and_grad(fun: Callable, has_aux: bool = False) -> Callable:
+    """Of the first argument."""
+    return jax.value_and_grad(fun, has_aux=has_aux)
+
+
+def assert_close(got: Any, wanted: Any, tolerance: float) -> None:
+    """Two trees agree, each leaf relative to its largest element."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert np.max(np.abs(a.astype(float) - b), initial=0) <= tolerance * max(1e-30, np.max(np.abs(b), initial=0))
+
+
+def study(fun: Callable, *args: Any, has_aux: bool = False, cost: str = "flops", solver: Any = "auto") -> Study:
+    """A program cut, analysed and solved, without a compile."""
+    traced = trace(fun, args)
+    return Study(traced.program, objective(traced, 0, has_aux), cost, solver, None)
+
+
+# Name -> function, shapes of its arguments, has_aux.
+CASES = {name: (model.fun, model.specs(), model.has_aux) for name, model in MODELS.items()}
+CASES["gpt"] = gpt.make_loss(gpt.TINY), gpt.specs(gpt.TINY), False
+
+
+@functools.cache
+def study_of(name: str) -> Study:
+    """The study of a case, made once for all tests that only look at it."""
+    fun, args, has_aux = CASES[name]
+    return study(fun, *args, has_aux=has_aux)

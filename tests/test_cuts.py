@@ -1,0 +1,125 @@
+"""Where a program is cut: every equation in a block, few bytes across, cheap things sunk."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import CASES, study, study_of
+from zoo import gpt
+from zoo.models import chain_args, chain_loss
+
+from jaxckpt import cuts, graph
+from jaxckpt.trace import size_bytes, trace
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_partition_the_equations(name):
+    program, spans = study_of(name).program, study_of(name).blocks.spans
+    placed = [i for span in spans for i in span.positions]
+    assert set(placed) == set(range(len(program.equations)))
+    sunk = {i for i in placed if placed.count(i) > 1}
+    # Only what costs nothing to speak of stands in several blocks.
+    assert {program.equations[i].primitive for i in sunk} <= cuts._SINKABLE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_read_only_what_was_made_before_them(name):
+    program, spans = study_of(name).program, study_of(name).blocks.spans
+    known = set(program.inputs)
+    for span in spans:
+        assert known.issuperset(span.inputs)
+        local = set(span.inputs)
+        for eqn in span.equations:
+            assert local.issuperset(eqn.reads)
+            local.update(eqn.outputs)
+        known.update(span.outputs)
+    assert known.issuperset(x for x in program.outputs if isinstance(x, int))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cutting_at_the_same_places_gives_the_same_blocks(name):
+    program, spans = study_of(name).program, study_of(name).blocks.spans
+    assert cuts.spans_at(program, [span.positions for span in spans]) == spans
+
+
+def test_a_chain_is_cut_once_a_layer_and_carries_one_value():
+    spans = study_of("chain").blocks.spans
+    assert len(spans) == 8
+    assert [len(span.outputs) for span in spans] == [1] * 8
+    assert [sum(e.primitive.name == "dot_general" for e in span.equations) for span in spans] == [1] * 8
+
+
+def test_between_two_layers_a_transformer_is_cut_at_its_stream():
+    config = dataclasses.replace(gpt.TINY, num_layers=3)
+    s = study(gpt.make_loss(config), *gpt.specs(config))
+    stream = config.batch * config.num_tokens * config.width * 4
+    last = {}
+    for k, span in enumerate(s.blocks.spans):
+        last.update(dict.fromkeys(span.inputs, k))
+    crossing = [
+        sum(
+            size_bytes(s.program.avals[v])
+            for span in s.blocks.spans[: k + 1]
+            for v in span.outputs
+            if last.get(v, -1) > k
+        )
+        for k in range(len(s.blocks.spans) - 1)
+    ]
+    assert crossing.count(stream) >= 3, crossing
+
+
+def test_a_mask_is_made_in_the_blocks_that_read_it():
+    s = study_of("gpt")
+    crossing = [s.program.avals[v] for span in s.blocks.spans for v in span.outputs]
+    assert not [aval for aval in crossing if aval.dtype == bool]
+
+
+def test_what_no_tangent_reaches_waits_until_it_is_read():
+    def loss(weights, x, key):
+        masks = [jax.random.bernoulli(k, 0.5, x.shape) for k in jax.random.split(key, len(weights))]
+        for w, mask in zip(weights, masks, strict=True):
+            x = jnp.where(mask, jnp.tanh(x @ w), 0)
+        return jnp.sum(x)
+
+    weights, x = jax.eval_shape(lambda *a: a, *chain_args(layers=4))
+    s = study(loss, weights, x, jax.eval_shape(jax.random.key, 0))
+    dots = [
+        k for k, span in enumerate(s.blocks.spans) if any(e.primitive.name == "dot_general" for e in span.equations)
+    ]
+    bits = [
+        k for k, span in enumerate(s.blocks.spans) if any(e.primitive.name == "random_bits" for e in span.equations)
+    ]
+    assert dots[0] < bits[-1] and bits[-1] > dots[-2]
+
+
+@pytest.mark.parametrize("most", [2, 5, 9])
+def test_no_more_blocks_than_allowed(most):
+    config = dataclasses.replace(gpt.TINY, num_layers=4)
+    program = trace(gpt.make_loss(config), gpt.specs(config)).program
+    dag = graph.build_graph(program)
+    active = graph.active_values(program, set(program.inputs[:-1]), {program.outputs[0]})
+    spans = cuts.cut(program, dag, active, max_blocks=most)
+    assert 1 <= len(spans) <= most
+    assert {i for span in spans for i in span.positions} == set(range(len(program.equations)))
+
+
+def test_the_graph_has_an_edge_for_every_value_read():
+    program = trace(chain_loss, chain_args(layers=2)).program
+    dag = graph.build_graph(program)
+    for i, eqn in enumerate(program.equations):
+        assert dag.nodes[i]["primitive"] == eqn.primitive.name
+        read = {v for _, _, edge in dag.in_edges(i, data=True) for v in edge["values"]}
+        assert read == set(eqn.reads) - set(program.inputs)
+    for _, _, edge in dag.edges(data=True):
+        assert edge["size_bytes"] == sum(size_bytes(program.avals[v]) for v in edge["values"])
+
+
+def test_tangents_stop_where_a_gradient_does():
+    def fun(x, y):
+        return jnp.sum(jnp.sin(x) * jax.lax.stop_gradient(jnp.cos(x)) + y.astype(x.dtype))
+
+    program = trace(fun, (jnp.ones(3), jnp.arange(3))).program
+    active = graph.active_values(program, {program.inputs[0]}, {program.outputs[0]})
+    made = {e.primitive.name: set(e.outputs) for e in program.equations}
+    assert made["sin"] <= active and made["cos"].isdisjoint(active)

@@ -1,0 +1,1 @@
+"""Models the tests plan: small ones of every shape, and GPT-2."""
