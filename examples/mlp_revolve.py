@@ -40,7 +40,7 @@ from ckptsolvers.revolve import revolve_schedule
 import jaxckpt
 
 SOLVERS = ("auto", "revolve", "chen")
-BUDGETS = ("27%", "30%", "40%", "50%", "75%")
+BUDGETS = ("35%", "40%", "50%", "75%")
 
 
 def loss(weights: Sequence[jax.Array], x: jax.Array, direction: jax.Array) -> jax.Array:

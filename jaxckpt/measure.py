@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxckpt import _compat, targets
-from jaxckpt.errors import NotDifferentiableError, TargetError
-from jaxckpt.trace import Traced, is_differentiable, run, show_aval, trace
+from jaxckpt import _compat, compilers, targets
+from jaxckpt.errors import NotDifferentiableError
+from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, trace
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
@@ -197,24 +199,30 @@ def compiled_bytes(fun: Callable, specs: Sequence[jax.ShapeDtypeStruct], target:
         TargetError: the target's compiler is not here.
     """
     chip = targets.find(target)
-    backend = jax.default_backend()
-    platform = {"gpu": "cuda"}.get(backend, backend)
-    if chip.platform != platform and target is not None:
-        raise TargetError(
-            f"target={target!r} needs the {chip.platform} compiler, and this process has the {platform} backend; "
-            'leave the target out to plan for the backend that is here, or use target="cpu" on a CPU'
-        )
     started = time.perf_counter()
-    lowered = jax.jit(fun).trace(*specs).lower()
-    compiled = lowered.compile(compiler_options=_options(platform))
+    if target is None or compilers.is_here(chip):
+        lowered = jax.jit(fun).trace(*specs).lower()
+    else:
+        place = jax.sharding.SingleDeviceSharding(compilers.device(chip, target.partition(":")[2] or None))
+        placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in specs]
+        lowered = jax.jit(fun).trace(*placed).lower(lowering_platforms=(chip.platform,))
+    try:
+        compiled = lowered.compile(compiler_options=_options(chip.platform))
+    except Exception as error:  # every backend raises its own kind
+        needed = compilers.refused_bytes(error)
+        if needed is None:
+            raise
+        return _refusal(fun, specs, needed, target or chip.name, time.perf_counter() - started)
     took = time.perf_counter() - started
     if took > _SLOW_S:
-        _log_slow(target or platform, took)
+        _log_slow(target or chip.name)
     stats = compiled.memory_analysis()
     assert stats is not None, "every backend that jaxckpt plans for reports its memory"
     device = (
         stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     )
+    # On TPU the peak of what is live and what the runtime reserves differ, and the larger one has to fit.
+    device = max(device, getattr(stats, "peak_memory_in_bytes", 0)) if chip.platform == "tpu" else device
     return Measurement(
         device_bytes=device,
         argument_bytes=stats.argument_size_in_bytes,
@@ -222,7 +230,7 @@ def compiled_bytes(fun: Callable, specs: Sequence[jax.ShapeDtypeStruct], target:
         alias_bytes=stats.alias_size_in_bytes,
         temp_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
-        target=target or platform,
+        target=target or chip.name,
         compile_s=took,
     )
 
@@ -234,6 +242,22 @@ def _options(platform: str) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
 
 
+def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str, took: float) -> Measurement:
+    """The compiler will not build a program of this size for the chip, which says how large it is."""
+    arguments = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs)
+    outputs = sum(map(size_bytes, jax.tree.leaves(jax.eval_shape(fun, *specs))))
+    return Measurement(
+        device_bytes=arguments + outputs + needed,
+        argument_bytes=arguments,
+        output_bytes=outputs,
+        alias_bytes=0,
+        temp_bytes=needed,
+        code_bytes=0,
+        target=target,
+        compile_s=took,
+    )
+
+
 @functools.cache
-def _log_slow(target: str, took: float) -> None:
-    _LOG.info("compiling for %s took %.1f s; verify=False plans from prediction and skips it", target, took)
+def _log_slow(target: str) -> None:
+    _LOG.info("compiling for %s takes more than %.0f s a plan; verify=False predicts and skips it", target, _SLOW_S)

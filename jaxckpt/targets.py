@@ -15,6 +15,20 @@ from jaxckpt.trace import Equation, size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """What a GPU's compiler asks of the chip beside its memory and bandwidth."""
+
+    description: str
+    num_cores: int
+    l2_bytes: int
+    clock_ghz: float
+    shared_bytes: int
+    block_shared_bytes: int
+    fpus: int
+    capability: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """A chip and the compiler that speaks for it.
 
@@ -25,6 +39,8 @@ class Target:
         bandwidth: bytes per second to and from that memory.
         matmul_flops: FLOP per second of the matrix units by dtype; "" is every other dtype.
         vector_flops: FLOP per second of everything else.
+        gpu: what a GPU's compiler asks, None for others.
+        topology: the smallest topology of a TPU that holds one chip.
     """
 
     name: str
@@ -33,19 +49,51 @@ class Target:
     bandwidth: float
     matmul_flops: dict[str, float]
     vector_flops: float
+    gpu: Gpu | None = None
+    topology: str = ""
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
-def _chip(
-    name: str, platform: str, memory_bytes: int, bandwidth: float, bf16: float, f32: float, vector: float
+def _rates(bf16: float, f32: float) -> dict[str, float]:
+    return {"bfloat16": bf16, "float16": bf16, "int8": 2 * bf16, "": f32}
+
+
+def _gpu(
+    name: str, memory_bytes: int, bandwidth: float, bf16: float, f32: float, vector: float, about: tuple
 ) -> Target:
-    rates = {"bfloat16": bf16, "float16": bf16, "int8": 2 * bf16, "": f32}
+    description, num_cores, l2_bytes, clock_ghz, shared_bytes, block_shared_bytes, fpus, capability = about
     return Target(
         name=name,
-        platform=platform,
+        platform="cuda",
         memory_bytes=memory_bytes,
         bandwidth=bandwidth,
-        matmul_flops=rates,
+        matmul_flops=_rates(bf16, f32),
         vector_flops=vector,
+        gpu=Gpu(
+            description=description,
+            num_cores=num_cores,
+            l2_bytes=l2_bytes,
+            clock_ghz=clock_ghz,
+            shared_bytes=shared_bytes,
+            block_shared_bytes=block_shared_bytes,
+            fpus=fpus,
+            capability=capability,
+        ),
+    )
+
+
+def _tpu(name: str, memory_bytes: int, bandwidth: float, bf16: float, vector: float, topology: str) -> Target:
+    return Target(
+        name=name,
+        platform="tpu",
+        memory_bytes=memory_bytes,
+        bandwidth=bandwidth,
+        # A float32 product takes six passes of bfloat16 ones.
+        matmul_flops=_rates(bf16, bf16 / 6),
+        vector_flops=vector,
+        topology=topology,
     )
 
 
@@ -62,15 +110,30 @@ _TARGETS = {
             matmul_flops={"": 1e11, "float64": 5e10},
             vector_flops=2e10,
         ),
-        _chip("v100", "cuda", 16935682048, 898.048e9, 125e12, 15.7e12, 15.7e12),
-        _chip("a100", "cuda", 85100068864, 2039.04e9, 312e12, 156e12, 19.5e12),
-        _chip("h100", "cuda", 84978434048, 3352.32e9, 989e12, 494e12, 67e12),
-        _chip("h200", "cuda", 151397597184, 4.8e12, 989e12, 494e12, 67e12),
-        _chip("b200", "cuda", 191514411008, 7672.32e9, 2250e12, 1125e12, 75e12),
-        _chip("v4", "tpu", 32 * _GIB, 1228e9, 275e12, 275e12 / 6, 4.3e12),
-        _chip("v5e", "tpu", 16 * _GIB, 819e9, 197e12, 197e12 / 6, 3.1e12),
-        _chip("v5p", "tpu", 95 * _GIB, 2765e9, 459e12, 459e12 / 6, 7.2e12),
-        _chip("v6e", "tpu", 32 * _GIB, 1640e9, 918e12, 918e12 / 6, 14e12),
+        _gpu(
+            *("v100", 16935682048, 898.048e9, 125e12, 15.7e12, 15.7e12),
+            ("Tesla V100-SXM2-16GB", 80, 6291456, 1.53, 98304, 98304, 64, 7),
+        ),
+        _gpu(
+            *("a100", 85100068864, 2039.04e9, 312e12, 156e12, 19.5e12),
+            ("NVIDIA A100-SXM4-80GB", 108, 41943040, 1.41, 167936, 166912, 64, 8),
+        ),
+        _gpu(
+            *("h100", 84978434048, 3352.32e9, 989e12, 494e12, 67e12),
+            ("NVIDIA H100 80GB HBM3", 132, 52428800, 1.98, 233472, 232448, 128, 9),
+        ),
+        _gpu(
+            *("h200", 151397597184, 4800e9, 989e12, 494e12, 67e12),
+            ("NVIDIA H200", 132, 52428800, 1.98, 233472, 232448, 128, 9),
+        ),
+        _gpu(
+            *("b200", 191514411008, 7672.32e9, 2250e12, 1125e12, 75e12),
+            ("NVIDIA B200", 148, 132644864, 1.965, 233472, 232448, 128, 10),
+        ),
+        _tpu("v4", 32 * _GIB, 1228e9, 275e12, 4.3e12, "2x2x1"),
+        _tpu("v5e", 16 * _GIB, 819e9, 197e12, 3.1e12, "1x1"),
+        _tpu("v5p", 95 * _GIB, 2765e9, 459e12, 7.2e12, "2x2x1"),
+        _tpu("v6e", 32 * _GIB, 1640e9, 918e12, 14e12, "1x1"),
     )
 }
 

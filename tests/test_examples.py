@@ -12,11 +12,15 @@ from examples import gpt2, mlp_revolve
 def test_gpt2_trains_along_the_same_curve_with_a_plan():
     config = gpt2.SIZES["toy"]
     loss = gpt2.make_loss(config)
-    plan = jaxckpt.plan(loss, *gpt2.specs(config, dropout=True), budget="45%")
+    plan = jaxckpt.plan(loss, *gpt2.specs(config, dropout=True), budget="40%")
     assert plan.measured_peak_bytes <= plan.budget_bytes < plan.unplanned_peak_bytes
     assert plan.recompute_flops > 0
 
-    runs = gpt2.train(config, {"no plan": loss, "plan": plan.apply(loss)}, 50)
+    # optax raises floats to integer powers, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        # Quicker to compile, and the same buffers.
+        fast = {"xla_backend_optimization_level": 1}
+        runs = gpt2.train(config, {"no plan": loss, "plan": plan.apply(loss)}, 50, compiler_options=fast)
 
     assert gpt2.largest_difference(runs["no plan"], runs["plan"]) <= gpt2.TOLERANCE["float32"]
     assert runs["plan"].losses[-1] < 0.75 * runs["plan"].losses[0]
@@ -46,7 +50,7 @@ def test_runs_as_a_file(name):
 
 
 def test_chain_runs_as_often_as_the_textbooks_say(capsys):
-    assert mlp_revolve.main(["--layers", "12", "--budgets", "40%", "60%"]) == 0
+    assert mlp_revolve.main(["--layers", "12", "--budgets", "40%", "70%"]) == 0
     shown = capsys.readouterr().out
     assert "every count is the textbook's" in shown
     assert "states" in shown

@@ -39,6 +39,7 @@ from ckptsolvers.simulate import simulate
 from ckptsolvers.solution import Solution, check_budget
 
 _INF = np.int64(2**60)
+_MOST_ROWS = 32  # added up at once: what fits in a core's cache
 
 
 def solve_chain(problem: Problem, *, budget_bytes: int, num_levels: int | None = None, prove: bool = True) -> Solution:
@@ -254,14 +255,20 @@ class ChainTable:
         size = self.num_levels + 1
         store, first = self._split_levels(s, t)
         splits = np.flatnonzero(first < size)
-        columns = (splits + s + 1, first[splits], store[splits], self._rows[s, s + 1 : t][splits])
+        splits = splits[np.lexsort((first[splits], store[splits]))]
+        changes = np.flatnonzero(np.diff(store[splits]) | np.diff(first[splits])) + 1
+        ends, rows = splits + s + 1, self._rows[s, s + 1 : t][splits]
         start_time = self._about.sweep_times(t)[s]
         best += start_time
-        total = np.empty(size, np.int64)
-        for m, start, held, inner in zip(*(column.tolist() for column in columns), strict=True):
-            into, least = total[start:], best[start:]
-            np.add(rest[m, start - held : size - held], self._table[inner, start:], out=into)  # (2)
-            np.minimum(least, into, out=least)
+        # Splits that hold the same and need the same, as every period's, are added up together.
+        bounds = [0, *changes.tolist(), len(splits)] if len(splits) else []
+        columns = zip(bounds, bounds[1:], *(x[splits[bounds[:-1]]].tolist() for x in (first, store)), strict=False)
+        for low, high, start, held in columns:
+            least = best[start:]
+            for at in range(low, high, _MOST_ROWS):
+                some = at if high - at == 1 else slice(at, min(high, at + _MOST_ROWS))
+                total = self._table[rows[some], start:] + rest[ends[some], start - held : size - held]  # (2)
+                np.minimum(least, total if high - at == 1 else total.min(0), out=least)
         best -= start_time
 
     def _choose(self, s: int, t: int, level: int, dropped: bool) -> tuple[int | None, int, int, bool]:

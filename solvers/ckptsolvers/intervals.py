@@ -93,7 +93,9 @@ class Intervals:
         problem, n = self.problem, self.problem.num_blocks
         numbers: dict[tuple, int] = {}
         return [
-            numbers.setdefault((block, self.passing[k], _outputs_seen_from(problem, k, n)), len(numbers))
+            numbers.setdefault(
+                (block, self.passing[k], _outputs_seen_from(problem, k, n), _drops(problem, k)), len(numbers)
+            )
             for k, block in enumerate(problem.blocks)
         ]
 
@@ -157,3 +159,12 @@ def _cumulative(numbers: list[int]) -> list[int]:
 def _outputs_seen_from(problem: Problem, k: int, n: int) -> tuple:
     values = [problem.values[v] for v in problem.outputs[k]]
     return tuple((v.size_bytes, tuple(None if r == n else r - k for r in v.read_by)) for v in values)
+
+
+def _drops(problem: Problem, k: int) -> tuple:
+    """For each option the outputs of the block before that it may drop, as positions."""
+    before = problem.outputs[k - 1] if k else ()
+    return tuple(
+        tuple(sorted(before.index(v) for v in problem.unread(k, o) if v in before))
+        for o in range(len(problem.blocks[k].options))
+    )

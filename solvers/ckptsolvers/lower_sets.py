@@ -8,7 +8,7 @@ needs is a kept block, and memory is counted as the judge counts it and not by t
 
 Optimal among schedules whose regions do not nest, when every block has one option; the paper's class, and so far from
 the nested optimum when memory is short. With several options regions use uniform rules. The lists of non-dominated
-(bytes, work) pairs are exact up to 2000 pairs per cut, beyond which some are left out.
+(bytes, work) pairs are exact up to 1000 pairs per cut, beyond which some are left out.
 
 O(n^2 pairs) time, O(n pairs) space.
 """
@@ -26,7 +26,7 @@ from ckptsolvers.schedule import Keep, Node, Schedule, region
 from ckptsolvers.simulate import simulate
 from ckptsolvers.solution import Solution, check_budget
 
-_MOST_PAIRS = 2000
+_MOST_PAIRS = 1000
 
 
 def solve_lower_sets(problem: Problem, *, budget_bytes: int) -> Solution:
@@ -66,7 +66,10 @@ def solve_lower_sets(problem: Problem, *, budget_bytes: int) -> Solution:
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """A kept block or a region from one cut to another."""
+    """A kept block or a region from one place to another.
+
+    A place is twice a cut, plus one if the block before the cut is kept and what it made may be dropped after its use.
+    """
 
     stop: int
     held_bytes: int
@@ -77,115 +80,146 @@ class _Move:
 
 @dataclass(slots=True)
 class _Pairs:
-    """Non-dominated ways to reach a cut: bytes held, work so far, and the move and pair each came by."""
+    """Non-dominated ways to reach a place: bytes held, work so far, and the place, pair and move each came by."""
 
     held: np.ndarray
     work: np.ndarray
-    moves: list[tuple[int, int, _Move] | None]  # (cut, pair, move)
+    origins: list[tuple[int, int, _Move] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What keeping a block takes: its own peaks, what it holds, what it drops once it has run, its work."""
+
+    forward_bytes: int
+    backward_bytes: int
+    held_bytes: int
+    drop_bytes: int
+    work: int
+    frees_outputs: bool
+
+    def peak_bytes(self, inner_bytes: int, *, drops: bool) -> int:
+        """The peak with what runs between its forward and its backward."""
+        drop = self.drop_bytes if drops else 0
+        return max(self.forward_bytes, self.backward_bytes - drop, self.held_bytes - drop + inner_bytes)
 
 
 class _Search:
     def __init__(self, problem: Problem, budget_bytes: int):
         self.problem, self.budget_bytes = problem, budget_bytes
         self.about = Intervals(problem)
-        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.is_exact = True
 
     def run(self) -> Schedule | None:
         n = self.problem.num_blocks
         moves = self._moves()
-        pairs: list[_Pairs | None] = [None] * (n + 1)
-        arrivals: list[list[tuple[int, np.ndarray, _Move]]] = [[] for _ in range(n + 1)]
+        pairs: list[_Pairs | None] = [None] * (2 * n + 2)
+        arrivals: list[list[tuple[int, np.ndarray, _Move]]] = [[] for _ in pairs]
         pairs[0] = _Pairs(np.zeros(1, np.int64), np.zeros(1, np.int64), [None])
-        for s in range(n + 1):
-            if s:
-                pairs[s] = self._merge(arrivals[s], pairs)
-            at = pairs[s]
-            if at is None or s == n:
+        for place in range(2 * n + 2):
+            if place:
+                pairs[place] = self._merge(arrivals[place], pairs)
+            at = pairs[place]
+            if at is None or place >= 2 * n:
                 continue
-            for move in moves[s]:
+            for move in moves[place]:
                 fits = np.flatnonzero(at.held + move.peak_bytes <= self.budget_bytes)
                 if len(fits):
-                    arrivals[move.stop].append((s, fits, move))
+                    arrivals[move.stop].append((place, fits, move))
         return _read_back(pairs)
 
     def _merge(self, arrivals: list[tuple[int, np.ndarray, _Move]], pairs: list[_Pairs | None]) -> _Pairs | None:
-        parts = [(cut, fits, move, pairs[cut]) for cut, fits, move in arrivals]
-        found = [(cut, fits, move, at) for cut, fits, move, at in parts if at is not None]
+        parts = [(place, fits, move, pairs[place]) for place, fits, move in arrivals]
+        found = [(place, fits, move, at) for place, fits, move, at in parts if at is not None]
         if not found:
             return None
         held = np.concatenate([at.held[fits] + move.held_bytes for _, fits, move, at in found])
         work = np.concatenate([at.work[fits] + move.work for _, fits, move, at in found])
-        origins = [(cut, pair, move) for cut, fits, move, _ in found for pair in fits.tolist()]
+        arrival = np.repeat(np.arange(len(found)), [len(fits) for _, fits, _, _ in found])
+        pair = np.concatenate([fits for _, fits, _, _ in found])
         order = np.lexsort((work, held))
         least = np.minimum.accumulate(work[order])
         keep = order[np.flatnonzero(np.diff(least, prepend=least[0] + 1) < 0)]
         if len(keep) > _MOST_PAIRS:
             self.is_exact = False
             keep = keep[np.linspace(0, len(keep) - 1, _MOST_PAIRS).round().astype(int)]
-        return _Pairs(held[keep], work[keep], [origins[i] for i in keep.tolist()])
+        ways = zip(arrival[keep].tolist(), pair[keep].tolist(), strict=True)
+        return _Pairs(held[keep], work[keep], [(found[i][0], p, found[i][2]) for i, p in ways])
 
     def _moves(self) -> list[list[_Move]]:
-        """Every kept block and every region, by its start."""
+        """Every kept block and every region, by the place it starts from."""
         n = self.problem.num_blocks
-        moves: list[list[_Move]] = [[] for _ in range(n)]
+        moves: list[list[_Move]] = [[] for _ in range(2 * n)]
         for k, block in enumerate(self.problem.blocks):
             for o in range(len(block.options)):
-                peak, work, held = self._keep(k, n, o)
-                moves[k].append(_Move(k + 1, held, peak, work, Keep(k, o)))
+                kept = self._keep(k, n, o)
+                for drops in (False, True):
+                    held = kept.held_bytes - (kept.drop_bytes if drops else 0)
+                    peak = kept.peak_bytes(0, drops=drops)
+                    stop = 2 * (k + 1) + kept.frees_outputs
+                    moves[2 * k + drops].append(_Move(stop, held, peak, kept.work, Keep(k, o)))
         for options in option_rules(self.problem).values():
-            for stop in range(1, n):
-                self._add_regions(moves, stop, options)
+            insides = [self._insides(stop, options) for stop in range(n)]
+            for start in range(n - 1):
+                self._add_regions(moves, start, options, insides)
         return moves
 
-    def _add_regions(self, moves: list[list[_Move]], stop: int, options: tuple[int, ...]) -> None:
-        """Add the regions that end at a cut, growing them to the left block by block."""
+    def _insides(self, stop: int, options: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Peak and work of keeping all blocks from each start up to `stop`, when their region is run again."""
+        found: list[tuple[int, int]] = []
+        plain = dropped = work = 0
+        for k in range(stop - 1, -1, -1):
+            kept = self._keep(k, stop, options[k])
+            inner = 0 if k == stop - 1 else dropped if kept.frees_outputs else plain
+            plain, dropped = kept.peak_bytes(inner, drops=False), kept.peak_bytes(inner, drops=True)
+            work += kept.work
+            found.append((plain, work))
+        return found[::-1]
+
+    def _add_regions(
+        self, moves: list[list[_Move]], start: int, options: tuple[int, ...], insides: list[list[tuple[int, int]]]
+    ) -> None:
+        """Add the regions that start at a cut."""
         n, about = self.problem.num_blocks, self.about
-        inside_peak = inside_work = 0
-        children: tuple[Node, ...] = ()
-        for s in range(stop - 1, -1, -1):
-            peak, work, held = self._keep(s, stop, options[s])
-            inside_peak = max(peak, held + inside_peak) if children else peak
-            inside_work += work
-            children = (Keep(s, options[s]), *children)
-            store, sweep_peaks = self._stores(s)
-            sweep_peak = int(sweep_peaks[stop - s - 1]) + about.waiting[n]
-            sweep_time = int(about.sweep_times(n)[stop] - about.sweep_times(n)[s])
-            moves[s].append(
-                _Move(
-                    stop,
-                    int(store[stop - s - 1]),
-                    max(inside_peak, sweep_peak),
-                    sweep_time + inside_work,
-                    region(children),
-                )
+        sweep, store = about.sweep_times(n), about.store_bytes(start, n)
+        sweep_peaks = about.sweep_peaks(start, n, store) + about.waiting[n]
+        for stop in range(start + 1, n):
+            inside_peak, inside_work = insides[stop][start]
+            length = stop - start
+            move = _Move(
+                2 * stop,
+                int(store[length - 1]),
+                max(inside_peak, int(sweep_peaks[length - 1])),
+                int(sweep[stop] - sweep[start]) + inside_work,
+                region(tuple(Keep(k, options[k]) for k in range(start, stop))),
             )
+            moves[2 * start].append(move)
+            moves[2 * start + 1].append(move)
 
-    def _keep(self, k: int, stop: int, o: int) -> tuple[int, int, int]:
-        """Peak, work and held bytes of keeping a block in a sequence that ends at `stop`."""
-        option, about = self.problem.blocks[k].options[o], self.about
-        peak = max(option.forward_peak_bytes + about.waiting[stop], option.backward_peak_bytes + about.passing[k])
-        work = option.forward_times[about.num_wanted(k, stop)] + option.recompute_time
-        held = about.hold_bytes(k, stop, o)
-        return peak, work, held
-
-    def _stores(self, s: int) -> tuple[np.ndarray, np.ndarray]:
-        if s not in self._known:
-            store = self.about.store_bytes(s, self.problem.num_blocks)
-            self._known[s] = (store, self.about.sweep_peaks(s, self.problem.num_blocks, store))
-        return self._known[s]
+    def _keep(self, k: int, stop: int, o: int) -> _Kept:
+        """What keeping a block in a sequence that ends at `stop` takes."""
+        option, about, values = self.problem.blocks[k].options[o], self.about, self.problem.values
+        return _Kept(
+            forward_bytes=option.forward_peak_bytes + about.waiting[stop],
+            backward_bytes=option.backward_peak_bytes + about.passing[k],
+            held_bytes=about.hold_bytes(k, stop, o) if k + 1 < stop else 0,
+            drop_bytes=sum(values[v].size_bytes for v in self.problem.droppable(k, o, stop)),
+            work=option.forward_times[about.num_wanted(k, stop)] + option.recompute_time,
+            frees_outputs=not option.saved_outputs,
+        )
 
 
 def _read_back(pairs: list[_Pairs | None]) -> Schedule | None:
-    at = pairs[-1]
-    if at is None:
+    ends = [at for at in pairs[-2:] if at is not None]
+    if not ends:
         return None
+    at = min(ends, key=lambda at: int(at.work.min()))
     nodes: list[Node] = []
     pair = int(at.work.argmin())
-    while (origin := at.moves[pair]) is not None:
-        cut, pair, move = origin
+    while (origin := at.origins[pair]) is not None:
+        place, pair, move = origin
         nodes.append(move.node)
-        before = pairs[cut]
+        before = pairs[place]
         assert before is not None
         at = before
     return Schedule(tuple(reversed(nodes)))

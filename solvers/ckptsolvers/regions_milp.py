@@ -8,9 +8,11 @@ that every solution nests:
     R[s, t, m]    [s, m) is recomputed later, and [m, t) follows
     H[s, t]       bytes above L(0) that are held while [s, t) is worked on
 
-An interval that is reached has exactly one choice. It needs no memory axis, so nothing is rounded: the way to check
-the table of `chain`, and to solve small problems whose sizes have no common unit. Optimal among nested schedules of
-the given order. O(n^3) variables; exponential time at worst, and slower than the table from about 12 blocks on.
+each twice where block s, kept, may drop what block s - 1 made for it. An interval that is reached has exactly one
+choice. It needs no memory axis, so nothing is rounded: the way to check the table of `chain`, and to solve small
+problems whose sizes have no common unit. Optimal among nested schedules of the given order.
+
+O(n^3) variables; exponential time at worst, and slower than the table from about 12 blocks on.
 """
 
 import math
@@ -75,11 +77,20 @@ def _candidates(problem: Problem):
 
 
 @dataclass(frozen=True, slots=True)
+class _Work:
+    """Blocks s..t-1; `drops` if block s is kept and drops what the kept block before it made."""
+
+    s: int
+    t: int
+    drops: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class _Choice:
-    """One way to go on in an interval: a kept block (option >= 0) or a split at `middle`."""
+    """One way to go on: keep a block (option >= 0) or recompute what stands before `rest`."""
 
     variable: int
-    middle: int
+    rest: _Work
     option: int
 
 
@@ -90,48 +101,56 @@ class _Program:
         self.unit_time = max(1, problem.forward_time)
         self.lp = LinearProgram()
         n = problem.num_blocks
-        self._held = {(s, t): self.lp.add_continuous(upper=1.0) for t in range(1, n + 1) for s in range(t)}
-        self._choices: dict[tuple[int, int], list[_Choice]] = {where: [] for where in self._held}
-        self._reached: dict[tuple[int, int], list[int]] = {where: [] for where in self._held}
-        for s, t in self._held:
-            self._add_keeps(s, t)
-            self._add_splits(s, t)
-        for where, choices in self._choices.items():
+        works = [_Work(s, t, drops) for t in range(1, n + 1) for s in range(t) for drops in (False, True)]
+        self._held = {work: self.lp.add_continuous(upper=1.0) for work in works}
+        self._choices: dict[_Work, list[_Choice]] = {work: [] for work in works}
+        self._reached: dict[_Work, list[int]] = {work: [] for work in works}
+        for work in works:
+            self._add_keeps(work)
+            if not work.drops:
+                self._add_splits(work)
+        for work, choices in self._choices.items():
             chosen = {choice.variable: 1.0 for choice in choices}
-            reached = dict.fromkeys(self._reached[where], -1.0)
-            self.lp.add_equal({**chosen, **reached}, 1.0 if where == (0, n) else 0.0)
+            reached = dict.fromkeys(self._reached[work], -1.0)
+            self.lp.add_equal({**chosen, **reached}, 1.0 if work == _Work(0, n) else 0.0)
 
     def schedule(self, values: np.ndarray) -> Schedule:
         out: list[list[Node]] = [[]]
-        tasks: list[tuple[int, int]] = [(0, self.problem.num_blocks)]
+        tasks: list[_Work | None] = [_Work(0, self.problem.num_blocks)]
         while tasks:
-            s, t = tasks.pop()
-            if s < 0:
+            work = tasks.pop()
+            if work is None:
                 children = out.pop()
                 out[-1].append(region(tuple(children)))
                 continue
-            if s == t:
+            if work.s == work.t:
                 continue
-            choice = max(self._choices[s, t], key=lambda choice: values[choice.variable])
-            tasks.append((choice.middle, t))
+            choice = max(self._choices[work], key=lambda choice: values[choice.variable])
+            tasks.append(choice.rest)
             if choice.option >= 0:
-                out[-1].append(Keep(s, choice.option))
+                out[-1].append(Keep(work.s, choice.option))
             else:
-                tasks.append((-1, -1))
-                tasks.append((s, choice.middle))
+                tasks.append(None)
+                tasks.append(_Work(work.s, choice.rest.s))
                 out.append([])
         return Schedule(tuple(out[0]))
 
-    def _add_keeps(self, s: int, t: int) -> None:
-        about = self.about
+    def _add_keeps(self, work: _Work) -> None:
+        s, t, about, values = work.s, work.t, self.about, self.problem.values
         for o, option in enumerate(self.problem.blocks[s].options):
-            work = option.forward_times[about.num_wanted(s, t)] + option.recompute_time
-            peak = max(option.forward_peak_bytes + about.waiting[t], option.backward_peak_bytes + about.passing[s])
-            chosen = self._add_choice(s, t, s + 1, o, work, peak)
-            if s + 1 < t:
-                self._carry(chosen, (s, t), (s + 1, t), about.hold_bytes(s, t, o))
+            drop = sum(values[v].size_bytes for v in self.problem.droppable(s, o, t)) if work.drops else 0
+            if work.drops and not drop:
+                continue
+            time = option.forward_times[about.num_wanted(s, t)] + option.recompute_time
+            forward, backward = option.forward_peak_bytes + about.waiting[t], option.backward_peak_bytes
+            peak = max(forward, backward + about.passing[s] - drop)
+            for drops_next in (False, True)[: 1 if s + 1 == t or option.saved_outputs else 2]:
+                chosen = self._add_choice(work, _Work(s + 1, t, drops_next), o, time, peak)
+                if s + 1 < t:
+                    self._carry(chosen, work, _Work(s + 1, t, drops_next), about.hold_bytes(s, t, o) - drop)
 
-    def _add_splits(self, s: int, t: int) -> None:
+    def _add_splits(self, work: _Work) -> None:
+        s, t = work.s, work.t
         if t == s + 1:
             return
         about, sweep = self.about, self.about.sweep_times(t)
@@ -139,17 +158,17 @@ class _Program:
         peaks = about.sweep_peaks(s, t, store)
         for m in range(s + 1, t):
             peak = int(peaks[m - s - 1]) + about.waiting[t]
-            chosen = self._add_choice(s, t, m, -1, int(sweep[m] - sweep[s]), peak)
-            self._carry(chosen, (s, t), (m, t), int(store[m - s - 1]))
-            self._carry(chosen, (s, t), (s, m), 0)
+            chosen = self._add_choice(work, _Work(m, t), -1, int(sweep[m] - sweep[s]), peak)
+            self._carry(chosen, work, _Work(m, t), int(store[m - s - 1]))
+            self._carry(chosen, work, _Work(s, m), 0)
 
-    def _add_choice(self, s: int, t: int, middle: int, option: int, work: int, peak_bytes: int) -> int:
-        chosen = self.lp.add_binary(cost=work / self.unit_time)
-        self._choices[s, t].append(_Choice(chosen, middle, option))
-        self.lp.add_at_most({self._held[s, t]: 1.0, chosen: peak_bytes / self.unit_bytes}, 1.0)
+    def _add_choice(self, work: _Work, rest: _Work, option: int, time: int, peak_bytes: int) -> int:
+        chosen = self.lp.add_binary(cost=time / self.unit_time)
+        self._choices[work].append(_Choice(chosen, rest, option))
+        self.lp.add_at_most({self._held[work]: 1.0, chosen: max(0, peak_bytes) / self.unit_bytes}, 1.0)
         return chosen
 
-    def _carry(self, chosen: int, outer: tuple[int, int], inner: tuple[int, int], more_bytes: int) -> None:
+    def _carry(self, chosen: int, outer: _Work, inner: _Work, more_bytes: int) -> None:
         """If chosen, the inner interval holds what the outer one does and some more."""
         self._reached[inner].append(chosen)
         more = more_bytes / self.unit_bytes

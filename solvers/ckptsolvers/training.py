@@ -125,7 +125,8 @@ class BlockGraph:
     def _backward_node(self, k: int, previous: tuple[int, ...]) -> Node:
         problem, option = self.problem, self.problem.blocks[k].options[0]
         inputs, outputs, own = problem.inputs[k], problem.outputs[k], self._own(k)
-        reads = {*previous, *(self.forward[problem.values[v].made_by] for v in (*inputs, *own))}
+        again = [v for v in inputs if v not in problem.unread(k, 0)]
+        reads = {*previous, *(self.forward[problem.values[v].made_by] for v in (*again, *own))}
         reads |= {self.cotangent[v] for v in (*inputs, *outputs) if v in self.cotangent}
         # The option's peak holds these, which are nodes here.
         counted = sum(problem.values[v].cotangent_bytes for v in outputs if v in self.cotangent)

@@ -31,13 +31,15 @@ def problems(draw, max_blocks=5, max_options=2):
     blocks = []
     for k in range(n):
         num_outputs = sum(v.made_by == k for v in values)
-        options = tuple(draw(_options(num_outputs, o)) for o in range(draw(st.integers(1, max_options))))
+        num_inputs = sum(k in v.read_by for v in values)
+        options = tuple(draw(_options(num_outputs, num_inputs, o)) for o in range(draw(st.integers(1, max_options))))
         blocks.append(Block(forward_times=draw(_times(num_outputs)), forward_peak_bytes=draw(small), options=options))
     return Problem(blocks=tuple(blocks), values=tuple(values))
 
 
 def _values(n, k):
-    readers = st.sets(st.integers(k + 1, n), min_size=1, max_size=3).map(lambda r: tuple(sorted(r)))
+    some = st.sets(st.integers(k + 1, n), min_size=1, max_size=3).map(lambda r: tuple(sorted(r)))
+    readers = st.one_of(st.just((k + 1,)), some)
     return st.builds(Value, size_bytes=st.integers(1, 4), made_by=st.just(k), read_by=readers, cotangent_bytes=small)
 
 
@@ -45,7 +47,7 @@ def _times(num_outputs):
     return st.lists(small, min_size=num_outputs + 1, max_size=num_outputs + 1).map(lambda t: tuple(sorted(t)))
 
 
-def _options(num_outputs, o):
+def _options(num_outputs, num_inputs, o):
     return st.builds(
         Option,
         name=st.just(f"option {o}"),
@@ -54,10 +56,13 @@ def _options(num_outputs, o):
         forward_times=_times(num_outputs),
         forward_peak_bytes=small,
         backward_peak_bytes=small,
-        saved_outputs=st.sets(st.integers(0, num_outputs - 1)).map(lambda s: tuple(sorted(s)))
-        if num_outputs
-        else st.just(()),
+        saved_outputs=st.one_of(st.just(()), _some(num_outputs)),
+        unread_inputs=st.one_of(st.just(tuple(range(num_inputs))), _some(num_inputs)),
     )
+
+
+def _some(count):
+    return st.sets(st.integers(0, count - 1)).map(lambda s: tuple(sorted(s))) if count else st.just(())
 
 
 @st.composite
