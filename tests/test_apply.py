@@ -92,6 +92,13 @@ def test_no_schedule_recomputes_more_than_the_judge_says(name, seed):
     assert 0 <= found <= predicted + 0.005 * base
 
 
+def test_counting_sees_a_checkpoint_and_what_it_repeats():
+    plain = lambda x: jnp.sin(jnp.sin(x))  # noqa: E731
+    checkpointed, kept = count(jax.grad(jax.checkpoint(plain)), 1.0), count(jax.grad(plain), 1.0)
+    assert checkpointed["checkpoint"] == 1 and not kept["checkpoint"]
+    assert checkpointed["sin"] + checkpointed["cos"] > 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_recomputation_is_really_there(name):
     s, specs = study_of(name), jax.tree.leaves(CASES[name][1])
@@ -99,7 +106,7 @@ def test_recomputation_is_really_there(name):
     base = count(s.objective.differentiated(unplanned(s)), *specs)
     least = count(s.objective.differentiated(planned(s, s.candidates[0].schedule)), *specs)
     assert least[heavy] > base[heavy]
-    assert not base["checkpoint"]
+    assert not base["checkpoint"] and least["checkpoint"]
 
 
 def test_a_plan_that_keeps_everything_has_no_checkpoint():
