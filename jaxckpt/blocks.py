@@ -6,7 +6,7 @@ to them from what is there, exactly what JAX is left with after its own dead-cod
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,10 @@ from ckptsolvers.mincut import Operation, save_sets
 
 from jaxckpt import costs, liveness
 from jaxckpt.cuts import Span
-from jaxckpt.targets import Target
+from jaxckpt.targets import Target, Timer
 from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes
 
 EVERYTHING = "everything"
-Timer = Callable[[Equation, list[Any]], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +79,7 @@ def analyse(
         spans: its blocks in order.
         active: values that tangents flow through.
         arguments: values that are there before the program and cost nothing to hold.
-        timer: time of an equation, in the unit of the plan's cost.
+        timer: times of equations, in the unit of the plan's cost.
         target: the chip, whose compiler decides what is materialised.
 
     Returns:
@@ -287,7 +286,7 @@ def _analyse_block(local: _Local, timer: Timer, target: Target) -> _Analysis:
         model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
         tuple(choices),
         tuple(model.unread(saved) for _, saved in kept),
-        sum(model.time.values()) + sum(timer(eqn, joint.avals) for eqn in joint.backward),
+        sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
     )
 
 
@@ -302,7 +301,8 @@ class _Model:
     def __init__(self, local: _Local, joint: _Joint, timer: Timer, target: Target):
         self.local, self.joint, self.target = local, joint, target
         self.size = lambda v: size_bytes(joint.avals[v])
-        self.time = {id(eqn): timer(eqn, joint.avals) for eqn in joint.forward}
+        kept = [joint.value[v] for v in local.outputs if v in joint.value]
+        self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]

@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except errors.PlanMismatchError as error:
         print(f"jaxckpt: {error}", file=sys.stderr)
         return _NO
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is still buffered must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _YES
     except (errors.JaxckptError, _UsageError, OSError) as error:
         print(f"jaxckpt: {error}", file=sys.stderr)
         return _USAGE

@@ -39,8 +39,6 @@ EXPENSIVE = _find(
 )
 # No operations: a compiler folds them into whatever reads them.
 LAYOUT = _find("broadcast_in_dim expand_dims iota reshape rev slice squeeze transpose split unstack tile empty2")
-# Of these, what not even moves bytes of its own.
-FOLDED = _find("broadcast_in_dim iota")
 # The same buffer under another shape.
 ALIAS = _find("reshape squeeze expand_dims name stop_gradient sharding_constraint copy reduce_precision")
 # Moving data by index: no operations, but a result of its own.
@@ -197,6 +195,12 @@ _FLOPS: dict[Any, Callable[[dict[str, Any], list[Any], list[Any]], int]] = {
     **dict.fromkeys(_find("triangular_solve tridiagonal_solve"), _triangular_solve),
 }
 _FLOPS.pop(None, None)
+
+
+def inner_bytes(eqn: Equation) -> int:
+    """Bytes moved inside an equation that holds jaxprs; 0 for others."""
+    nested = _nested(eqn.primitive, eqn.params)
+    return nested.moved_bytes if nested else 0
 
 
 def is_matmul(eqn: Equation) -> bool:

@@ -75,6 +75,33 @@ def peak_bytes(
     return peak
 
 
+def moved_bytes(equations: Sequence[Equation], size: Callable[[int], int], *, kept: Collection[int]) -> list[int]:
+    """Bytes that each equation reads and writes once what fuses is fused; 0 for what is fused away.
+
+    Args:
+        equations: in order.
+        size: bytes of a value.
+        kept: values that outlive the equations.
+
+    Returns:
+        `[num_equations]`.
+    """
+    same: dict[int, int] = {}
+    runs = _resolve(equations, same)
+    buffers = _materialised(runs, _find(kept, same))
+    made = {v for run in runs for v in run.makes}
+    # What the equations do not make is read from memory like any buffer.
+    outside = {v for run in runs for v in run.reads} - made
+    roots = _roots(runs, buffers, outside)
+    moved = {}
+    for run in runs:
+        written = [v for v in run.makes if v in buffers]
+        if written:
+            read = frozenset().union(*(roots.get(v, frozenset()) for v in run.reads))
+            moved[run.makes] = sum(map(size, written)) + sum(map(size, read))
+    return [moved.get(eqn.outputs, 0) for eqn in equations]
+
+
 def buffers_across(
     forward: Sequence[Equation],
     backward: Sequence[Equation],

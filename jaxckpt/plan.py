@@ -143,8 +143,14 @@ class Plan:
         return with_plan
 
     def flat(self, program: Program) -> Callable[..., list[Any]]:
-        """Return the planned program as a function of flat inputs."""
+        """Return the planned program as a function of flat inputs.
+
+        Raises:
+            PlanFileError: the plan's blocks are not the program's equations.
+        """
         assert self.schedule is not None
+        if {i for block in self.blocks for i in block} != set(range(len(program.equations))):
+            raise PlanFileError("the plan is damaged: its blocks are not the program's equations; plan again")
         spans = spans_at(program, self.blocks)
         prefix = f"jaxckpt.{self.fingerprint[:8]}"
         return planned(program, spans, self.schedule, self.block_saves, prefix)
@@ -206,6 +212,7 @@ class Plan:
             for name in ("block_labels", "lines", "unknown"):
                 values[name] = tuple(map(str, data[name]))
             plan = cls(**values)
+            _check_types(plan)
             _check_shape(plan)
         except (TypeError, ValueError, KeyError, InvalidScheduleError) as error:
             raise PlanFileError(f"{where} is damaged: {error}") from error
@@ -259,6 +266,17 @@ def line_digests(program: Program) -> tuple[str, ...]:
 
 def _digest(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()[:8]
+
+
+def _check_types(plan: Plan) -> None:
+    for f in fields(plan):
+        value = getattr(plan, f.name)
+        optional = f.name in ("budget_bytes", "max_cost", "measured_peak_bytes", "next_peak_bytes")
+        if value is None and optional:
+            continue
+        kind = {"int": int, "str": str, "bool": bool}.get(str(f.type).partition(" ")[0])
+        if kind and type(value) is not kind:
+            raise ValueError(f"{f.name} is {value!r} where {kind.__name__} is due")
 
 
 def _check_shape(plan: Plan) -> None:

@@ -33,7 +33,7 @@ def show_plan(plan: Plan, *, color: bool = False, width: int = _WIDTH) -> str:
         console.print(_saved(plan.saved))
     for note in _notes(plan):
         console.print(note)
-    return out.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
 def _headline(plan: Plan) -> str:

@@ -3,15 +3,18 @@
 import difflib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from jaxckpt import costs
+from jaxckpt import costs, liveness
 from jaxckpt.errors import TargetError
 from jaxckpt.trace import Equation, size_bytes
+
+# An exponential or a logarithm takes about this many operations.
+_EXPENSIVE_FLOPS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,27 +157,42 @@ def find(name: str | None) -> Target:
     return _TARGETS[chip]
 
 
-def timer(cost: str, target: Target) -> Callable[[Equation, list[Any]], int]:
-    """Return what an equation costs: FLOPs, or modelled picoseconds on the target.
+Timer = Callable[[Sequence[Equation], list[Any], Collection[int]], list[int]]
+
+
+def timer(cost: str, target: Target) -> Timer:
+    """Return what equations cost: FLOPs, or modelled picoseconds on the target.
+
+    Args:
+        cost: "time" or "flops".
+        target: the chip.
+
+    Returns:
+        A function of equations in order, the shapes of all values, and the values that outlive the equations, to one
+        cost for each equation.
 
     Raises:
         ValueError: `cost` is neither "time" nor "flops".
     """
     if cost == "flops":
-        return lambda eqn, avals: costs.cost(eqn, avals).flops
+        return lambda equations, avals, kept: [costs.cost(eqn, avals).flops for eqn in equations]
     if cost != "time":
         raise ValueError(f'cost={cost!r} is not accepted; write cost="time" or cost="flops"')
     return functools.partial(_roofline, target)
 
 
-def _roofline(target: Target, eqn: Equation, avals: list[Any]) -> int:
-    """Picoseconds: the longer of computing and moving bytes; what is fused moves its result only."""
-    cost = costs.cost(eqn, avals)
-    if eqn.primitive in costs.ALIAS or eqn.primitive in costs.FOLDED:
-        return 0
-    rate, moved = target.vector_flops, cost.moved_bytes
-    if costs.is_matmul(eqn):
-        rate = target.matmul_flops.get(costs.matmul_dtype(eqn, avals), target.matmul_flops[""])
-    elif eqn.primitive in costs.FUSIBLE:
-        moved = sum(size_bytes(avals[v]) for v in eqn.outputs)
-    return math.ceil(1e12 * max(cost.flops / rate, moved / target.bandwidth))
+def _roofline(target: Target, equations: Sequence[Equation], avals: list[Any], kept: Collection[int]) -> list[int]:
+    """Picoseconds: the longer of computing and moving bytes. A chain that fuses moves its ends' bytes only, once."""
+    moved = liveness.moved_bytes(equations, lambda v: size_bytes(avals[v]), kept=kept)
+    times = []
+    for eqn, num_bytes in zip(equations, moved, strict=True):
+        rate = target.vector_flops
+        if costs.is_matmul(eqn):
+            rate = target.matmul_flops.get(costs.matmul_dtype(eqn, avals), target.matmul_flops[""])
+        elif eqn.primitive in costs.EXPENSIVE:
+            rate /= _EXPENSIVE_FLOPS
+        flops = costs.cost(eqn, avals).flops
+        if eqn.primitive not in costs.FUSIBLE:
+            num_bytes = max(num_bytes, costs.inner_bytes(eqn))
+        times.append(math.ceil(1e12 * max(flops / rate, num_bytes / target.bandwidth)))
+    return times

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import numpy as np
+from jax.extend.core import primitives as prims
 from zoo import gpt
 from zoo.models import MODELS
 
@@ -38,7 +39,8 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 def count(fun: Callable, *args: Any) -> Counter:
     """How often each primitive is in the function's jaxpr once dead code is removed: what will really run."""
-    return Counter(e.primitive.name for e in equations(_compat.dce(jax.make_jaxpr(fun)(*args))))
+    found = equations(_compat.dce(jax.make_jaxpr(fun)(*args)))
+    return Counter("checkpoint" if e.primitive is prims.remat_p else e.primitive.name for e in found)
 
 
 def names(fun: Callable, *args: Any) -> set[str]:

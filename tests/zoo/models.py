@@ -108,7 +108,7 @@ def dropout_loss(params: list[jax.Array], batch: dict[str, jax.Array], key: jax.
         keep = jax.random.bernoulli(jax.random.fold_in(key, i), 0.8, x.shape)
         x = jnp.where(keep, jnp.tanh(x @ w), 0) / 0.8
     picked = jnp.take_along_axis(jax.nn.log_softmax(x), batch["labels"][:, None], axis=-1)
-    return -picked.mean(), {"num_right": jnp.sum(x.argmax(-1) == batch["labels"]), "logits": x}
+    return -picked.mean(), {"num_right": jnp.sum(jnp.argmax(x, -1).astype(jnp.int32) == batch["labels"]), "logits": x}
 
 
 def dropout_args(dtype: str = "float32", layers: int = 6, rows: int = 128, width: int = 16) -> tuple:
