@@ -1,19 +1,54 @@
 """Name a memory budget in bytes; get the same JAX function back with the fastest recomputation plan that fits."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from jaxckpt.api import auto_remat as auto_remat
-from jaxckpt.api import compiler_options as compiler_options
-from jaxckpt.errors import BudgetError as BudgetError
-from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
-from jaxckpt.errors import JaxckptError as JaxckptError
-from jaxckpt.errors import JaxckptWarning as JaxckptWarning
-from jaxckpt.errors import NotDifferentiableError as NotDifferentiableError
-from jaxckpt.errors import PlanFileError as PlanFileError
-from jaxckpt.errors import PlanMismatchError as PlanMismatchError
-from jaxckpt.errors import TargetError as TargetError
-from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
-from jaxckpt.measure import Measurement as Measurement
-from jaxckpt.measure import measure as measure
-from jaxckpt.plan import Plan as Plan
-from jaxckpt.planner import plan as plan
+if TYPE_CHECKING:
+    from jaxckpt.api import auto_remat as auto_remat
+    from jaxckpt.api import compiler_options as compiler_options
+    from jaxckpt.errors import BudgetError as BudgetError
+    from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
+    from jaxckpt.errors import JaxckptError as JaxckptError
+    from jaxckpt.errors import JaxckptWarning as JaxckptWarning
+    from jaxckpt.errors import NotDifferentiableError as NotDifferentiableError
+    from jaxckpt.errors import OptionError as OptionError
+    from jaxckpt.errors import PlanFileError as PlanFileError
+    from jaxckpt.errors import PlanMismatchError as PlanMismatchError
+    from jaxckpt.errors import TargetError as TargetError
+    from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
+    from jaxckpt.measure import Measurement as Measurement
+    from jaxckpt.measure import measure as measure
+    from jaxckpt.plan import Plan as Plan
+    from jaxckpt.planner import plan as plan
+
+# Importing JAX takes a second, and `jaxckpt --help` does not need it: names are found when they are first asked for.
+_HOMES = {
+    "auto_remat": "api",
+    "compiler_options": "api",
+    "BudgetError": "errors",
+    "InfeasibleBudgetError": "errors",
+    "JaxckptError": "errors",
+    "JaxckptWarning": "errors",
+    "NotDifferentiableError": "errors",
+    "OptionError": "errors",
+    "PlanFileError": "errors",
+    "PlanMismatchError": "errors",
+    "TargetError": "errors",
+    "UnsupportedProgramError": "errors",
+    "Measurement": "measure",
+    "measure": "measure",
+    "Plan": "plan",
+    "plan": "planner",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxckpt' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"jaxckpt.{_HOMES[name]}"), name)
+    # A submodule of the same name (plan, measure) must not hide the function once it is imported.
+    globals()[name] = found
+    return found

@@ -72,6 +72,13 @@ def linearize_jit(is_vjp: bool, nonzeros: Any, *primals: Any, **params: Any) -> 
     return private_ad.primitive_linearizations[jit_p](is_vjp, nonzeros, *primals, **params)
 
 
+def is_mapped(value: Any) -> bool:
+    """Whether a value is one example's view inside `vmap`."""
+    from jax._src.interpreters import batching
+
+    return isinstance(value, batching.BatchTracer)
+
+
 def is_zero(tangent: Any) -> bool:
     """Whether a tangent is symbolically zero."""
     return isinstance(tangent, ad.Zero)

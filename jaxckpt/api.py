@@ -25,7 +25,7 @@ from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
 from jaxckpt.measure import input_specs, output_objective
 from jaxckpt.plan import Plan
 from jaxckpt.planner import Request, make_request, plan_program
-from jaxckpt.trace import Program, is_differentiable, run, trace
+from jaxckpt.trace import PROGRAM_CALLS, Program, is_differentiable, run, trace
 from jaxckpt.units import short_bytes, short_count
 
 _LOG = logging.getLogger("jaxckpt")
@@ -148,6 +148,8 @@ class _Call:
 
 auto_remat_p = jex.Primitive("auto_remat")
 auto_remat_p.multiple_results = True
+# A decorated function inside a planned one is part of it: the outer budget is the one that counts.
+PROGRAM_CALLS.add(auto_remat_p)
 
 
 _RUNS: dict[str, Callable[..., list[Any]]] = {}
@@ -190,6 +192,7 @@ batching.fancy_primitive_batchers[auto_remat_p] = _batch
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[Any]]:
     active = tuple(i for i, t in enumerate(tangents) if not _compat.is_zero(t))
+    _warn_if_mapped(primals)
     planned = call.planned(active)
 
     def on_active(*values: Any) -> list[Any]:
@@ -207,6 +210,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tup
 
 def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: _Call) -> Any:
     """Linearize as the planned program under `jit`: JAX's own rule for that keeps every kind of remat."""
+    _warn_if_mapped(primals)
     planned = call.planned(tuple(i for i, nonzero in enumerate(nonzeros) if nonzero))
     closed = jax.make_jaxpr(jax.jit(planned))(*input_specs(call.program))
     (eqn,) = closed.jaxpr.eqns
@@ -312,6 +316,22 @@ def _unplanned(fun: Callable) -> Callable:
         return fun(*args, **kwargs)
 
     return unchanged
+
+
+def _warn_if_mapped(primals: Sequence[Any]) -> None:
+    if any(map(_compat.is_mapped, primals)):
+        _warn_mapped()
+
+
+@functools.cache
+def _warn_mapped() -> None:
+    warnings.warn(
+        "a decorated function is differentiated inside vmap: it is planned at one example's shapes, and the budget "
+        "holds for one example. Differentiate outside, as in grad(lambda w: mean(vmap(loss)(w))), for a plan at the "
+        "mapped shapes",
+        JaxckptWarning,
+        3,
+    )
 
 
 @functools.cache

@@ -179,6 +179,8 @@ def _argnums(options: argparse.Namespace) -> int | tuple[int, ...]:
 def _function_and_args(options: argparse.Namespace) -> tuple[Callable, tuple]:
     module, name = _load(options.function)
     fun = _attribute(module, name, options.function)
+    if not callable(fun):
+        raise _UsageError(f"{options.function} is {type(fun).__name__}, not a function")
     if options.args:
         args_module, args_name = _load(options.args)
         make = _attribute(args_module, args_name, options.args)

@@ -13,6 +13,10 @@ class BudgetError(JaxckptError, ValueError):
     """A budget, reserve or max_cost that cannot be read."""
 
 
+class OptionError(JaxckptError, ValueError):
+    """An option that is not one of those there are."""
+
+
 class InfeasibleBudgetError(JaxckptError):
     """No plan fits the budget.
 

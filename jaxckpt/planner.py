@@ -237,6 +237,7 @@ class _Search:
     def _refuse(self, budget: int, unplanned: int, least: int, candidate: Candidate | None) -> None:
         forced = _forced_by(self.study, candidate) if candidate else ()
         label = "measured" if self.request.verify else "predicted"
+        least = min(least, unplanned)
         at = "".join(f"\n  {what}: {show_bytes(size)}{' at ' + line if line else ''}" for what, size, line in forced)
         raise InfeasibleBudgetError(
             f"no plan fits budget={show_bytes(budget)}. The least feasible peak is {show_bytes(least)} ({label}); "

@@ -12,7 +12,7 @@ from ckptsolvers.chain import default_num_levels
 
 from jaxckpt import apply, cuts, graph, targets
 from jaxckpt.blocks import Blocks, analyse
-from jaxckpt.errors import UnsupportedProgramError
+from jaxckpt.errors import OptionError, UnsupportedProgramError
 from jaxckpt.measure import Measurement, Objective, compiled_bytes, cotangent_specs, input_specs
 from jaxckpt.trace import Program, run, size_bytes
 
@@ -52,7 +52,7 @@ class Study:
         self.chip = targets.find(target)
         self.cost, self.solver = cost, solver
         if not (callable(solver) or solver in _SOLVERS):
-            raise ValueError(f"solver={solver!r} is not known; write one of {', '.join(_SOLVERS)}, or a function")
+            raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(_SOLVERS)}, or a function")
         for eqn in program.equations:
             if eqn.effects:
                 raise UnsupportedProgramError(
@@ -169,6 +169,8 @@ def _chain_schedules(blocks: Blocks) -> Sequence[Schedule]:
     problem, most = blocks.problem, _keep_all_peak(blocks)
     num_levels = default_num_levels(problem.num_blocks) // 2
     coarse = ChainTable(problem, max_bytes=most, num_levels=num_levels)
+    if not coarse.steps():
+        return []  # rounded up to the table's resolution, not even keeping everything fits
     least = coarse.steps()[0] * coarse.unit_bytes
     fine = ChainTable(problem, max_bytes=int(1.5 * least), num_levels=num_levels)
     return [*_spread_schedules(fine, 0), *_spread_schedules(coarse, int(1.5 * least))]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxckpt import costs, liveness
-from jaxckpt.errors import TargetError
+from jaxckpt.errors import OptionError, TargetError
 from jaxckpt.trace import Equation, size_bytes
 
 # An exponential or a logarithm takes about this many operations.
@@ -172,12 +172,12 @@ def timer(cost: str, target: Target) -> Timer:
         cost for each equation.
 
     Raises:
-        ValueError: `cost` is neither "time" nor "flops".
+        OptionError: `cost` is neither "time" nor "flops".
     """
     if cost == "flops":
         return lambda equations, avals, kept: [costs.cost(eqn, avals).flops for eqn in equations]
     if cost != "time":
-        raise ValueError(f'cost={cost!r} is not accepted; write cost="time" or cost="flops"')
+        raise OptionError(f'cost={cost!r} is not accepted; write cost="time" or cost="flops"')
     return functools.partial(_roofline, target)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from jaxckpt import _compat
 
 # Calls that stand for their body and nothing else.
 _INLINED = {prims.jit_p: "jaxpr", prims.closed_call_p: "call_jaxpr"}
+# Primitives whose parameter `call` holds a flat program: decorated functions inside the one that is traced.
+PROGRAM_CALLS: set[Any] = set()
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
 
 
@@ -192,6 +194,25 @@ def flatten(jaxpr: Any) -> Program:
         avals.append(var.aval)
         return len(avals) - 1
 
+    def insert(program: Program, operands: Sequence[Atom], call: Any, stacks: Any, calls: Any) -> list[Atom]:
+        """Copy a flat program's equations, its values renumbered."""
+        env = dict(zip(program.inputs, operands, strict=True))
+        read = lambda x: env[x] if isinstance(x, int) else x  # noqa: E731
+        for eqn in program.equations:
+            for v in eqn.outputs:
+                avals.append(program.avals[v])
+                env[v] = len(avals) - 1
+            equations.append(
+                replace(
+                    eqn,
+                    inputs=tuple(map(read, eqn.inputs)),
+                    outputs=tuple(env[v] for v in eqn.outputs),
+                    call_infos=(*eqn.call_infos, call.source_info, *calls),
+                    name_stacks=(*stacks, *eqn.name_stacks),
+                )
+            )
+        return list(map(read, program.outputs))
+
     def walk(jaxpr: Any, operands: Iterable[Atom], stacks: tuple[Any, ...], calls: tuple[Any, ...]) -> list[Atom]:
         env: dict[Any, Atom] = dict(zip([*jaxpr.constvars, *jaxpr.invars], operands, strict=True))
 
@@ -207,6 +228,11 @@ def flatten(jaxpr: Any) -> Program:
                 consts = [Constant(c, v.aval) for c, v in zip(inner.consts, inner.jaxpr.constvars, strict=True)]
                 results = walk(inner.jaxpr, (*consts, *inputs), eqn_stacks, (eqn.source_info, *calls))
                 env.update(zip(eqn.outvars, results, strict=True))
+                continue
+            if eqn.primitive in PROGRAM_CALLS:
+                env.update(
+                    zip(eqn.outvars, insert(eqn.params["call"].program, inputs, eqn, eqn_stacks, calls), strict=True)
+                )
                 continue
             outputs = tuple(map(new, eqn.outvars))
             env.update(zip(eqn.outvars, outputs, strict=True))
