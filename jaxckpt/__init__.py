@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from jaxckpt.errors import PlanMismatchError as PlanMismatchError
     from jaxckpt.errors import TargetError as TargetError
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
+    from jaxckpt.fitting import Fitted as Fitted
+    from jaxckpt.fitting import fit as fit
     from jaxckpt.measurement import Measurement as Measurement
     from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
@@ -37,6 +39,8 @@ _HOMES = {
     "PlanMismatchError": "errors",
     "TargetError": "errors",
     "UnsupportedProgramError": "errors",
+    "Fitted": "fitting",
+    "fit": "fitting",
     "Measurement": "measurement",
     "measure": "measurement",
     "Plan": "plans",

@@ -22,7 +22,8 @@ from jax.interpreters import ad, batching, mlir
 import jaxckpt
 from jaxckpt import _compat
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, UnsupportedProgramError
-from jaxckpt.measurement import input_specs, output_objective
+from jaxckpt.fitting import FITTING
+from jaxckpt.measurement import Objective, input_specs, output_objective
 from jaxckpt.planner import Request, make_request, plan_program
 from jaxckpt.plans import SCHEMA, Plan
 from jaxckpt.trace import PROGRAM_CALLS, Program, is_differentiable, run, trace
@@ -53,7 +54,7 @@ def auto_remat(
     Args:
         fun: a function of pytrees; leaves that are not arrays are static. Left out, a decorator is returned.
         budget: device bytes of its value and gradient: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
-            None runs the function unchanged.
+            None leaves the plan to `fit`, and outside of it runs the function unchanged.
         cost: what is minimised: "time", modelled for the target, or "flops".
         solver: as in `plan`.
         target: a chip's name; None is the default backend.
@@ -90,15 +91,16 @@ def auto_remat(
             static_argnames=static_argnames,
             cache_dir=cache_dir,
         )
-    if budget is None:
-        return _unplanned(fun)
-    request = make_request(budget, None, cost, solver, target, reserve, verify)
+    request = None if budget is None else make_request(budget, None, cost, solver, target, reserve, verify)
     positions = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     label = getattr(fun, "__name__", type(fun).__name__)
 
     @functools.wraps(fun)
     def with_plan(*args: Any, **kwargs: Any) -> Any:
+        if request is None and FITTING.value is None:
+            _warn_no_budget()
+            return fun(*args, **kwargs)
         inner, args, kwargs = _bind_static(fun, args, kwargs, positions, names)
         traced = trace(inner, args, kwargs)
         _refuse_effects(traced.program, label)
@@ -120,10 +122,10 @@ def compiler_options() -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """The parameter of the primitive: a program and how to plan it."""
+    """The parameter of the primitive: a program and how to plan it; None leaves that to `fit`."""
 
     program: Program
-    request: Request
+    request: Request | None
     label: str
     cache_dir: str | None
 
@@ -137,9 +139,12 @@ class _Call:
     def planned(self, active: tuple[int, ...]) -> Callable[..., list[Any]]:
         """Return the program with the plan for these differentiated inputs."""
         try:
-            found = _find_plan(self, active)
+            goal = _objective(self.program, active)
         except NotDifferentiableError:
             return self.plain
+        if self.request is None:
+            return FITTING.value.planned(self.program, goal) if FITTING.value else self.plain
+        found = _find_plan(self, goal, self.request)
         if found.schedule is None:
             return self.plain
         _warn_on_old_cpu()
@@ -224,13 +229,17 @@ if not _compat.set_linearize_rule(auto_remat_p, _linearize):
 _PLANS: dict[str, Plan] = {}
 
 
-def _find_plan(call: _Call, active: tuple[int, ...]) -> Plan:
-    """The plan of this program for these inputs: from memory, from disk, or made now."""
-    program, request = call.program, call.request
-    outputs = _abstract(call=call)
+def _objective(program: Program, active: tuple[int, ...]) -> Objective:
+    """What is differentiated: these inputs, and the loss where there is one."""
+    outputs = [program.avals[x] if isinstance(x, int) else x.aval for x in program.outputs]
     is_loss = bool(outputs) and outputs[0].shape == () and is_differentiable(outputs[0])
     # A scalar in front is the loss, and what follows it has no cotangent.
-    goal = output_objective(program, active, 1 if is_loss else len(outputs))
+    return output_objective(program, active, 1 if is_loss else len(outputs))
+
+
+def _find_plan(call: _Call, goal: Objective, request: Request) -> Plan:
+    """The plan of this program for these inputs: from memory, from disk, or made now."""
+    program = call.program
     key = _key(program, goal, request)
     if key not in _PLANS:
         path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
@@ -309,15 +318,6 @@ def _refuse_effects(program: Program, label: str) -> None:
             )
 
 
-def _unplanned(fun: Callable) -> Callable:
-    @functools.wraps(fun)
-    def unchanged(*args: Any, **kwargs: Any) -> Any:
-        _warn_no_budget()
-        return fun(*args, **kwargs)
-
-    return unchanged
-
-
 def _warn_if_mapped(primals: Sequence[Any]) -> None:
     if any(map(_compat.is_mapped, primals)):
         _warn_mapped()
@@ -336,7 +336,9 @@ def _warn_mapped() -> None:
 
 @functools.cache
 def _warn_no_budget() -> None:
-    warnings.warn("auto_remat without a budget runs the function unchanged; give budget=...", JaxckptWarning, 3)
+    warnings.warn(
+        "auto_remat without a budget runs the function unchanged outside of fit; give budget=...", JaxckptWarning, 3
+    )
 
 
 @functools.cache

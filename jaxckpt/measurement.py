@@ -192,8 +192,16 @@ def _spec(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def compiled_bytes(fun: Callable, specs: Sequence[jax.ShapeDtypeStruct], target: str | None) -> Measurement:
-    """Compile a flat function for a target and read what it takes.
+def compiled_bytes(
+    fun: Callable, specs: Sequence[Any], target: str | None, donate_argnums: int | Sequence[int] = ()
+) -> Measurement:
+    """Compile a function for a target and read what it takes.
+
+    Args:
+        fun: what to compile.
+        specs: its positional arguments, pytrees of arrays or `ShapeDtypeStruct`s.
+        target: a chip's name; None is the default backend.
+        donate_argnums: as in `jax.jit`.
 
     Raises:
         TargetError: the target's compiler is not here.
@@ -201,11 +209,11 @@ def compiled_bytes(fun: Callable, specs: Sequence[jax.ShapeDtypeStruct], target:
     chip = targets.find(target)
     started = time.perf_counter()
     if target is None or compilers.is_here(chip):
-        lowered = jax.jit(fun).trace(*specs).lower()
+        lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*specs).lower()
     else:
         place = jax.sharding.SingleDeviceSharding(compilers.device(chip, target.partition(":")[2] or None))
-        placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in specs]
-        lowered = jax.jit(fun).trace(*placed).lower(lowering_platforms=(chip.platform,))
+        placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), list(specs))
+        lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed).lower(lowering_platforms=(chip.platform,))
     try:
         compiled = lowered.compile(compiler_options=_options(chip.platform))
     except Exception as error:  # every backend raises its own kind
@@ -244,7 +252,7 @@ def _options(platform: str) -> dict[str, Any] | None:
 
 def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str, took: float) -> Measurement:
     """The compiler will not build a program of this size for the chip, which says how large it is."""
-    arguments = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in specs)
+    arguments = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in jax.tree.leaves(list(specs)))
     outputs = sum(map(size_bytes, jax.tree.leaves(jax.eval_shape(fun, *specs))))
     return Measurement(
         device_bytes=arguments + outputs + needed,

@@ -4,21 +4,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxckpt import _compat
 from jaxckpt.errors import BudgetError, InfeasibleBudgetError
+from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan, SavedGroup, line_digests
 from jaxckpt.study import Candidate, Study
 from jaxckpt.trace import Program, show_aval, size_bytes, trace
 from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 
-# A plan that uses this share of its budget is not worth another compile.
-_ENOUGH = 0.99
-_MAX_COMPILES = 10
-# How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible.
-_NUM_LEAST = 4
 # Room left below the budget when nothing is compiled.
 _UNVERIFIED_MARGIN = 0.1
 _UNPLANNED = "unplanned"
@@ -133,13 +129,12 @@ def _study(program: Program, goal: Objective, request: Request) -> Study:
 
 
 class _Search:
-    """One request on one study. It sees only its own measurements, so that a plan depends on nothing else."""
+    """One request on one study, with measurements of its own, so that a plan depends on nothing else."""
 
     def __init__(self, study: Study, request: Request):
         self.study, self.request = study, request
         self.candidates = study.candidates
-        self.known: dict[int, int] = {}  # candidate -> measured device bytes
-        self.num_compiles = 0
+        self.ladder = Ladder(study.fixed_bytes, [c.judgement.peak_bytes for c in self.candidates], self._measure)
 
     def run(self) -> Plan:
         unplanned = self._unplanned_bytes()
@@ -156,65 +151,20 @@ class _Search:
 
     def _unplanned_bytes(self) -> int:
         if self.request.verify:
-            self.num_compiles += 1
             return self.study.measure(None, _UNPLANNED).device_bytes
         peak = self.study.unplanned.judgement.peak_bytes if self.candidates else 0
         return self.study.fixed_bytes + peak
 
     def _verified(self, budget: int, unplanned: int) -> Plan:
-        """The cheapest candidate that is measured to fit: the last one before one that is measured not to."""
-        fits, over = -1, len(self.candidates)
-        while over - fits > 1 and self.num_compiles < _MAX_COMPILES:
-            i = self._guess(fits, over, budget)
-            if i is None:
-                break
-            if self._measured(i) <= budget:
-                fits = i
-                if self.known[i] >= _ENOUGH * budget:
-                    break
-            else:
-                over = i
-        if fits < 0:
-            fits = self._least()
-            if self.known[fits] > budget:
-                self._refuse(budget, unplanned, self.known[fits], self.candidates[fits])
-        return self._plan(fits, budget, unplanned)
+        chosen = self.ladder.cheapest(budget)
+        if chosen is None:
+            least = self.ladder.least()
+            self._refuse(budget, unplanned, self.ladder.known[least], self.candidates[least])
+        return self._plan(chosen, budget, unplanned)
 
-    def _guess(self, fits: int, over: int, budget: int) -> int | None:
-        """The cheapest candidate between the two that should fit, by the prediction corrected by what was measured."""
-        inside = [i for i in range(fits + 1, over) if self._corrected(i) <= budget]
-        if inside:
-            return inside[-1]
-        # The correction says that nothing more fits: one step further shows it, or the least one does.
-        if fits >= 0:
-            return fits + 1
-        return None if 0 in self.known else 0
-
-    def _corrected(self, i: int) -> float:
-        """Predicted device bytes, temporaries scaled as those of the nearest measured candidates were."""
-        fixed, predicted = self.study.fixed_bytes, self.candidates[i].judgement.peak_bytes
-        if not self.known:
-            return fixed + predicted
-        below = max((k for k in self.known if k <= i), default=None)
-        above = min((k for k in self.known if k >= i), default=None)
-        ends = [k for k in (below, above) if k is not None]
-        ratios = {k: (self.known[k] - fixed) / max(1, self.candidates[k].judgement.peak_bytes) for k in ends}
-        if below is None or above is None or below == above:
-            return fixed + predicted * ratios[ends[0]]
-        low, high = (self.candidates[k].judgement.peak_bytes for k in (below, above))
-        share = (predicted - low) / max(1, high - low)
-        return fixed + predicted * (ratios[below] * (1 - share) + ratios[above] * share)
-
-    def _measured(self, i: int) -> int:
-        if i not in self.known:
-            self.num_compiles += 1
-            candidate = self.candidates[i]
-            self.known[i] = self.study.measure(candidate.schedule, candidate.digest).device_bytes
-        return self.known[i]
-
-    def _least(self) -> int:
-        """Of the candidates with the least predicted bytes, the one measured least; the same ones every time."""
-        return min(range(min(_NUM_LEAST, len(self.candidates))), key=lambda i: (self._measured(i), i))
+    def _measure(self, i: int) -> int:
+        candidate = self.candidates[i]
+        return self.study.measure(candidate.schedule, candidate.digest).device_bytes
 
     def _predicted(self, budget: int, unplanned: int) -> Plan:
         room = budget - self.study.fixed_bytes
@@ -230,11 +180,11 @@ class _Search:
         inside = [i for i, c in enumerate(self.candidates) if c.judgement.extra_work <= allowed]
         if not inside:
             return self._plan(None, None, unplanned)
-        if self.request.verify and self._measured(inside[0]) >= unplanned:
+        if self.request.verify and self.ladder.measured(inside[0]) >= unplanned:
             return self._plan(None, None, unplanned)
         return self._plan(inside[0], None, unplanned)
 
-    def _refuse(self, budget: int, unplanned: int, least: int, candidate: Candidate | None) -> None:
+    def _refuse(self, budget: int, unplanned: int, least: int, candidate: Candidate | None) -> NoReturn:
         forced = _forced_by(self.study, candidate) if candidate else ()
         label = "measured" if self.request.verify else "predicted"
         least = min(least, unplanned)
@@ -250,44 +200,58 @@ class _Search:
         )
 
     def _plan(self, chosen: int | None, budget: int | None, unplanned: int) -> Plan:
-        study, request = self.study, self.request
-        blocks = study.blocks
-        candidate = None if chosen is None else self.candidates[chosen]
-        # Block 0 with the least predicted bytes may have been measured on the way.
-        least = self.known.get(0)
-        predicted_least = math.ceil(self._corrected(0)) if self.candidates else unplanned
-        measured = unplanned if request.verify else None
-        return Plan(
+        known = self.ladder.known
+        # The candidate with the least predicted bytes may have been measured on the way.
+        least = math.ceil(self.ladder.corrected(0)) if self.candidates else unplanned
+        measured = unplanned if self.request.verify else None
+        return describe(
+            self.study,
+            None if chosen is None else self.candidates[chosen],
             budget_bytes=budget,
-            max_cost=request.max_cost,
+            max_cost=self.request.max_cost,
             unplanned_peak_bytes=unplanned,
-            predicted_peak_bytes=unplanned if candidate is None else study.fixed_bytes + candidate.judgement.peak_bytes,
-            measured_peak_bytes=measured if chosen is None else self.known.get(chosen),
-            next_peak_bytes=None if chosen is None else self.known.get(chosen + 1),
-            least_peak_bytes=min(unplanned, predicted_least if least is None else least),
-            is_unplanned_measured=request.verify,
-            is_least_measured=least is not None,
-            forward_flops=study.forward_flops,
-            recompute_flops=0 if candidate is None else study.recompute_flops(candidate.schedule),
-            recompute_cost=0 if candidate is None else candidate.judgement.extra_work,
-            unplanned_cost=study.unplanned_cost,
-            cost=request.cost,
-            solver=request.solver if isinstance(request.solver, str) else getattr(request.solver, "__name__", "custom"),
-            target=request.target or study.chip.platform,
-            num_compiles=self.num_compiles,
-            fingerprint=study.program.fingerprint(),
-            jax_version=_compat.JAX_VERSION,
-            parameter_bytes=sum(
-                size_bytes(study.program.avals[study.program.inputs[i]]) for i in study.objective.inputs
-            ),
-            saved=() if candidate is None else _saved_groups(study, candidate),
-            schedule=None if candidate is None else candidate.schedule,
-            blocks=() if candidate is None or blocks is None else tuple(span.positions for span in blocks.spans),
-            block_saves=() if candidate is None else tuple(study.saved(candidate.schedule)),
-            block_labels=() if candidate is None or blocks is None else tuple(map(_label, blocks.spans)),
-            lines=line_digests(study.program),
-            unknown=tuple(sorted(set().union(*(study.graph.nodes[i]["unknown"] for i in study.graph)))),
+            measured_peak_bytes=measured if chosen is None else known.get(chosen),
+            next_peak_bytes=None if chosen is None else known.get(chosen + 1),
+            least_peak_bytes=min(unplanned, known.get(0, least)),
+            is_unplanned_measured=self.request.verify,
+            is_least_measured=0 in known,
+            num_compiles=len(known) + self.request.verify,
         )
+
+
+def describe(study: Study, candidate: Candidate | None, *, unplanned_peak_bytes: int, **found: Any) -> Plan:
+    """Put a plan together from a study, a candidate, and the numbers it was found with."""
+    blocks, program = study.blocks, study.program
+    predicted = unplanned_peak_bytes if candidate is None else study.fixed_bytes + candidate.judgement.peak_bytes
+    chosen = (
+        {"saved": (), "schedule": None, "blocks": (), "block_saves": (), "block_labels": ()}
+        if candidate is None or blocks is None
+        else {
+            "saved": _saved_groups(study, candidate),
+            "schedule": candidate.schedule,
+            "blocks": tuple(span.positions for span in blocks.spans),
+            "block_saves": tuple(study.saved(candidate.schedule)),
+            "block_labels": tuple(map(_label, blocks.spans)),
+        }
+    )
+    return Plan(
+        unplanned_peak_bytes=unplanned_peak_bytes,
+        predicted_peak_bytes=predicted,
+        forward_flops=study.forward_flops,
+        recompute_flops=0 if candidate is None else study.recompute_flops(candidate.schedule),
+        recompute_cost=0 if candidate is None else candidate.judgement.extra_work,
+        unplanned_cost=study.unplanned_cost,
+        cost=study.cost,
+        solver=study.solver if isinstance(study.solver, str) else getattr(study.solver, "__name__", "custom"),
+        target=study.target or study.chip.name,
+        fingerprint=program.fingerprint(),
+        jax_version=_compat.JAX_VERSION,
+        parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in study.objective.inputs),
+        lines=line_digests(program),
+        unknown=tuple(sorted(set().union(*(study.graph.nodes[i]["unknown"] for i in study.graph)))),
+        **chosen,
+        **found,
+    )
 
 
 def _label(span: Any) -> str:

@@ -116,14 +116,15 @@ class Study:
         assert self.blocks is not None
         return simulate(self.blocks.flops_problem, schedule).extra_work
 
+    def planned(self, schedule: Schedule) -> Callable[..., list[Any]]:
+        """The program under a schedule, as a function of flat inputs."""
+        assert self.blocks is not None
+        return apply.planned(self.program, self.blocks.spans, schedule, self.saved(schedule))
+
     def measure(self, schedule: Schedule | None, digest: str) -> Measurement:
         """Compile the differentiated program under a schedule, or without one; each is compiled once."""
         if digest not in self._measured:
-            if schedule is None:
-                fun = functools.partial(run, self.program)
-            else:
-                assert self.blocks is not None
-                fun = apply.planned(self.program, self.blocks.spans, schedule, self.saved(schedule))
+            fun = functools.partial(run, self.program) if schedule is None else self.planned(schedule)
             specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
             self._measured[digest] = compiled_bytes(self.objective.differentiated(fun), specs, self.target)
         return self._measured[digest]
