@@ -155,14 +155,16 @@ def test_revolve_is_optimal_on_uniform_chains(n, budget, time_each, size):
     assert solution.judgement.work == (num_forwards(n, states) + 1) * time_each
 
 
-def test_the_checkpoint_schedules_package_agrees():
+SOME = [(n, c) for n, c in itertools.product(range(2, 201, 11), (1, 2, 3, 7, 20)) if c < n and (c > 1 or n < 60)]
+MANY = [(n, c) for n in range(2, 201, 3) for c in range(1, min(20, n - 1) + 1)]
+
+
+@pytest.mark.parametrize("counts", [SOME, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])
+def test_the_checkpoint_schedules_package_agrees(counts):
     package = pytest.importorskip("checkpoint_schedules")
-    for n, c in itertools.product(range(2, 201, 11), (1, 2, 3, 7, 20)):
-        if c >= n or (c == 1 and n > 60):
-            continue
-        schedule = package.Revolve(n, c)
+    for n, c in counts:
         forwards = 0
-        for action in schedule:
+        for action in package.Revolve(n, c):
             if isinstance(action, package.Forward):
                 forwards += action.n1 - action.n0
             if isinstance(action, package.EndReverse):
@@ -184,11 +186,20 @@ def test_ten_thousand_steps_take_no_recursion_and_little_time():
 
 SCRIPT = """
 import json, random
-from ckptsolvers import chain, solve_chain, solve_chen, solve_revolve
+from ckptsolvers import chain, solve
+from ckptsolvers.checkmate import solve_checkmate
+from ckptsolvers.lower_sets_dag import solve_lower_sets_dag
+from ckptsolvers.dag import Dag, Node
+from ckptsolvers.solve import SOLVERS
+from ckptsolvers.training import training_graph
 rng = random.Random(1)
-draw = lambda top: [rng.randint(1, top) for _ in range(12)]
+draw = lambda top: [rng.randint(1, top) for _ in range(6)]
 problem = chain(draw(9), draw(9), cotangent_bytes=draw(3), options=[[(a, 0), (0, b)] for a, b in zip(draw(9), draw(9))])
-print(json.dumps([s(problem, budget_bytes=60).schedule.to_json() for s in (solve_chain, solve_chen, solve_revolve)]))
+for name in SOLVERS:
+    print(json.dumps(solve(problem, budget_bytes=40, solver=name).schedule.to_json()))
+forward = Dag(tuple(Node(size_bytes=a, time=a, reads=(i - 1,) if i else ()) for i, a in enumerate(draw(5))))
+print(solve_checkmate(training_graph(forward), budget_bytes=20).steps)
+print(solve_lower_sets_dag(forward, budget_bytes=24, family="exact").steps)
 """
 
 
