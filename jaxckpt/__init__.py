@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from jaxckpt.errors import PlanMismatchError as PlanMismatchError
     from jaxckpt.errors import TargetError as TargetError
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
-    from jaxckpt.measure import Measurement as Measurement
-    from jaxckpt.measure import measure as measure
-    from jaxckpt.plan import Plan as Plan
+    from jaxckpt.measurement import Measurement as Measurement
+    from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
+    from jaxckpt.plans import Plan as Plan
 
 # Importing JAX takes a second, and `jaxckpt --help` does not need it: names are found when they are first asked for.
 _HOMES = {
@@ -37,18 +37,18 @@ _HOMES = {
     "PlanMismatchError": "errors",
     "TargetError": "errors",
     "UnsupportedProgramError": "errors",
-    "Measurement": "measure",
-    "measure": "measure",
-    "Plan": "plan",
+    "Measurement": "measurement",
+    "measure": "measurement",
+    "Plan": "plans",
     "plan": "planner",
 }
-__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxckpt' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"jaxckpt.{_HOMES[name]}"), name)
-    # A submodule of the same name (plan, measure) must not hide the function once it is imported.
-    globals()[name] = found
-    return found
+    return getattr(importlib.import_module(f"jaxckpt.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

@@ -22,9 +22,9 @@ from jax.interpreters import ad, batching, mlir
 import jaxckpt
 from jaxckpt import _compat
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, UnsupportedProgramError
-from jaxckpt.measure import input_specs, output_objective
-from jaxckpt.plan import Plan
+from jaxckpt.measurement import input_specs, output_objective
 from jaxckpt.planner import Request, make_request, plan_program
+from jaxckpt.plans import SCHEMA, Plan
 from jaxckpt.trace import PROGRAM_CALLS, Program, is_differentiable, run, trace
 from jaxckpt.units import short_bytes, short_count
 
@@ -250,7 +250,7 @@ def _find_plan(call: _Call, active: tuple[int, ...]) -> Plan:
 
 
 def _key(program: Program, goal: Any, request: Request) -> str:
-    versions = (jaxckpt.__version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
+    versions = (SCHEMA, jaxckpt.__version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
     place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""))
     return hashlib.sha256(repr((program.fingerprint(), goal, request, versions, place)).encode()).hexdigest()[:32]
 

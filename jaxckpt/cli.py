@@ -141,14 +141,14 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from jaxckpt.plan import Plan
+    from jaxckpt.plans import Plan
 
     _print_plan(Plan.load(options.plan), options.json)
     return _YES
 
 
 def _check(options: argparse.Namespace) -> int:
-    from jaxckpt.plan import Plan
+    from jaxckpt.plans import Plan
     from jaxckpt.trace import trace
 
     found = Plan.load(options.plan)

@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxckpt import _compat
 from jaxckpt.errors import BudgetError, InfeasibleBudgetError
-from jaxckpt.measure import Objective, objective
-from jaxckpt.plan import Plan, SavedGroup, line_digests
+from jaxckpt.measurement import Objective, objective
+from jaxckpt.plans import Plan, SavedGroup, line_digests
 from jaxckpt.study import Candidate, Study
 from jaxckpt.trace import Program, show_aval, size_bytes, trace
 from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from jaxckpt.plan import Plan, SavedGroup
+from jaxckpt.plans import Plan, SavedGroup
 from jaxckpt.units import short_bytes, short_count, show_bytes
 
 _WIDTH = 118

@@ -13,7 +13,7 @@ from ckptsolvers.chain import default_num_levels
 from jaxckpt import apply, cuts, graph, targets
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.errors import OptionError, UnsupportedProgramError
-from jaxckpt.measure import Measurement, Objective, compiled_bytes, cotangent_specs, input_specs
+from jaxckpt.measurement import Measurement, Objective, compiled_bytes, cotangent_specs, input_specs
 from jaxckpt.trace import Program, run, size_bytes
 
 # Candidates stand this far apart in predicted bytes; finer ones differ by less than a compiler's own noise.
@@ -178,11 +178,10 @@ def _chain_schedules(blocks: Blocks) -> Sequence[Schedule]:
 
 def _spread_schedules(table: ChainTable, above_bytes: int) -> list[Schedule]:
     """A table's schedules above a level, as many as are worth judging: that takes longer than solving."""
-    levels, last = [], 0.0
-    for level in table.steps():
-        if level * table.unit_bytes > above_bytes and level >= last * _STEP:
+    levels: list[int] = []
+    for level in reversed(table.steps()):
+        if level * table.unit_bytes > above_bytes and (not levels or level * _STEP <= levels[-1]):
             levels.append(level)
-            last = level
     return [table.schedule(level) for level in levels]
 
 

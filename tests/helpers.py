@@ -14,7 +14,7 @@ from zoo import gpt
 from zoo.models import MODELS
 
 from jaxckpt import _compat
-from jaxckpt.measure import objective
+from jaxckpt.measurement import objective
 from jaxckpt.study import Study
 from jaxckpt.trace import trace
 
