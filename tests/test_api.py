@@ -13,7 +13,7 @@ from helpers import assert_close, count, jit, x64
 from zoo.models import MODELS, chain_args, chain_loss
 
 import jaxckpt
-from jaxckpt import JaxckptWarning, _compat, api, auto_remat
+from jaxckpt import InfeasibleBudgetError, JaxckptWarning, _compat, api, auto_remat
 
 ARGS = chain_args("float64", layers=6, rows=128, width=16)
 WEIGHTS, X = ARGS
@@ -59,7 +59,10 @@ TRANSFORMED = {
     ),
     "in a cond": (lambda f: jax.grad(lambda ws, x: jax.lax.cond(x[0, 0] < 9, f, lambda *_: 0.0, ws, x)), True),
     "in a checkpoint": (lambda f: jax.grad(jax.checkpoint(f)), True),
-    "in another one": (lambda f: jax.grad(decorated(lambda ws, x: jnp.sin(f(ws, x)))), True),
+    "in another one": (
+        lambda f: jax.grad(decorated(lambda ws, x: jnp.sin(f(ws, x)))),
+        True,
+    ),
     "with keywords": (lambda f: jax.grad(lambda ws, x: f(x=x, weights=ws)), True),
     "with tracers closed over": (lambda f: jax.jit(lambda ws, x: jax.grad(lambda s: f(ws, s * x))(1.0)), True),
 }
@@ -110,20 +113,19 @@ def planned_shapes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "grad of vmap",
-        pytest.param("vmap of grad", marks=pytest.mark.xfail(strict=True, reason="planned for one example")),
-    ],
-)
-def test_a_mapped_function_is_planned_at_its_mapped_shapes(name, monkeypatch):
+def test_a_mapped_function_is_planned_at_its_mapped_shapes(monkeypatch):
     seen = planned_shapes(monkeypatch)
     args = chain_args(layers=5, rows=96, width=16)
-    jax.make_jaxpr(TRANSFORMED[name][0](decorated(chain_loss)))(*args)
+    jax.make_jaxpr(TRANSFORMED["grad of vmap"][0](decorated(chain_loss)))(*args)
     assert seen
     for shapes in seen:
         assert (3, 96, 16) in shapes and (96, 16) not in shapes
+
+
+def test_a_mapped_gradient_is_never_planned_for_one_example_silently():
+    api._warn_mapped.cache_clear()
+    with pytest.warns(JaxckptWarning, match=r"one example.*Differentiate outside"):
+        jax.make_jaxpr(TRANSFORMED["vmap of grad"][0](decorated(chain_loss)))(*chain_args(layers=5, rows=97, width=16))
 
 
 def test_what_is_not_differentiated_is_no_part_of_the_plan(monkeypatch):
@@ -172,14 +174,18 @@ def test_methods_and_names_survive():
     assert_close(got, jit(jax.grad(lambda w, x: chain_loss(w, x) ** 2))(*ARGS), 1e-4)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="no level of the table is feasible")
-def test_constants_closed_over_have_gradients():
+def test_an_outer_plan_takes_the_place_of_an_inner_one():
+    outer = decorated(lambda ws, x: jnp.sin(decorated(chain_loss)(ws, x)))
+    plain = decorated(lambda ws, x: jnp.sin(chain_loss(ws, x)))
+    found, wanted = (count(jax.grad(f), *ARGS) for f in (outer, plain))
+    assert found == wanted and found["checkpoint"]
+
+
+def test_where_nothing_can_be_saved_a_tight_budget_is_refused():
     weights, x = chain_args(layers=4)
-
-    def loss(scale):
-        return jax.grad(lambda s: decorated(lambda w: chain_loss(w, x) * s)(weights))(scale)
-
-    assert_close(jit(loss)(2.0), jit(chain_loss)(weights, x), 1e-5)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        jax.grad(lambda s: decorated(lambda w: chain_loss(w, x) * s)(weights))(2.0)
+    assert caught.value.least_peak_bytes <= caught.value.unplanned_peak_bytes
 
 
 def no_compiles(monkeypatch):

@@ -43,9 +43,6 @@ def random_schedule(problem, rng):
     return Schedule(nodes(0, problem.num_blocks, 0))
 
 
-DOUBLE = {**MODELS, "gpt": None}
-
-
 @functools.cache
 def double(name):
     """A case in float64: its study, its arguments and its gradient without a plan."""
@@ -60,7 +57,7 @@ def double(name):
         return s, leaves, jit(s.objective.differentiated(unplanned(s)))(*leaves)
 
 
-@pytest.mark.parametrize("name", DOUBLE)
+@pytest.mark.parametrize("name", [*MODELS, pytest.param("gpt", marks=pytest.mark.slow)])
 def test_values_and_gradients_are_those_of_the_function(name):
     s, leaves, wanted = double(name)
     for candidate in s.candidates[:: len(s.candidates) // 2 + 1]:

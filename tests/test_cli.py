@@ -132,13 +132,8 @@ USAGE = {
 }
 
 
-OPEN = ("bad solver", "not a function")
-
-
 @pytest.mark.parametrize("name", USAGE)
-def test_a_call_that_makes_no_sense_says_why(name, capsys, request):
-    if name in OPEN:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="a traceback"))
+def test_a_call_that_makes_no_sense_says_why(name, capsys):
     arguments, wanted = USAGE[name]
     assert main(arguments) == 2
     out, err = capsys.readouterr()
@@ -161,7 +156,6 @@ def test_an_error_of_the_function_is_its_own():
         main(["plan", "zoo_model:broken", "--budget", "1GB"])
 
 
-@pytest.mark.xfail(strict=True, reason="the package imports it")
 def test_help_does_not_import_jax():
     code = (
         "import sys, jaxckpt.cli\n"

@@ -99,13 +99,24 @@ def test_external_results_do_not_count():
     assert peak_bytes(program.equations, lambda v: size_bytes(program.avals[v]), external=program.outputs) == A
 
 
-def test_buffers_across_are_what_the_backward_reads_and_the_forward_must_keep():
-    program = trace(lambda x, w, v: jnp.sum(jnp.tanh(x @ w) @ v), (X, X, X)).program
-    forward, backward = program.equations[:2], program.equations[2:]
-    (dot, tanh) = forward
-    assert buffers_across(forward, backward, kept=()) == set(tanh.outputs)
-    # A fused value is made again from the buffer it is fused from.
-    fused = trace(lambda x, w: jnp.sum((x @ w) * 2 + 1), (X, X)).program
-    forward, backward = fused.equations[:2], fused.equations[2:]
-    assert buffers_across(forward, backward, kept=()) == set(forward[0].outputs)
-    assert dot.outputs != tanh.outputs
+def across(fun, *args, num_forward, reductions_fuse_broadcasts=True):
+    """The program, and the buffers between its first equations and the others."""
+    program = trace(fun, args).program
+    found = buffers_across(
+        program.equations[:num_forward],
+        program.equations[num_forward:],
+        lambda v: size_bytes(program.avals[v]),
+        kept=(),
+        reductions_fuse_broadcasts=reductions_fuse_broadcasts,
+    )
+    return program, found
+
+
+def test_buffers_across_are_what_the_backward_reads_of_the_forward():
+    program, found = across(lambda x, w, v: jnp.sum(jnp.tanh(x @ w) @ v), X, X, X, num_forward=2)
+    assert found == set(program.equations[1].outputs)
+
+
+def test_a_fused_value_across_is_made_again_from_its_buffer():
+    program, found = across(lambda x, w: jnp.sum((x @ w) * 2 + 1), X, X, num_forward=2)
+    assert found == set(program.equations[0].outputs)

@@ -88,7 +88,7 @@ DAMAGE = {
     "bytes are text": lambda d: d.update(budget_bytes="much"),
     "flops are null": lambda d: d.update(recompute_flops=None),
 }
-OPEN = ("bytes are text", "flops are null")
+OPEN = ("flops are null",)
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -101,7 +101,6 @@ def test_a_damaged_plan_is_refused(plan, what, request):
         Plan.from_json(data)
 
 
-@pytest.mark.xfail(strict=True, reason="IndexError")
 def test_positions_outside_the_program_are_refused_when_applied(plan):
     data = plan.to_json()
     data["blocks"][0][0] = 10**6
