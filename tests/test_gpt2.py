@@ -14,7 +14,7 @@ from zoo import gpt
 
 import jaxckpt
 from jaxckpt import InfeasibleBudgetError, costs, planner
-from jaxckpt.measure import objective
+from jaxckpt.measurement import objective
 from jaxckpt.trace import trace
 
 # Sums of 512 terms and more, in another order: a hundred last bits of the largest element.
