@@ -61,7 +61,7 @@ TRANSFORMED = {
     "in a checkpoint": (lambda f: jax.grad(jax.checkpoint(f)), True),
     "in another one": (
         lambda f: jax.grad(decorated(lambda ws, x: jnp.sin(f(ws, x)))),
-        True,
+        False,
     ),
     "with keywords": (lambda f: jax.grad(lambda ws, x: f(x=x, weights=ws)), True),
     "with tracers closed over": (lambda f: jax.jit(lambda ws, x: jax.grad(lambda s: f(ws, s * x))(1.0)), True),

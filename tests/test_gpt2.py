@@ -101,9 +101,9 @@ def test_loss_and_gradients_are_the_unplanned_ones(share):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [40, 70])
+@pytest.mark.parametrize("share", [60, 80])
 def test_loss_and_gradients_are_the_same_in_double_precision(share):
-    config = dataclasses.replace(gpt.BASE, dtype="float64", num_tokens=128, batch=2, num_layers=4)
+    config = dataclasses.replace(gpt.BASE, dtype="float64", num_tokens=128, num_layers=4)
     with x64():
         loss, args = gpt.make_loss(config), jax.jit(gpt.init, static_argnums=0)(config)
         found = jaxckpt.plan(loss, *args, budget=f"{share}%")
