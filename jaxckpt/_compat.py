@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jaxlib.version
 from jax._src import source_info_util  # no public way to read or restore an equation's source
+from jax._src.lax.control_flow import conditionals
 from jax.extend.core.primitives import jit_p
 from jax.interpreters import ad, partial_eval
 
@@ -26,6 +27,11 @@ def _release(version: str) -> tuple[int, ...]:
 # is merged back and jax.checkpoint saves nothing. Disabling the pass that does it restores the barriers.
 CPU_UNDOES_REMAT = _release(JAXLIB_VERSION) < (0, 12)
 CPU_REMAT_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"} if CPU_UNDOES_REMAT else {}
+
+# The primitives without a public name that jax.numpy's functions bind.
+UNNAMED_PRIMITIVES = frozenset(filter(None, [getattr(conditionals, "platform_index_p", None)]))
+# Which of the CUDA plugins is published for this JAX.
+CUDA_PLUGIN = 12 if _release(JAXLIB_VERSION) < (0, 12) else 13
 
 
 def source_line(source_info: Any) -> str:

@@ -12,7 +12,7 @@ from jaxckpt.targets import Target
 
 _INSTALL = {
     "tpu": "pip install 'jaxckpt[tpu]'",
-    "cuda": "pip install --no-deps jax-cuda12-plugin=={jax} jax-cuda12-pjrt=={jax}",
+    "cuda": "pip install --no-deps jax-cuda{cuda}-plugin=={jax} jax-cuda{cuda}-pjrt=={jax}",
 }
 # What the compiler says when a program needs more than the chip has: itself a measurement.
 _REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMG])\)|Used ([\d.]+)([KMG]) of", re.IGNORECASE)
@@ -85,7 +85,7 @@ def _gpu_config(target: Target) -> str:
 def _why(target: Target, topology: str | None, error: Exception) -> str:
     from jaxckpt import _compat
 
-    install = _INSTALL[target.platform].format(jax=_compat.JAX_VERSION)
+    install = _INSTALL[target.platform].format(jax=_compat.JAX_VERSION, cuda=_compat.CUDA_PLUGIN)
     where = f" with topology {topology!r}" if topology else ""
     return (
         f"the compiler for target={target.name!r}{where} cannot be used here ({str(error).splitlines()[0][:200]}). "

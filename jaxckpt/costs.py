@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as prims
 
+from jaxckpt import _compat
 from jaxckpt.trace import Equation, size_bytes
 
 
@@ -43,7 +44,7 @@ LAYOUT = _find("broadcast_in_dim expand_dims iota reshape rev slice squeeze tran
 ALIAS = _find("reshape squeeze expand_dims name stop_gradient sharding_constraint copy reduce_precision")
 # Moving data by index: no operations, but a result of its own.
 _MOVES = _find(
-    "concatenate dynamic_slice dynamic_update_slice gather pad stack scatter platform_index all_gather all_to_all "
+    "concatenate dynamic_slice dynamic_update_slice gather pad stack scatter all_gather all_to_all "
     "ppermute ragged_all_to_all optimization_barrier after_all create_token axis_index"
 )
 _REDUCES = _find(
@@ -174,7 +175,10 @@ def _triangular_solve(params: dict[str, Any], operands: list[Any], results: list
 
 _FLOPS: dict[Any, Callable[[dict[str, Any], list[Any], list[Any]], int]] = {
     **dict.fromkeys(CHEAP | EXPENSIVE, lambda p, i, o: sum(map(_elements, o))),
-    **dict.fromkeys(LAYOUT | _MOVES | _find("name copy stop_gradient reshape squeeze"), lambda p, i, o: 0),
+    **dict.fromkeys(
+        LAYOUT | _MOVES | _compat.UNNAMED_PRIMITIVES | _find("name copy stop_gradient reshape squeeze"),
+        lambda p, i, o: 0,
+    ),
     **dict.fromkeys(_REDUCES, lambda p, i, o: sum(map(_elements, i))),
     **dict.fromkeys(_RANDOM, lambda p, i, o: sum(map(_elements, o))),
     **dict.fromkeys(_find("dot_general ragged_dot_general ragged_dot"), _dot),
@@ -216,6 +220,4 @@ def matmul_dtype(eqn: Equation, avals: list[Any]) -> str:
 
 def gradient_cost(fun: Callable, *args: Any) -> Cost:
     """Cost of a function's jaxpr after dead code is removed, inside nested jaxprs too."""
-    from jaxckpt import _compat
-
     return jaxpr_cost(_compat.dce(jax.make_jaxpr(fun)(*args)))

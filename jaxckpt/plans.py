@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import jax
 import networkx as nx
@@ -269,14 +270,11 @@ def _digest(line: str) -> str:
 
 
 def _check_types(plan: Plan) -> None:
+    scalars = {int, float, bool, str, NoneType}
     for f in fields(plan):
-        value = getattr(plan, f.name)
-        optional = f.name in ("budget_bytes", "max_cost", "measured_peak_bytes", "next_peak_bytes")
-        if value is None and optional:
-            continue
-        kind = {"int": int, "str": str, "bool": bool}.get(str(f.type).partition(" ")[0])
-        if kind and type(value) is not kind:
-            raise ValueError(f"{f.name} is {value!r} where {kind.__name__} is due")
+        value, allowed = getattr(plan, f.name), set(get_args(f.type) or (f.type,))
+        if allowed <= scalars and type(value) not in allowed:
+            raise ValueError(f"{f.name} is {value!r}, which is {type(value).__name__}")
 
 
 def _check_shape(plan: Plan) -> None:

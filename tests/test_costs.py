@@ -180,15 +180,7 @@ JAX_FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(strict=True, reason="custom_linear_solve has no rule"))
-        if n == "linalg"
-        else n
-        for n in JAX_FUNCTIONS
-    ],
-)
+@pytest.mark.parametrize("name", JAX_FUNCTIONS)
 def test_every_common_primitive_has_a_rule(name):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         fun = lambda x: jnp.sum(JAX_FUNCTIONS[name](x))  # noqa: E731
