@@ -29,6 +29,8 @@ def device(target: Target, topology: str | None) -> Any:
     Raises:
         TargetError: its compiler is not installed, with the command that installs it, or has no such topology.
     """
+    if target.platform == "cpu":
+        return jax.local_devices(backend="cpu")[0]
     return _topology(target, topology)[0]
 
 
@@ -100,9 +102,3 @@ def refused_bytes(error: Exception) -> int | None:
         return None
     sizes = [float(a or c) * _SCALE[(b or d).upper()] for a, b, c, d in _REFUSED.findall(text)]
     return int(max(sizes)) if sizes else None
-
-
-def is_here(target: Target) -> bool:
-    """Whether the target is the default backend, so that nothing needs to be described."""
-    backend = jax.default_backend()
-    return target.platform == {"gpu": "cuda"}.get(backend, backend)

@@ -207,8 +207,9 @@ def compiled_bytes(
         TargetError: the target's compiler is not here.
     """
     chip = targets.find(target)
+    label = target or jax.default_backend()
     started = time.perf_counter()
-    if target is None or compilers.is_here(chip):
+    if target is None:
         lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*specs).lower()
     else:
         place = jax.sharding.SingleDeviceSharding(compilers.device(chip, target.partition(":")[2] or None))
@@ -220,10 +221,10 @@ def compiled_bytes(
         needed = compilers.refused_bytes(error)
         if needed is None:
             raise
-        return _refusal(fun, specs, needed, target or chip.name, time.perf_counter() - started)
+        return _refusal(fun, specs, needed, label, time.perf_counter() - started)
     took = time.perf_counter() - started
     if took > _SLOW_S:
-        _log_slow(target or chip.name)
+        _log_slow(label)
     stats = compiled.memory_analysis()
     assert stats is not None, "every backend that jaxckpt plans for reports its memory"
     device = (
@@ -238,7 +239,7 @@ def compiled_bytes(
         alias_bytes=stats.alias_size_in_bytes,
         temp_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
-        target=target or chip.name,
+        target=label,
         compile_s=took,
     )
 

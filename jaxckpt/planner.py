@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import jax
+
 from jaxckpt import _compat
 from jaxckpt.errors import BudgetError, InfeasibleBudgetError
 from jaxckpt.ladder import Ladder
@@ -243,7 +245,7 @@ def describe(study: Study, candidate: Candidate | None, *, unplanned_peak_bytes:
         unplanned_cost=study.unplanned_cost,
         cost=study.cost,
         solver=study.solver if isinstance(study.solver, str) else getattr(study.solver, "__name__", "custom"),
-        target=study.target or study.chip.name,
+        target=study.target or jax.default_backend(),
         fingerprint=program.fingerprint(),
         jax_version=_compat.JAX_VERSION,
         parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in study.objective.inputs),
