@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 plan: $(STAMP)
-	$(BIN)/jaxckpt plan examples.gpt2:loss --budget 8GB
+	$(BIN)/jaxckpt plan examples.gpt2:loss --budget 4GB
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
