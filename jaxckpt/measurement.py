@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxckpt import _compat, compilers, targets
 from jaxckpt.errors import NotDifferentiableError
@@ -253,7 +251,7 @@ def _options(platform: str) -> dict[str, Any] | None:
 
 def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str, took: float) -> Measurement:
     """The compiler will not build a program of this size for the chip, which says how large it is."""
-    arguments = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in jax.tree.leaves(list(specs)))
+    arguments = sum(map(size_bytes, jax.tree.leaves(list(specs))))
     outputs = sum(map(size_bytes, jax.tree.leaves(jax.eval_shape(fun, *specs))))
     return Measurement(
         device_bytes=arguments + outputs + needed,
