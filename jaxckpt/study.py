@@ -20,7 +20,8 @@ from jaxckpt.trace import Program, run, size_bytes
 _STEP = 1.01
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
 _MAX_DEPTH = 20
-_SOLVERS = ("auto", "chain", "chen", "revolve")
+_ILP_TIME_S = 3.0
+_SOLVERS = ("auto", "chain", "chen", "revolve", "lower_sets", "ilp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,12 @@ def _candidates(blocks: Blocks, solver: Any) -> list[Candidate]:
 
         schedules = list(revolve_schedules(problem))
     else:
+        from ckptsolvers.solve import SOLVERS
+
+        if isinstance(solver, str):
+            # It is asked some forty times, so a proof of each answer would take too long.
+            limit = {"time_limit_s": _ILP_TIME_S} if solver == "ilp" else {}
+            solver = functools.partial(SOLVERS[solver], **limit)
         schedules = _called_schedules(blocks, solver)
     judged = [Candidate(s, simulate(problem, s)) for s in schedules if s.depth <= _MAX_DEPTH]
     judged.sort(key=lambda c: (c.judgement.peak_bytes, c.judgement.work))
@@ -192,7 +199,7 @@ def _keep_all_peak(blocks: Blocks) -> int:
 
 
 def _called_schedules(blocks: Blocks, solver: Callable[..., Any]) -> list[Schedule]:
-    """A user's solver, asked at budgets that fall from keeping everything."""
+    """A solver of budgets, asked at budgets that fall from keeping everything."""
     found, budget = [], _keep_all_peak(blocks)
     while budget > 0:
         try:

@@ -220,3 +220,14 @@ def test_a_plan_does_not_depend_on_what_was_planned_before():
     planner._STUDIES.clear()
     again = [jaxckpt.plan(unet_loss, *UNET, budget=b) for b in ("80%", "65%")]
     assert [low, high] == again[::-1]
+
+
+@pytest.mark.parametrize("solver", ["lower_sets", pytest.param("ilp", marks=pytest.mark.slow)])
+def test_solvers_of_budgets_plan_within_them_and_do_no_less_work_than_auto(solver):
+    args = chain_args(layers=6)
+    budget = "75%"
+    theirs = jaxckpt.plan(chain_loss, *args, budget=budget, solver=solver, cost="flops", verify=False)
+    ours = jaxckpt.plan(chain_loss, *args, budget=budget, cost="flops", verify=False)
+    assert theirs.solver == solver
+    assert theirs.predicted_peak_bytes <= theirs.budget_bytes
+    assert theirs.recompute_cost >= ours.recompute_cost
