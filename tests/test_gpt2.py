@@ -144,9 +144,10 @@ def test_small_is_traced_analysed_and_solved_in_five_seconds():
 @pytest.mark.slow
 def test_small_is_planned_in_two_gibibytes():
     code = (
-        f"import sys, resource; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import jaxckpt\nfrom zoo import gpt\n"
         "jaxckpt.plan(gpt.make_loss(gpt.SMALL), *gpt.specs(gpt.SMALL), budget='60%')\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        # Not ru_maxrss: a child inherits its parent's, and pytest's is large by then.
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     assert int(run_python(code, 0).split()[-1]) < 2 * 2**20  # in KiB
