@@ -21,12 +21,12 @@ from jax.interpreters import ad, batching, mlir
 
 import jaxckpt
 from jaxckpt import _compat
-from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, UnsupportedProgramError
+from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
 from jaxckpt.fitting import FITTING
 from jaxckpt.measurement import Objective, input_specs, output_objective
 from jaxckpt.planner import Request, make_request, plan_program
 from jaxckpt.plans import SCHEMA, Plan
-from jaxckpt.trace import PROGRAM_CALLS, Program, is_differentiable, run, trace
+from jaxckpt.trace import PROGRAM_CALLS, Program, is_differentiable, refuse_effects, run, trace
 from jaxckpt.units import short_bytes, short_count
 
 _LOG = logging.getLogger("jaxckpt")
@@ -103,7 +103,7 @@ def auto_remat(
             return fun(*args, **kwargs)
         inner, args, kwargs = _bind_static(fun, args, kwargs, positions, names)
         traced = trace(inner, args, kwargs)
-        _refuse_effects(traced.program, label)
+        refuse_effects(traced.program, label)
         leaves = [leaf for leaf, dyn in zip(jax.tree.leaves((args, kwargs)), traced.is_array, strict=True) if dyn]
         call = _Call(traced.program, request, label, None if cache_dir is None else str(cache_dir))
         results = auto_remat_p.bind(*traced.consts, *leaves, call=call)
@@ -307,15 +307,6 @@ def _bind_static(
 
     rest = tuple(a for i, a in enumerate(args) if i not in fixed)
     return inner, rest, {k: v for k, v in kwargs.items() if k not in fixed_names}
-
-
-def _refuse_effects(program: Program, label: str) -> None:
-    for eqn in program.equations:
-        if eqn.effects:
-            raise UnsupportedProgramError(
-                f"{eqn.primitive.name} at {eqn.source or 'an unknown line'} has side effects, which would happen again "
-                f"in every recomputation; move it out of {label}"
-            )
 
 
 def _warn_if_mapped(primals: Sequence[Any]) -> None:

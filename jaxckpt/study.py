@@ -12,9 +12,9 @@ from ckptsolvers.chain import default_num_levels
 
 from jaxckpt import apply, cuts, graph, targets
 from jaxckpt.blocks import Blocks, analyse
-from jaxckpt.errors import OptionError, UnsupportedProgramError
+from jaxckpt.errors import OptionError
 from jaxckpt.measurement import Measurement, Objective, compiled_bytes, cotangent_specs, input_specs
-from jaxckpt.trace import Program, run, size_bytes
+from jaxckpt.trace import Program, refuse_effects, run, size_bytes
 
 # Candidates stand this far apart in predicted bytes; finer ones differ by less than a compiler's own noise.
 _STEP = 1.01
@@ -54,12 +54,7 @@ class Study:
         self.cost, self.solver = cost, solver
         if not (callable(solver) or solver in _SOLVERS):
             raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(_SOLVERS)}, or a function")
-        for eqn in program.equations:
-            if eqn.effects:
-                raise UnsupportedProgramError(
-                    f"{eqn.primitive.name} at {eqn.source or 'an unknown line'} has side effects, which would happen "
-                    "again in every recomputation; move it out of the planned function"
-                )
+        refuse_effects(program, "the planned function")
         self._measured: dict[str, Measurement] = {}
         wanted = [program.outputs[i] for i in objective.outputs]
         self.active = graph.active_values(
@@ -103,8 +98,7 @@ class Study:
     def unplanned(self) -> Candidate:
         """The schedule that keeps everything, as the program does without a plan."""
         assert self.blocks is not None
-        keep_all = Schedule(tuple(Keep(k, len(b.options) - 1) for k, b in enumerate(self.blocks.problem.blocks)))
-        return Candidate(keep_all, simulate(self.blocks.problem, keep_all))
+        return _keep_all(self.blocks)
 
     def saved(self, schedule: Schedule) -> list[apply.Saved]:
         """What each block's chosen option saves, `[num_blocks]`."""
@@ -174,7 +168,7 @@ def _spread(candidates: list[Candidate]) -> list[Candidate]:
 
 def _chain_schedules(blocks: Blocks) -> Sequence[Schedule]:
     """Schedules from the least bytes to keeping everything: two tables, the finer one where bytes are few."""
-    problem, most = blocks.problem, _keep_all_peak(blocks)
+    problem, most = blocks.problem, max(1, _keep_all(blocks).judgement.peak_bytes)
     num_levels = default_num_levels(problem.num_blocks) // 2
     coarse = ChainTable(problem, max_bytes=most, num_levels=num_levels)
     if not coarse.steps():
@@ -193,14 +187,14 @@ def _spread_schedules(table: ChainTable, above_bytes: int) -> list[Schedule]:
     return [table.schedule(level) for level in levels]
 
 
-def _keep_all_peak(blocks: Blocks) -> int:
+def _keep_all(blocks: Blocks) -> Candidate:
     keep_all = Schedule(tuple(Keep(k, len(b.options) - 1) for k, b in enumerate(blocks.problem.blocks)))
-    return max(1, simulate(blocks.problem, keep_all).peak_bytes)
+    return Candidate(keep_all, simulate(blocks.problem, keep_all))
 
 
 def _called_schedules(blocks: Blocks, solver: Callable[..., Any]) -> list[Schedule]:
     """A solver of budgets, asked at budgets that fall from keeping everything."""
-    found, budget = [], _keep_all_peak(blocks)
+    found, budget = [], max(1, _keep_all(blocks).judgement.peak_bytes)
     while budget > 0:
         try:
             answer = solver(blocks.problem, budget_bytes=budget)

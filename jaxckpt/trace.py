@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives as prims
 
 from jaxckpt import _compat
+from jaxckpt.errors import UnsupportedProgramError
 
 # Calls that stand for their body and nothing else.
 _INLINED = {prims.jit_p: "jaxpr", prims.closed_call_p: "call_jaxpr"}
@@ -266,6 +267,20 @@ def live_equations(equations: Sequence[Equation], outputs: Iterable[Atom]) -> li
             needed.update(eqn.reads)
             live.append(eqn)
     return live[::-1]
+
+
+def refuse_effects(program: Program, what: str) -> None:
+    """Refuse a program whose recomputation would repeat side effects.
+
+    Raises:
+        UnsupportedProgramError: with the first such operation's line.
+    """
+    for eqn in program.equations:
+        if eqn.effects:
+            raise UnsupportedProgramError(
+                f"{eqn.primitive.name} at {eqn.source or 'an unknown line'} has side effects, which would happen again "
+                f"in every recomputation; move it out of {what}"
+            )
 
 
 def evaluate(equations: Iterable[Equation], env: dict[int, Any], names: dict[int, str] | None = None) -> None:
