@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptsolvers.errors import InvalidProblemError, InvalidScheduleError
 from ckptsolvers.problem import check_numbers
+from ckptsolvers.proof import Proof
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -97,7 +98,7 @@ class DagJudgement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DagSolution:
+class DagSolution(Proof):
     """A list of steps within a budget, judged by replay.
 
     Attributes:
@@ -117,18 +118,6 @@ class DagSolution:
     optimal_for: str | None = None
     bound_work: int | None = None
     solve_s: float = 0.0
-
-    @property
-    def is_optimal(self) -> bool:
-        """Whether the solver proved that its class holds nothing better."""
-        return self.optimal_for is not None
-
-    @property
-    def gap(self) -> float | None:
-        """Work above the bound, as a fraction of the work; None where no bound is known."""
-        if self.bound_work is None:
-            return None
-        return (self.judgement.work - self.bound_work) / max(1, self.judgement.work)
 
 
 def simulate_dag(dag: Dag, steps: Iterable[DagStep]) -> DagJudgement:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from ckptsolvers.errors import InfeasibleError, InvalidProblemError
 from ckptsolvers.problem import Problem
+from ckptsolvers.proof import Proof
 from ckptsolvers.schedule import Schedule
 from ckptsolvers.simulate import Judgement, simulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
+class Solution(Proof):
     """A schedule within a budget, judged by replay.
 
     Attributes:
@@ -34,18 +35,6 @@ class Solution:
     bound_work: int | None = None
     solve_s: float = 0.0
     reason: str = ""
-
-    @property
-    def is_optimal(self) -> bool:
-        """Whether the solver proved that its class holds nothing better."""
-        return self.optimal_for is not None
-
-    @property
-    def gap(self) -> float | None:
-        """Work above the bound, as a fraction of the work; None where no bound is known."""
-        if self.bound_work is None:
-            return None
-        return (self.judgement.work - self.bound_work) / max(1, self.judgement.work)
 
 
 def check_budget(budget_bytes: int) -> None:
