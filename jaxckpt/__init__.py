@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
     from jaxckpt.fitting import Fitted as Fitted
     from jaxckpt.fitting import fit as fit
+    from jaxckpt.loops import scan as scan
     from jaxckpt.measurement import Measurement as Measurement
     from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
@@ -45,6 +46,7 @@ _HOMES = {
     "measure": "measurement",
     "Plan": "plans",
     "plan": "planner",
+    "scan": "loops",
 }
 
 
