@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxckpt.api import auto_remat as auto_remat
     from jaxckpt.api import compiler_options as compiler_options
+    from jaxckpt.bounded import while_loop as while_loop
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from jaxckpt.errors import JaxckptError as JaxckptError
@@ -47,6 +48,7 @@ _HOMES = {
     "Plan": "plans",
     "plan": "planner",
     "scan": "loops",
+    "while_loop": "bounded",
 }
 
 

@@ -18,7 +18,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,11 +29,11 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from jaxckpt import _compat
-from jaxckpt.errors import InfeasibleBudgetError, OptionError
+from jaxckpt.errors import InfeasibleBudgetError, NotDifferentiableError, OptionError
 from jaxckpt.ladder import Ladder
-from jaxckpt.measurement import Objective, compiled_bytes, cotangent_specs, input_specs
+from jaxckpt.measurement import compiled_bytes, cotangent_specs, input_specs, output_objective
 from jaxckpt.trace import Constant, Equation, Program, evaluate, is_differentiable, outputs_of, run, size_bytes, trace
-from jaxckpt.units import parse_budget, show_bytes
+from jaxckpt.units import Budget, parse_budget, show_bytes
 
 # JAX traces nested checkpoints by recursion: as deep as this goes with Python's own limit, and no schedule that runs a
 # step more often than the second number is worth having.
@@ -90,12 +90,7 @@ def scan(
         >>> bool(jnp.allclose(jax.grad(f)(jnp.ones(3)), jax.grad(g)(jnp.ones(3))))
         True
     """
-    if budget is not None and num_checkpoints is not None:
-        raise OptionError(f"give one of {budget=} and {num_checkpoints=}, not both")
-    if num_checkpoints is not None and (isinstance(num_checkpoints, bool) or not isinstance(num_checkpoints, int)):
-        raise OptionError(f"{num_checkpoints=} is not a number of states; write an int of at least 1")
-    if num_checkpoints is not None and num_checkpoints < 1:
-        raise OptionError(f"{num_checkpoints=} must be at least 1: the initial state is one of them")
+    check_options(budget, num_checkpoints)
     wanted = None if budget is None else parse_budget(budget)
     plain = functools.partial(lax.scan, body, length=length, reverse=reverse)
     # lax.scan itself checks the arguments and settles the carry's types; its equation is then run another way.
@@ -113,6 +108,22 @@ def scan(
     else:
         fun = _rewritten(program, loop, Nested((math.ceil(loop.params["length"] ** 0.5),), RECOMPUTE_ALL))
     return jax.tree.unflatten(traced.out_tree, fun(*traced.consts, *leaves))
+
+
+def check_options(budget: Any, num_checkpoints: Any) -> None:
+    """Refuse options of a loop that make no sense.
+
+    Raises:
+        OptionError: with what is accepted.
+    """
+    if budget is not None and num_checkpoints is not None:
+        raise OptionError(f"give one of {budget=} and {num_checkpoints=}, not both")
+    if num_checkpoints is None:
+        return
+    if isinstance(num_checkpoints, bool) or not isinstance(num_checkpoints, int):
+        raise OptionError(f"{num_checkpoints=} is not a number of states; write an int of at least 1")
+    if num_checkpoints < 1:
+        raise OptionError(f"{num_checkpoints=} must be at least 1: the initial state is one of them")
 
 
 def nested_scan(
@@ -149,7 +160,7 @@ def nested_scan(
         OptionError: chunks that do not get smaller, or are smaller than 2.
     """
     chunks = tuple(int(m) for m in chunks)
-    if any(m < 2 for m in chunks) or any(a <= b for a, b in zip(chunks, chunks[1:], strict=False)):
+    if any(m < 2 for m in chunks) or any(a <= b for a, b in itertools.pairwise(chunks)):
         raise OptionError(f"{chunks=} must be numbers of steps, at least 2, each smaller than the one before")
     n = _length(xs, length)
     step = body if policy is None else jax.checkpoint(body, policy=policy, prevent_cse=unroll != 1)
@@ -375,45 +386,61 @@ def _rewritten(program: Program, loop: Equation, schedule: Any) -> Callable[...,
     return fun
 
 
-def _within(program: Program, loop: Equation, budget: Any) -> Callable[..., list[Any]]:
+def _within(program: Program, loop: Equation, budget: Budget) -> Callable[..., list[Any]]:
     """The program under the cheapest schedule of its loop that is measured to fit."""
+    candidates = [(size, _rewritten(program, loop, schedule)) for size, _, schedule in _candidates(program, loop)]
+    return cheapest_within(program, functools.partial(run, program), candidates, budget, "scan")
+
+
+def cheapest_within(
+    program: Program, plain: Callable, candidates: Sequence[tuple[int, Callable]], budget: Budget, what: str
+) -> Callable[..., list[Any]]:
+    """Choose a loop's schedule by compiling its value and gradient for the default backend.
+
+    Args:
+        program: the loop's own program; all of its floating-point inputs are differentiated.
+        plain: the program as it takes the most memory and the least work.
+        candidates: predicted temporary bytes and the program under a schedule, from least bytes to least work.
+        budget: of device bytes.
+        what: the loop's name.
+
+    Returns:
+        The cheapest that fits.
+
+    Raises:
+        InfeasibleBudgetError: none does.
+    """
     inputs = tuple(i for i, v in enumerate(program.inputs) if is_differentiable(program.avals[v]))
-    avals = [program.avals[x] if isinstance(x, int) else x.aval for x in program.outputs]
-    outputs = tuple(i for i, aval in enumerate(avals) if is_differentiable(aval))
-    if not inputs or not outputs:
-        return functools.partial(run, program)
-    goal = Objective(inputs=inputs, outputs=outputs, is_scalar=False)
-    specs = [*input_specs(program), *cotangent_specs(program, goal)]
-
-    def measured(fun: Callable) -> Any:
-        return compiled_bytes(goal.differentiated(fun), specs, None)
-
-    plain = functools.partial(run, program)
-    unplanned = measured(plain)
-    budget_bytes = budget.resolve(unplanned.device_bytes)
-    if unplanned.device_bytes <= budget_bytes:
+    try:
+        goal = output_objective(program, inputs, len(program.outputs))
+    except NotDifferentiableError:
         return plain
-    candidates = _candidates(program, loop)
-    functions = [_rewritten(program, loop, schedule) for _, _, schedule in candidates]
+    goal = replace(goal, is_scalar=False)  # what follows the loop decides its cotangents
+    specs = [*input_specs(program), *cotangent_specs(program, goal)]
+    unplanned = compiled_bytes(goal.differentiated(plain), specs, None)
+    budget_bytes = budget.resolve(unplanned.device_bytes)
+    if unplanned.device_bytes <= budget_bytes or not inputs:
+        return plain
+    fixed = unplanned.device_bytes - unplanned.temp_bytes
     ladder = Ladder(
-        unplanned.device_bytes - unplanned.temp_bytes,
-        [size for size, _, _ in candidates],
-        lambda i: measured(functions[i]).device_bytes,
+        fixed,
+        [size for size, _ in candidates],
+        lambda i: compiled_bytes(goal.differentiated(candidates[i][1]), specs, None).device_bytes,
     )
     chosen = ladder.cheapest(budget_bytes)
     if chosen is None:
         least = min(ladder.known.values())
         raise InfeasibleBudgetError(
-            f"no schedule of the scan fits budget={show_bytes(budget_bytes)}. The least that was measured is "
-            f"{show_bytes(least)}; unplanned it is {show_bytes(unplanned.device_bytes)}, of which "
-            f"{show_bytes(unplanned.device_bytes - unplanned.temp_bytes)} are arguments, results and gradients",
+            f"no schedule of the {what} fits budget={show_bytes(budget_bytes)}. The least that was measured is "
+            f"{show_bytes(least)}; unplanned it is {show_bytes(unplanned.device_bytes)}, of which {show_bytes(fixed)} "
+            "are arguments, results and gradients",
             budget_bytes=budget_bytes,
             least_peak_bytes=least,
             unplanned_peak_bytes=unplanned.device_bytes,
             measured=True,
-            forced_by=(),
+            forced_by=((f"arguments, results and gradients of the {what}", fixed, ""),),
         )
-    return functions[chosen]
+    return candidates[chosen][1]
 
 
 def _candidates(program: Program, loop: Equation) -> list[tuple[int, int, Any]]:
