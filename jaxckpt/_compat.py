@@ -57,14 +57,6 @@ def dce(jaxpr: Any) -> Any:
     return live
 
 
-def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """How many constants and how many carries a scan equation has: its first operands, in this order."""
-    if "num_carry" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 keeps groups of operands in their stead
-    return len(list(consts)), len(list(carry))
-
-
 def set_linearize_rule(primitive: Any, rule: Any) -> bool:
     """Register a linearize rule; False where this JAX has no such table.
 

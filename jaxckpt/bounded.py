@@ -22,10 +22,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from jaxckpt.errors import OptionError
-from jaxckpt.loops import cheapest_within, check_options
+from jaxckpt.errors import InfeasibleBudgetError, NotDifferentiableError, OptionError
+from jaxckpt.ladder import Ladder
+from jaxckpt.loops import check_options
+from jaxckpt.measurement import compiled_bytes, cotangent_specs, input_specs, output_objective
 from jaxckpt.trace import Constant, Equation, Program, evaluate, is_differentiable, outputs_of, run, size_bytes, trace
-from jaxckpt.units import parse_budget
+from jaxckpt.units import Budget, parse_budget, show_bytes
 
 
 def while_loop(
@@ -75,16 +77,12 @@ def while_loop(
     program = traced.program
     loop = next((eqn for eqn in program.equations if eqn.primitive is prims.while_p), None)
     leaves = [x for x, dyn in zip(jax.tree.leaves(init), traced.is_array, strict=True) if dyn]
-    under = functools.partial(_rewritten, program, loop, max_steps)
     if loop is None:
         fun = functools.partial(run, program)
     elif budget is not None:
-        counts = sorted({math.ceil(max_steps ** (i / 16)) for i in range(16)})
-        state = sum(size_bytes(program.avals[v]) for v in loop.outputs)
-        candidates = [(c * state, under(c)) for c in counts]
-        fun = cheapest_within(program, under(max_steps), candidates, parse_budget(budget), "while loop")
+        fun = _within(program, loop, max_steps, parse_budget(budget))
     else:
-        fun = under(num_checkpoints or math.ceil(math.sqrt(max_steps)))
+        fun = _rewritten(program, loop, max_steps, num_checkpoints or math.ceil(math.sqrt(max_steps)))
     return jax.tree.unflatten(traced.out_tree, fun(*traced.consts, *leaves))
 
 
@@ -103,6 +101,43 @@ def _rewritten(program: Program, loop: Equation, max_steps: int, num_states: int
         return outputs_of(program, env)
 
     return fun
+
+
+def _within(program: Program, loop: Equation, max_steps: int, budget: Budget) -> Callable[..., list[Any]]:
+    """The program whose loop holds as many states as are measured to fit, its value and gradient compiled."""
+    inputs = tuple(i for i, v in enumerate(program.inputs) if is_differentiable(program.avals[v]))
+    most = _rewritten(program, loop, max_steps, max_steps)
+    try:
+        goal = output_objective(program, inputs, len(program.outputs))
+    except NotDifferentiableError:
+        return most
+    # What follows the loop decides its results' cotangents, so they are arguments.
+    goal = replace(goal, is_scalar=False)
+    specs = [*input_specs(program), *cotangent_specs(program, goal)]
+    counts = sorted({math.ceil(max_steps ** (i / 16)) for i in range(17)})
+    functions = [_rewritten(program, loop, max_steps, count) for count in counts]
+    unplanned = compiled_bytes(goal.differentiated(most), specs, None)
+    fixed, budget_bytes = unplanned.device_bytes - unplanned.temp_bytes, budget.resolve(unplanned.device_bytes)
+    state = sum(size_bytes(program.avals[v]) for v in loop.outputs)
+    ladder = Ladder(
+        fixed,
+        [count * state for count in counts],
+        lambda i: compiled_bytes(goal.differentiated(functions[i]), specs, None).device_bytes,
+    )
+    chosen = ladder.cheapest(budget_bytes)
+    if chosen is not None:
+        return functions[chosen]
+    least = min(ladder.known.values())
+    raise InfeasibleBudgetError(
+        f"no number of held states of the while loop fits budget={show_bytes(budget_bytes)}. The least that was "
+        f"measured is {show_bytes(least)}; with every state held it is {show_bytes(unplanned.device_bytes)}, of which "
+        f"{show_bytes(fixed)} are arguments, results and gradients",
+        budget_bytes=budget_bytes,
+        least_peak_bytes=least,
+        unplanned_peak_bytes=unplanned.device_bytes,
+        measured=True,
+        forced_by=(("arguments, results and gradients of the while loop", fixed, ""),),
+    )
 
 
 def _checkpointed(params: dict[str, Any], max_steps: int, num_states: int) -> Callable[..., list[Any]]:
