@@ -238,9 +238,9 @@ def _square_root(eqn: Equation) -> list[Run]:
     assert loop is not None
     body, size = functools.partial(run, loop.body), math.isqrt(length)
     if size < 2:
-        return [Run((length,), body)]
-    runs = [Run((length // size, size), body)]
-    return [*runs, Run((length % size,), body)] if length % size else runs
+        return [Run(lengths=(length,), body=body)]
+    runs = [Run(lengths=(length // size, size), body=body)]
+    return [*runs, Run(lengths=(length % size,), body=body)] if length % size else runs
 
 
 def _binomial(params: dict[str, Any], operands: Sequence[Any], num_states: int) -> list[Any]:
