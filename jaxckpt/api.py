@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 import jaxckpt
 from jaxckpt import _compat
+from jaxckpt.agreement import agreed
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
 from jaxckpt.fitting import FITTING
 from jaxckpt.measurement import Objective, input_specs, output_objective
@@ -256,24 +257,28 @@ def _objective(program: Program, active: tuple[int, ...]) -> Objective:
 
 
 def _find_plan(call: _Call, goal: Objective, request: Request) -> Plan:
-    """The plan of this program for these inputs: from memory, from disk, or made now."""
+    """The plan of this program for these inputs: from memory, process 0, disk, or made now."""
     program = call.program
     key = _key(program, goal, request)
     if key not in _PLANS:
-        path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
-        found = _read(path, program)
-        if found is None:
-            found = plan_program(program, goal, request)
-            _LOG.info(
-                "planned %s: peak %s of budget %s, %sFLOP recomputed",
-                call.label,
-                short_bytes(found.peak_bytes),
-                short_bytes(found.budget_bytes or 0),
-                short_count(found.recompute_flops),
-            )
-            _write(path, found)
-        _PLANS[key] = found
+        _PLANS[key] = agreed(call.label, program, lambda: _kept_or_made(call, goal, request, key))
     return _PLANS[key]
+
+
+def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> Plan:
+    path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
+    found = _read(path, call.program)
+    if found is None:
+        found = plan_program(call.program, goal, request)
+        _LOG.info(
+            "planned %s: peak %s of budget %s, %sFLOP recomputed",
+            call.label,
+            short_bytes(found.peak_bytes),
+            short_bytes(found.budget_bytes or 0),
+            short_count(found.recompute_flops),
+        )
+        _write(path, found)
+    return found
 
 
 def _key(program: Program, goal: Any, request: Request) -> str:
