@@ -211,25 +211,27 @@ def trace(
     Returns:
         The program and its trees. What `fun` raises while it is traced is raised unchanged.
     """
-    paths, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs or {})))
-    leaves = [leaf for _, leaf in paths]
+    whole = (tuple(args), dict(kwargs or {}))
+    leaves, in_tree = jax.tree.flatten(whole)
     is_array = tuple(map(is_array_like, leaves))
     static = tuple(None if dyn else leaf for leaf, dyn in zip(leaves, is_array, strict=True))
     memory = memory or Memory()
     flat = memory.function((key, in_tree, static, is_array), static, _Flat(fun, in_tree, static, is_array))
     closed = jax.make_jaxpr(flat)(*(leaf for leaf, dyn in zip(leaves, is_array, strict=True) if dyn))
-    return memory.traced(
-        closed,
-        lambda: Traced(
+
+    def make() -> Traced:
+        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
+        return Traced(
             program=flatten(closed.jaxpr),
             consts=tuple(closed.consts),
             in_tree=in_tree,
             is_array=is_array,
             static_leaves=static,
             out_tree=flat.out_tree,
-            arg_names=tuple(_show_path(path) for (path, _), dyn in zip(paths, is_array, strict=True) if dyn),
-        ),
-    )
+            arg_names=tuple(_show_path(path) for path, dyn in zip(paths, is_array, strict=True) if dyn),
+        )
+
+    return memory.traced(closed, make)
 
 
 class _Flat:
