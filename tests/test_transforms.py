@@ -8,8 +8,9 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_close, count, jit, x64
+from helpers import assert_close, count, equations, jit, x64
 from jax import export, lax
+from jax.extend.core import primitives as prims
 from jax.sharding import Mesh, PartitionSpec
 from zoo.models import chain_args
 
@@ -44,7 +45,7 @@ def clipped(x):
     return jnp.tanh(2 * x)
 
 
-clipped.defvjp(lambda x: (clipped(x), x), lambda x, ct: (ct * jnp.cos(x),))
+clipped.defvjp(lambda x: (jnp.tanh(2 * x), x), lambda x, ct: (ct * jnp.cos(x),))
 
 TABLE = jnp.linspace(-1.0, 1.0, 8)
 
@@ -164,14 +165,23 @@ def check(transform, construct):
         if construct == "custom_vjp" and transform in FORWARD:
             for f in (plain, decorated(plain)):
                 with pytest.raises(TypeError, match="forward-mode"):
-                    jax.make_jaxpr(change(f))(*args)
+                    jit(change(f))(*args)
             return
         compiled = (lambda f: f) if recomputes is None else jit
         assert_close(compiled(change(decorated(plain)))(*args), compiled(change(plain))(*args), 1e-9)
         if recomputes:
-            ours, theirs = count(change(decorated(plain)), *args), count(change(plain), *args)
-            assert ours["checkpoint"] > theirs["checkpoint"]
-            assert ours["dot_general"] + ours["tanh"] > theirs["dot_general"] + theirs["tanh"]
+            ours, theirs = (recomputation(change(f), args) for f in (decorated(plain), plain))
+            assert all(a > b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def recomputation(fun, args):
+    """How many regions there are, and how many forward operations."""
+    if os.environ.get("JAX_REMAT3"):
+        # This mode's own primitive hides what it holds from dead-code elimination and from whoever walks the jaxpr.
+        text = str(jax.make_jaxpr(fun)(*args))
+        return text.count("optimization_barrier"), text.count("= tanh ")
+    found = count(fun, *args)
+    return found["checkpoint"], found["dot_general"] + found["tanh"]
 
 
 @pytest.mark.parametrize("construct", CONSTRUCTS)
@@ -200,9 +210,9 @@ def test_a_checkpoint_of_the_users_own_is_respected():
         return jnp.sum(x**2)
 
     args = chain_args(layers=6, rows=128, width=8)
-    jaxpr = str(jax.make_jaxpr(jax.grad(decorated(loss)))(*args))
-    assert jaxpr.count("names_which_can_be_saved") or jaxpr.count("save_only_these_names")
-    assert count(jax.grad(decorated(loss)), *args)["checkpoint"] >= 4
+    found = equations(jax.make_jaxpr(jax.grad(decorated(loss)))(*args).jaxpr)
+    policies = [eqn.params["policy"] for eqn in found if eqn.primitive is prims.remat_p]
+    assert sum(policy is own for policy in policies) >= 4
 
 
 SUBSET = [(t, c) for t in ("grad", "grad of mean of vmap", "reverse over reverse") for c in ("layers", "scan", "jit")]
