@@ -14,6 +14,7 @@ from jax.extend.core import primitives as prims
 from jax.sharding import Mesh, PartitionSpec
 from zoo.models import chain_args
 
+import jaxckpt
 from jaxckpt import JaxckptWarning, auto_remat
 
 # Flags that change how JAX rematerialises, where this JAX has them; each is read when JAX is imported.
@@ -226,3 +227,26 @@ def test_other_modes_of_rematerialisation(mode):
     env = {**os.environ, **MODES[mode], "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert found.stdout.strip() == "all equal", found.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        lambda step, x: jaxckpt.scan(lambda x, _: (step(x), None), x, length=9, num_checkpoints=2)[0],
+        lambda step, x: jaxckpt.while_loop(
+            lambda s: s[1] < 9, lambda s: (step(s[0]), s[1] + 1), (x, 0), max_steps=12, num_checkpoints=3
+        )[0],
+    ],
+)
+def test_loops_of_its_own_inside_a_planned_function(loop):
+    def loss(weights, x, loop=loop):
+        for w in weights:
+            x = loop(lambda x, w=w: jnp.tanh(x @ w), x)
+        return jnp.sum(x**2)
+
+    def plain(weights, x):
+        return loss(weights, x, lambda step, x: lax.scan(lambda x, _: (step(x), None), x, length=9)[0])
+
+    with x64():
+        args = chain_args("float64", layers=4, rows=128, width=8)
+        assert_close(jit(jax.grad(decorated(loss)))(*args), jit(jax.grad(plain))(*args), 1e-9)
