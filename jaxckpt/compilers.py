@@ -7,50 +7,81 @@ from typing import Any
 
 import jax
 
+from jaxckpt import _compat, installs
+from jaxckpt.chips import Target
 from jaxckpt.errors import TargetError
-from jaxckpt.targets import Target
 
-_INSTALL = {
-    "tpu": "pip install 'jaxckpt[tpu]'",
-    "cuda": "pip install --no-deps jax-cuda{cuda}-plugin=={jax} jax-cuda{cuda}-pjrt=={jax}",
-}
+_LAYOUT = re.compile(r"\d+(x\d+)+")
+
 # What the compiler says when a program needs more than the chip has: itself a measurement.
 _REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMG])\)|Used ([\d.]+)([KMG]) of", re.IGNORECASE)
 _SCALE = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def device(target: Target, topology: str | None) -> Any:
-    """Return a device of the target to put arguments on, real or described.
+def topology(target: str | None) -> str | None:
+    """What follows the colon of a target's name, None where nothing does."""
+    return (target or "").partition(":")[2] or None
+
+
+def devices(target: Target, topology: str | None) -> tuple[Any, ...]:
+    """Return the devices of a target to put arguments on, real or described.
 
     Args:
         target: the chip.
-        topology: what follows the colon of a target's name; None is the smallest there is.
+        topology: what follows the colon of a target's name: for a TPU its layout, such as "2x4", for others how many;
+            None is the smallest there is.
 
     Raises:
-        TargetError: its compiler is not installed, with the command that installs it, or has no such topology.
+        TargetError: its compiler is not installed or of another version, with the command that installs the right one,
+            or it has no such topology.
     """
+    if target.platform == "tpu":
+        if topology is not None and not _LAYOUT.fullmatch(topology):
+            raise TargetError(
+                f"topology {topology!r} of target={target.name!r} is not a layout of chips such as "
+                f'"{target.name}:{"2x2x1" if target.tpu and target.tpu.topology.count("x") == 2 else "2x4"}"'
+            )
+        return _topology(target, topology)
+    if topology is not None and not (topology.isdecimal() and int(topology)):
+        raise TargetError(f'topology {topology!r} of target={target.name!r} is not a number of devices; "h100:8" is eight')
+    number = int(topology or 1)
     if target.platform == "cpu":
-        return jax.local_devices(backend="cpu")[0]
-    return _topology(target, topology)[0]
+        here = _cpu_devices()
+        return here[:number] if len(here) >= number else _compat.described_cpu_devices(number)
+    return _topology(target, str(number))
+
+
+def _cpu_devices() -> tuple[Any, ...]:
+    try:
+        return tuple(jax.local_devices(backend="cpu"))
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out, and its compiler is needed all the same
+        return ()
 
 
 @functools.lru_cache(maxsize=32)
 def _topology(target: Target, topology: str | None) -> tuple[Any, ...]:
-    from jax.experimental import topologies
-
+    if problem := installs.unusable(target):
+        raise TargetError(problem)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
-        if target.gpu is None:
-            name = f"{target.name}:{topology or target.topology}"
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-        else:
-            found = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=_gpu_config(target), topology=f"1x1x{topology or 1}"
-            )
+        if target.tpu is not None:
+            return _describe(platform="tpu", topology_name=f"{target.tpu.compiler}:{topology or target.tpu.topology}")
+        asked = {"platform": "cuda", "topology_name": "", "target_config": _gpu_config(target)}
+        try:
+            return _describe(**asked, topology=f"1x1x{topology}")
+        except NotImplementedError:
+            # JAX looked for a GPU before, found no driver, and left the plugin out.
+            _compat.register_cuda_plugin()
+            return _describe(**asked, topology=f"1x1x{topology}")
     except Exception as error:  # every backend raises its own kind
         raise TargetError(_why(target, topology, error)) from error
-    return tuple(found.devices)
+
+
+def _describe(**asked: str) -> tuple[Any, ...]:
+    from jax.experimental import topologies
+
+    return tuple(topologies.get_topology_desc(**asked).devices)
 
 
 def _gpu_config(target: Target) -> str:
@@ -62,7 +93,7 @@ def _gpu_config(target: Target) -> str:
         "threads_per_warp": 32,
         "shared_memory_per_block": 49152,
         "shared_memory_per_core": gpu.shared_bytes,
-        "threads_per_core_limit": 2048,
+        "threads_per_core_limit": gpu.threads,
         "core_count": gpu.num_cores,
         "fpus_per_core": gpu.fpus,
         "block_dim_limit_x": 2**31 - 1,
@@ -76,23 +107,30 @@ def _gpu_config(target: Target) -> str:
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
     }
+    major, minor = gpu.capability.split(".")
     fields = " ".join(f"{key}: {value}" for key, value in info.items())
     return (
-        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {gpu.capability} }} }} "
+        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
         f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }} '
         f'device_description_str: "{gpu.description}"'
     )
 
 
 def _why(target: Target, topology: str | None, error: Exception) -> str:
-    from jaxckpt import _compat
-
-    install = _INSTALL[target.platform].format(jax=_compat.JAX_VERSION, cuda=_compat.CUDA_PLUGIN)
-    where = f" with topology {topology!r}" if topology else ""
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if "opology" in said and topology and target.tpu is not None:
+        return (
+            f"target={target.name!r} has no topology {topology!r} ({said}). Layouts that exist are "
+            f"{' and '.join(f'{target.name}:{t}' for t in _layouts(target.tpu.topology))}, for example"
+        )
     return (
-        f"the compiler for target={target.name!r}{where} cannot be used here ({str(error).splitlines()[0][:200]}). "
-        f"If it is not installed: {install}"
+        f"the compiler for target={target.name!r} cannot be used here ({said}). If it is broken, install it again with: "
+        f"{installs.shown_command(target.platform)}"
     )
+
+
+def _layouts(smallest: str) -> tuple[str, ...]:
+    return ("2x2x1", "2x2x2", "2x2x4") if smallest.count("x") == 2 else ("1x1", "2x2", "2x4", "4x4")
 
 
 def refused_bytes(error: Exception) -> int | None:

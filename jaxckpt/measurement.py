@@ -210,7 +210,7 @@ def compiled_bytes(
     if target is None:
         lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*specs).lower()
     else:
-        place = jax.sharding.SingleDeviceSharding(compilers.device(chip, target.partition(":")[2] or None))
+        place = jax.sharding.SingleDeviceSharding(compilers.devices(chip, compilers.topology(target))[0])
         placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), list(specs))
         lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed).lower(lowering_platforms=(chip.platform,))
     try:
