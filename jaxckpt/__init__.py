@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxckpt.api import compiler_options as compiler_options
     from jaxckpt.chips import define_target as define_target
     from jaxckpt.errors import BudgetError as BudgetError
+    from jaxckpt.errors import CompilerError as CompilerError
     from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from jaxckpt.errors import JaxckptError as JaxckptError
     from jaxckpt.errors import JaxckptWarning as JaxckptWarning
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from jaxckpt.errors import OptionError as OptionError
     from jaxckpt.errors import PlanFileError as PlanFileError
     from jaxckpt.errors import PlanMismatchError as PlanMismatchError
+    from jaxckpt.errors import ShardingError as ShardingError
     from jaxckpt.errors import TargetError as TargetError
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
     from jaxckpt.fitting import Fitted as Fitted
@@ -32,6 +34,7 @@ _HOMES = {
     "compiler_options": "api",
     "define_target": "chips",
     "BudgetError": "errors",
+    "CompilerError": "errors",
     "InfeasibleBudgetError": "errors",
     "JaxckptError": "errors",
     "JaxckptWarning": "errors",
@@ -39,6 +42,7 @@ _HOMES = {
     "OptionError": "errors",
     "PlanFileError": "errors",
     "PlanMismatchError": "errors",
+    "ShardingError": "errors",
     "TargetError": "errors",
     "UnsupportedProgramError": "errors",
     "Fitted": "fitting",

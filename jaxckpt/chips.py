@@ -6,6 +6,7 @@ The table is chips.toml beside this file; a user's file has the same form. No JA
 import difflib
 import functools
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -18,6 +19,8 @@ from jaxckpt.units import parse_bytes
 
 FILE = "jaxckpt.toml"
 VARIABLE = "JAXCKPT_TARGETS"
+_LAYOUT = re.compile(r"[1-9]\d*(x[1-9]\d*)+")
+_NUMBER = re.compile(r"[1-9]\d*")
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -102,6 +105,14 @@ class Target:
         part = self.gpu or self.tpu
         return "" if part is None else part.description if isinstance(part, Gpu) else part.kind
 
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Some names with a topology that its compiler has."""
+        if self.tpu is None:
+            return (f"{self.name}:8",)
+        found = ("2x2x1", "2x2x2", "2x2x4") if self.tpu.topology.count("x") == 2 else ("2x2", "2x4", "4x4")
+        return tuple(f"{self.name}:{layout}" for layout in found)
+
 
 _DEFINED: dict[str, Target] = {}
 
@@ -137,20 +148,32 @@ def known() -> dict[str, Target]:
 
 
 def find(name: object) -> Target:
-    """Return a chip by name; what follows a colon is its topology and not looked at.
+    """Return a chip by name, with or without a topology.
 
     Raises:
-        TargetError: an unknown name, with the nearest ones.
+        TargetError: an unknown name, with the nearest ones, or a topology that cannot be read.
     """
     chips = known()
-    chip = name.split(":")[0].lower() if isinstance(name, str) else ""
+    chip, colon, layout = name.partition(":") if isinstance(name, str) else ("", "", "")
+    chip = chip.lower()
     if chip not in chips:
         near = difflib.get_close_matches(chip, chips, 3, 0.3) or sorted(chips)
         raise TargetError(
             f"target={name!r} is not known; did you mean {' or '.join(map(repr, near))}? `jaxckpt targets` lists all, "
             "and jaxckpt.define_target adds one"
         )
-    return chips[chip]
+    found = chips[chip]
+    if colon and not (_LAYOUT if found.tpu else _NUMBER).fullmatch(layout):
+        what = "the layout of its chips" if found.tpu else "the number of devices"
+        raise TargetError(
+            f"target={name!r}: what follows the colon is {what}, such as {' or '.join(map(repr, found.layouts))}"
+        )
+    return found
+
+
+def topology(name: str | None) -> str | None:
+    """What follows the colon of a target's name, None where nothing does."""
+    return (name or "").partition(":")[2] or None
 
 
 def _file() -> tuple[str, float]:

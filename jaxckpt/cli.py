@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", _check, "say whether a plan from a file is for this function")
     check.add_argument("plan", type=Path)
     _takes_function(check)
+
+    targets = _command(commands, "targets", _targets, "list the chips that can be planned for, and their compilers")
+    targets.add_argument("--install", metavar="TARGET", help="install the compiler for this chip into this environment")
+    targets.add_argument("--dry-run", action="store_true", help="with --install: print the command, do not run it")
     return parser
 
 
@@ -158,13 +163,49 @@ def _check(options: argparse.Namespace) -> int:
     return _YES
 
 
+def _targets(options: argparse.Namespace) -> int:
+    from jaxckpt import chips, installs
+    from jaxckpt.report import show_targets
+
+    if options.dry_run and not options.install:
+        raise _UsageError("--dry-run goes with --install TARGET")
+    if options.install:
+        return _install(chips.find(options.install), options)
+    rows = [installs.describe(chip) for chip in chips.known().values()]
+    print(json.dumps(rows, indent=1) if options.json else show_targets(rows, color=_color()))
+    return _YES
+
+
+def _install(chip: Any, options: argparse.Namespace) -> int:
+    from jaxckpt import installs
+
+    wanted = installs.command(chip.platform)
+    if options.json:
+        print(json.dumps({"target": chip.name, "command": wanted}))
+    elif options.dry_run:
+        print(shlex.join(wanted))
+    if not wanted:
+        print(f"{chip.name} needs nothing that JAX does not bring along", file=sys.stderr)
+    if options.dry_run or not wanted:
+        return _YES
+    if not installs.unusable(chip):
+        print(f"the compiler for {chip.name} is installed already", file=sys.stderr)
+        return _YES
+    print(shlex.join(wanted), file=sys.stderr)
+    return _YES if installs.install(chip) == 0 else _NO
+
+
+def _color() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
 def _print_plan(found: Any, as_json: bool) -> None:
     from jaxckpt.report import show_plan
 
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        print(show_plan(found, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(show_plan(found, color=_color()))
 
 
 def _infeasible(error: Any) -> dict[str, Any]:

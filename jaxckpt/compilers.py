@@ -9,18 +9,11 @@ import jax
 
 from jaxckpt import _compat, installs
 from jaxckpt.chips import Target
-from jaxckpt.errors import TargetError
-
-_LAYOUT = re.compile(r"\d+(x\d+)+")
+from jaxckpt.errors import CompilerError, TargetError
 
 # What the compiler says when a program needs more than the chip has: itself a measurement.
 _REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMG])\)|Used ([\d.]+)([KMG]) of", re.IGNORECASE)
 _SCALE = {"K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def topology(target: str | None) -> str | None:
-    """What follows the colon of a target's name, None where nothing does."""
-    return (target or "").partition(":")[2] or None
 
 
 def devices(target: Target, topology: str | None) -> tuple[Any, ...]:
@@ -36,14 +29,7 @@ def devices(target: Target, topology: str | None) -> tuple[Any, ...]:
             or it has no such topology.
     """
     if target.platform == "tpu":
-        if topology is not None and not _LAYOUT.fullmatch(topology):
-            raise TargetError(
-                f"topology {topology!r} of target={target.name!r} is not a layout of chips such as "
-                f'"{target.name}:{"2x2x1" if target.tpu and target.tpu.topology.count("x") == 2 else "2x4"}"'
-            )
         return _topology(target, topology)
-    if topology is not None and not (topology.isdecimal() and int(topology)):
-        raise TargetError(f'topology {topology!r} of target={target.name!r} is not a number of devices; "h100:8" is eight')
     number = int(topology or 1)
     if target.platform == "cpu":
         here = _cpu_devices()
@@ -61,7 +47,7 @@ def _cpu_devices() -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=32)
 def _topology(target: Target, topology: str | None) -> tuple[Any, ...]:
     if problem := installs.unusable(target):
-        raise TargetError(problem)
+        raise CompilerError(problem)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
@@ -75,7 +61,7 @@ def _topology(target: Target, topology: str | None) -> tuple[Any, ...]:
             _compat.register_cuda_plugin()
             return _describe(**asked, topology=f"1x1x{topology}")
     except Exception as error:  # every backend raises its own kind
-        raise TargetError(_why(target, topology, error)) from error
+        raise _explained(target, topology, error) from error
 
 
 def _describe(**asked: str) -> tuple[Any, ...]:
@@ -116,21 +102,17 @@ def _gpu_config(target: Target) -> str:
     )
 
 
-def _why(target: Target, topology: str | None, error: Exception) -> str:
+def _explained(target: Target, topology: str | None, error: Exception) -> TargetError:
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     if "opology" in said and topology and target.tpu is not None:
-        return (
+        return TargetError(
             f"target={target.name!r} has no topology {topology!r} ({said}). Layouts that exist are "
-            f"{' and '.join(f'{target.name}:{t}' for t in _layouts(target.tpu.topology))}, for example"
+            f"{' and '.join(target.layouts)}, for example"
         )
-    return (
-        f"the compiler for target={target.name!r} cannot be used here ({said}). If it is broken, install it again with: "
-        f"{installs.shown_command(target.platform)}"
+    return CompilerError(
+        f"the compiler for target={target.name!r} cannot be used here ({said}). If it is broken, install it "
+        f"again with: {installs.shown_command(target.platform)}"
     )
-
-
-def _layouts(smallest: str) -> tuple[str, ...]:
-    return ("2x2x1", "2x2x2", "2x2x4") if smallest.count("x") == 2 else ("1x1", "2x2", "2x4", "4x4")
 
 
 def refused_bytes(error: Exception) -> int | None:

@@ -7,10 +7,23 @@ import subprocess
 import sys
 from importlib import metadata
 from importlib.util import find_spec
+from typing import Any
 
 from jaxckpt import _compat
 from jaxckpt.chips import Target
 from jaxckpt.errors import TargetError
+
+_FACTS = (
+    "name",
+    "platform",
+    "memory_bytes",
+    "bandwidth",
+    "host_bandwidth",
+    "matmul_flops",
+    "vector_flops",
+    "devices_per_chip",
+    "origin",
+)
 
 
 def requirements(platform: str) -> list[str]:
@@ -56,26 +69,38 @@ def installed(platform: str) -> str | None:
 
 def unusable(target: Target) -> str:
     """Why a target's compiler cannot be used here, with what to do; empty where it can, as far as versions tell."""
-    platform, found = target.platform, installed(target.platform)
-    if found is None:
-        return f"the compiler for target={target.name!r} is not installed; install it with: {shown_command(platform)}"
-    if platform == "cuda":
-        parts = {f"jax-cuda{n}-{part}": _version(f"jax-cuda{n}-{part}") for n in (12, 13) for part in ("plugin", "pjrt")}
-        parts = {name: version for name, version in parts.items() if version}
-        if len(parts) < 2:
-            return (
-                f"the compiler for target={target.name!r} is half installed: only {', '.join(parts)}; install both with: "
-                f"{shown_command(platform)}"
-            )
-        # JAX itself does not load a plugin of another version.
-        wrong = {name: v for name, v in parts.items() if v != _compat.JAXLIB_VERSION}
-        if wrong and len(wrong) > len(parts) - 2:
-            shown = ", ".join(f"{name} {version}" for name, version in wrong.items())
-            return (
-                f"the compiler for target={target.name!r} does not match this JAX: {shown} is installed, jaxlib is "
-                f"{_compat.JAXLIB_VERSION}; install the right one with: {shown_command(platform)}"
-            )
-    return ""
+    platform = target.platform
+    problem = _problem(platform)
+    return problem and f"the compiler for target={target.name!r} {problem} with: {shown_command(platform)}"
+
+
+def _problem(platform: str) -> str:
+    if installed(platform) is None:
+        return "is not installed; install it"
+    if platform != "cuda":
+        return ""  # libtpu keeps to a stable interface, and says so itself where it does not
+    flavours = [
+        {name: v for part in ("plugin", "pjrt") if (v := _version(name := f"jax-cuda{n}-{part}"))} for n in (13, 12)
+    ]
+    right = {_compat.JAXLIB_VERSION}
+    if any(len(parts) == 2 and set(parts.values()) == right for parts in flavours):
+        return ""
+    shown = ", ".join(f"{name} {version}" for parts in flavours for name, version in parts.items())
+    if all(len(parts) < 2 for parts in flavours):
+        return f"is half installed (there is only {shown}); install both"
+    return f"does not match jaxlib {_compat.JAXLIB_VERSION} ({shown}); install the right one"
+
+
+def describe(target: Target) -> dict[str, Any]:
+    """A chip's facts and the state of its compiler, as plain data."""
+    problem = unusable(target)
+    return {
+        **{name: getattr(target, name) for name in _FACTS},
+        "compiler": installed(target.platform),
+        "usable": not problem,
+        "problem": problem,
+        "install": shown_command(target.platform),
+    }
 
 
 def install(target: Target) -> int:
@@ -88,8 +113,10 @@ def install(target: Target) -> int:
     if not wanted:
         return 0
     if not find_spec("pip"):
-        raise TargetError(f"{sys.executable} has no pip; install {' '.join(requirements(target.platform))} as you "
-                          "installed jax, without dependencies")
+        raise TargetError(
+            f"{sys.executable} has no pip; install {' '.join(requirements(target.platform))} as you "
+            "installed jax, without dependencies"
+        )
     return subprocess.run(wanted, check=False).returncode
 
 

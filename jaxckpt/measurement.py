@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxckpt import _compat, compilers, targets
-from jaxckpt.errors import NotDifferentiableError
+from jaxckpt import _compat, chips, compilers, targets
+from jaxckpt.errors import CompilerError, NotDifferentiableError
 from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, trace
 from jaxckpt.units import show_bytes
 
@@ -154,7 +154,8 @@ def measure(
 
     Raises:
         NotDifferentiableError: nothing to differentiate.
-        TargetError: the target's compiler is not here.
+        CompilerError: the target's compiler is not here, or failed.
+        TargetError: an unknown target, or a topology that it does not have.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -202,7 +203,7 @@ def compiled_bytes(
         donate_argnums: as in `jax.jit`.
 
     Raises:
-        TargetError: the target's compiler is not here.
+        CompilerError: the target's compiler is not here, or failed.
     """
     chip = targets.find(target)
     label = target or jax.default_backend()
@@ -210,7 +211,7 @@ def compiled_bytes(
     if target is None:
         lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*specs).lower()
     else:
-        place = jax.sharding.SingleDeviceSharding(compilers.devices(chip, compilers.topology(target))[0])
+        place = jax.sharding.SingleDeviceSharding(compilers.devices(chip, chips.topology(target))[0])
         placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), list(specs))
         lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed).lower(lowering_platforms=(chip.platform,))
     try:
@@ -218,7 +219,8 @@ def compiled_bytes(
     except Exception as error:  # every backend raises its own kind
         needed = compilers.refused_bytes(error)
         if needed is None:
-            raise
+            said = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise CompilerError(f"the compiler for target={label!r} failed: {said}") from error
         return _refusal(fun, specs, needed, label, time.perf_counter() - started)
     took = time.perf_counter() - started
     if took > _SLOW_S:

@@ -1,15 +1,16 @@
 """From a budget to a plan: choose a candidate, compile it, compare, correct the prediction, choose again."""
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import jax
 
-from jaxckpt import _compat
-from jaxckpt.errors import BudgetError, InfeasibleBudgetError
+from jaxckpt import _compat, targets
+from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning
 from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan, SavedGroup, line_digests
@@ -74,7 +75,11 @@ def plan(
         BudgetError: a budget that cannot be read, or neither or both of `budget` and `max_cost`.
         InfeasibleBudgetError: no plan fits.
         NotDifferentiableError: nothing to differentiate.
+        TargetError: an unknown target, or a topology that it does not have.
         UnsupportedProgramError: side effects inside the function.
+
+    Where the target's compiler is not installed or fails, a warning says so and the plan is predicted, as with
+    `verify=False`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -117,13 +122,21 @@ def make_request(
 
 
 def plan_program(program: Program, goal: Objective, request: Request) -> Plan:
-    """Plan a flat program."""
-    return _Search(_study(program, goal, request), request).run()
+    """Plan a flat program; from prediction, with a warning, where its target cannot be compiled for."""
+    study = _study(program, goal, request)
+    try:
+        return _Search(study, request).run()
+    except CompilerError as error:
+        if not request.verify:
+            raise
+        warnings.warn(f"{error}. Until then this plan is predicted, not measured", JaxckptWarning, stacklevel=3)
+        return _Search(study, replace(request, verify=False)).run()
 
 
 def _study(program: Program, goal: Objective, request: Request) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
-    key = (program.fingerprint(), goal, request.cost, request.solver, request.target)
+    chip = targets.find(request.target)  # a user's chip may be defined anew under its name
+    key = (program.fingerprint(), goal, request.cost, request.solver, request.target, chip)
     study = _STUDIES.pop(key, None) or Study(program, goal, request.cost, request.solver, request.target)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:
