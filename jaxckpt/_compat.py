@@ -117,3 +117,11 @@ def described_cpu_devices(number: int) -> tuple[Any, ...]:
     from jaxlib import xla_client
 
     return tuple(xla_client.make_cpu_client(num_devices=number).devices())
+
+
+def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants and how many are carried; the rest are stacked."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
