@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
     from jaxckpt.plans import Plan as Plan
+    from jaxckpt.shardings import mesh as mesh
 
 # Importing JAX takes a second, and `jaxckpt --help` does not need it: names are found when they are first asked for.
 _HOMES = {
@@ -49,6 +50,7 @@ _HOMES = {
     "fit": "fitting",
     "Measurement": "measurement",
     "measure": "measurement",
+    "mesh": "shardings",
     "Plan": "plans",
     "plan": "planner",
 }

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxckpt import _compat, chips, compilers, targets
+from jaxckpt import _compat, compilers, shardings, targets
 from jaxckpt.errors import CompilerError, NotDifferentiableError
-from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, trace
+from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, spec_of
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
@@ -143,7 +143,7 @@ def measure(
 
     Args:
         fun: a function of pytrees.
-        *args: arrays or `ShapeDtypeStruct`s.
+        *args: arrays or `ShapeDtypeStruct`s. Shardings on a mesh of several devices make the bytes those of each.
         target: a chip's name; None is the default backend.
         differentiate: measure value and gradient (for a result that is not scalar, the vjp) and not `fun` itself.
         argnums: as in `jax.grad`.
@@ -154,6 +154,7 @@ def measure(
 
     Raises:
         NotDifferentiableError: nothing to differentiate.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
         CompilerError: the target's compiler is not here, or failed.
         TargetError: an unknown target, or a topology that it does not have.
 
@@ -163,9 +164,8 @@ def measure(
         >>> measure(lambda x: jnp.sum(jnp.tanh(x) ** 2), x).argument_bytes
         262144
     """
-    traced = trace(fun, args)
+    traced = shardings.trace_placed(fun, args)
     program = traced.program
-
     plain = functools.partial(run, program)
     specs = input_specs(program)
     if not differentiate:
@@ -176,7 +176,10 @@ def measure(
 
 def input_specs(program: Any) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a program's inputs, `[num_inputs]`."""
-    return [_spec(program.avals[v]) for v in program.inputs]
+    specs = [spec_of(program.avals[v]) for v in program.inputs]
+    if not program.shardings:
+        return specs
+    return [s.update(sharding=sharding) for s, sharding in zip(specs, program.shardings, strict=True)]
 
 
 def cotangent_specs(program: Any, goal: Objective) -> list[jax.ShapeDtypeStruct]:
@@ -184,11 +187,7 @@ def cotangent_specs(program: Any, goal: Objective) -> list[jax.ShapeDtypeStruct]
     if goal.is_scalar:
         return []
     outputs = [program.outputs[i] for i in goal.outputs]
-    return [_spec(program.avals[x] if isinstance(x, int) else x.aval) for x in outputs]
-
-
-def _spec(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return [spec_of((program.avals[x] if isinstance(x, int) else x.aval).to_ct_aval()) for x in outputs]
 
 
 def compiled_bytes(
@@ -206,14 +205,16 @@ def compiled_bytes(
         CompilerError: the target's compiler is not here, or failed.
     """
     chip = targets.find(target)
-    label = target or jax.default_backend()
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        raise CompilerError(
+            "inside shard_map a part of a program cannot be compiled on its own; decorate it without a budget and let "
+            "jaxckpt.fit measure the whole step"
+        )
+    placed, num_devices = shardings.place(specs, target)
+    label = target or jax.default_backend() + (f":{num_devices}" if num_devices > 1 else "")
     started = time.perf_counter()
-    if target is None:
-        lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*specs).lower()
-    else:
-        place = jax.sharding.SingleDeviceSharding(compilers.devices(chip, chips.topology(target))[0])
-        placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), list(specs))
-        lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed).lower(lowering_platforms=(chip.platform,))
+    traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
+    lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
     try:
         compiled = lowered.compile(compiler_options=_options(chip.platform))
     except Exception as error:  # every backend raises its own kind
@@ -221,7 +222,7 @@ def compiled_bytes(
         if needed is None:
             said = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise CompilerError(f"the compiler for target={label!r} failed: {said}") from error
-        return _refusal(fun, specs, needed, label, time.perf_counter() - started)
+        return _refusal(fun, placed, needed, label, time.perf_counter() - started)
     took = time.perf_counter() - started
     if took > _SLOW_S:
         _log_slow(label)
@@ -253,8 +254,10 @@ def _options(platform: str) -> dict[str, Any] | None:
 
 def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str, took: float) -> Measurement:
     """The compiler will not build a program of this size for the chip, which says how large it is."""
-    arguments = sum(map(size_bytes, jax.tree.leaves(list(specs))))
-    outputs = sum(map(size_bytes, jax.tree.leaves(jax.eval_shape(fun, *specs))))
+    leaves = jax.tree.leaves(list(specs))
+    arguments = sum(shardings.local_bytes(leaf, getattr(leaf, "sharding", None)) for leaf in leaves)
+    split = shardings.step_split(leaves)
+    outputs = sum(-(-size_bytes(x) // split) for x in jax.tree.leaves(jax.eval_shape(fun, *specs)))
     return Measurement(
         device_bytes=arguments + outputs + needed,
         argument_bytes=arguments,
