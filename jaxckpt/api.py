@@ -20,7 +20,7 @@ import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
 import jaxckpt
-from jaxckpt import _compat, targets
+from jaxckpt import _compat, keeping, targets
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
 from jaxckpt.fitting import FITTING
 from jaxckpt.measurement import Objective, input_specs, output_objective
@@ -266,8 +266,7 @@ def _key(program: Program, goal: Any, request: Request) -> str:
 
 
 def _path(cache_dir: str | None, key: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir or Path(base) / "jaxckpt") / f"{key}.json"
+    return keeping.folder(cache_dir) / f"{key}.json"
 
 
 def _read(path: Path | None, program: Program) -> Plan | None:

@@ -1,13 +1,15 @@
 """The command line: data to stdout, words to stderr; exit 0 yes, 1 a clear no, 2 a call that makes no sense."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jaxckpt import errors
 
     try:
-        return options.run(options)
+        with _progress():
+            return options.run(options)
     except errors.InfeasibleBudgetError as error:
         print(f"jaxckpt: {error}", file=sys.stderr)
         if options.json:
@@ -41,6 +44,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (errors.JaxckptError, _UsageError, OSError) as error:
         print(f"jaxckpt: {error}", file=sys.stderr)
         return _USAGE
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """A line on the terminal while something compiles for more than a second; nowhere else."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    from jaxckpt.measurement import show_progress
+
+    console = Console(stderr=True)
+
+    @contextlib.contextmanager
+    def show(text: str) -> Iterator[None]:
+        status = console.status(text)
+        timer = threading.Timer(1.0, status.start)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            status.stop()
+
+    with show_progress(show):
+        yield
 
 
 class _UsageError(Exception):

@@ -1,8 +1,10 @@
 """Compilers of chips that are not here: a topology stands for the chip, and no driver or device is needed."""
 
+import contextlib
 import functools
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -52,7 +54,10 @@ def _topology(target: Target, topology: str | None) -> tuple[Any, ...]:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
         if target.tpu is not None:
-            return _describe(platform="tpu", topology_name=f"{target.tpu.compiler}:{topology or target.tpu.topology}")
+            with _shared_libtpu():
+                return _describe(
+                    platform="tpu", topology_name=f"{target.tpu.compiler}:{topology or target.tpu.topology}"
+                )
         asked = {"platform": "cuda", "topology_name": "", "target_config": _gpu_config(target)}
         try:
             return _describe(**asked, topology=f"1x1x{topology}")
@@ -62,6 +67,20 @@ def _topology(target: Target, topology: str | None) -> tuple[Any, ...]:
             return _describe(**asked, topology=f"1x1x{topology}")
     except Exception as error:  # every backend raises its own kind
         raise _explained(target, topology, error) from error
+
+
+@contextlib.contextmanager
+def _shared_libtpu() -> Iterator[None]:
+    """Let several processes have libtpu: its lock guards chips, and a compiler uses none."""
+    name = "ALLOW_MULTIPLE_LIBTPU_LOAD"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _describe(**asked: str) -> tuple[Any, ...]:

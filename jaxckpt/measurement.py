@@ -1,22 +1,27 @@
 """Device bytes, as the target's own compiler counts them."""
 
+import contextlib
+import contextvars
 import functools
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxckpt import _compat, compilers, shardings, targets
+from jaxckpt import _compat, compilers, installs, keeping, shardings, targets
 from jaxckpt.errors import CompilerError, NotDifferentiableError
 from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, spec_of
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
 _SLOW_S = 2.0
+# Quicker ones are made again.
+_WORTH_KEEPING_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +36,7 @@ class Measurement:
         temp_bytes: of everything in between.
         code_bytes: of the program itself; not counted.
         target: for which chip.
-        compile_s: how long the compiler took.
+        compile_s: how long the compiler took, when it did: what took more than a second is kept on disk.
     """
 
     device_bytes: int
@@ -215,16 +220,39 @@ def compiled_bytes(
     started = time.perf_counter()
     traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
     lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
+    options = _options(chip.platform)
+    name = keeping.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
+    kept = keeping.read(name)
+    if kept is not None:
+        return Measurement(**{**kept, "target": label})
+    found = _compiled(lowered, options, chip, label, lambda needed: _refusal(fun, placed, needed, label))
+    found = replace(found, compile_s=time.perf_counter() - started)
+    if found.compile_s > _WORTH_KEEPING_S:
+        keeping.write(name, asdict(found))
+    return found
+
+
+def _versions(chip: targets.Target) -> tuple[Any, ...]:
+    """What else than its text decides how a program is compiled."""
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    return _compat.JAXLIB_VERSION, installs.installed(chip.platform), *flags
+
+
+def _compiled(
+    lowered: Any, options: Any, chip: targets.Target, label: str, refusal: Callable[[int], Measurement]
+) -> Measurement:
+    """Compile a lowered program and read its sizes; a refusal that says how much it takes is a measurement too."""
+    started = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=_options(chip.platform))
+        with watched(label):
+            compiled = lowered.compile(compiler_options=options)
     except Exception as error:  # every backend raises its own kind
         needed = compilers.refused_bytes(error)
         if needed is None:
             said = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise CompilerError(f"the compiler for target={label!r} failed: {said}") from error
-        return _refusal(fun, placed, needed, label, time.perf_counter() - started)
-    took = time.perf_counter() - started
-    if took > _SLOW_S:
+        return refusal(needed)
+    if time.perf_counter() - started > _SLOW_S:
         _log_slow(label)
     stats = compiled.memory_analysis()
     assert stats is not None, "every backend that jaxckpt plans for reports its memory"
@@ -241,8 +269,28 @@ def compiled_bytes(
         temp_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
         target=label,
-        compile_s=took,
+        compile_s=0.0,
     )
+
+
+@contextlib.contextmanager
+def show_progress(show: Callable[[str], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Enter what `show` makes of a line of text around every compile inside."""
+    token = _SHOW.set(show)
+    try:
+        yield
+    finally:
+        _SHOW.reset(token)
+
+
+_SHOW: contextvars.ContextVar[Callable[[str], contextlib.AbstractContextManager]] = contextvars.ContextVar(
+    "show", default=lambda text: contextlib.nullcontext()
+)
+
+
+def watched(label: str) -> contextlib.AbstractContextManager:
+    """What shows that a compile is under way."""
+    return _SHOW.get()(f"compiling for {label}")
 
 
 def _options(platform: str) -> dict[str, Any] | None:
@@ -252,7 +300,7 @@ def _options(platform: str) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
 
 
-def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str, took: float) -> Measurement:
+def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str) -> Measurement:
     """The compiler will not build a program of this size for the chip, which says how large it is."""
     leaves = jax.tree.leaves(list(specs))
     arguments = sum(shardings.local_bytes(leaf, getattr(leaf, "sharding", None)) for leaf in leaves)
@@ -266,7 +314,7 @@ def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str, took
         temp_bytes=needed,
         code_bytes=0,
         target=target,
-        compile_s=took,
+        compile_s=0.0,
     )
 
 

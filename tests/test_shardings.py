@@ -152,8 +152,8 @@ def test_a_spec_without_a_sharding_among_others_is_named():
             jaxckpt.ShardingError, match=r"args\[0\]\['deep'\]\[0\]: float32\[128,128\] has no sharding"
         ):
             call()
+    x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     with pytest.raises(jaxckpt.ShardingError, match=r"args\[2\].* has no sharding"):
-        x = jax.ShapeDtypeStruct(x.shape, x.dtype)
         jaxckpt.fit(make_step(jaxckpt.auto_remat(chain)), ws, ws, x, budget="75%", target="cpu:8")
 
 
