@@ -210,7 +210,7 @@ def _targets(options: argparse.Namespace) -> int:
 def _install(chip: Any, options: argparse.Namespace) -> int:
     from jaxckpt import installs
 
-    wanted = installs.command(chip.platform)
+    wanted = installs.command(chip)
     if options.json:
         print(json.dumps({"target": chip.name, "command": wanted}))
     elif options.dry_run:

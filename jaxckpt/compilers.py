@@ -14,8 +14,8 @@ from jaxckpt.chips import Target
 from jaxckpt.errors import CompilerError, TargetError
 
 # What the compiler says when a program needs more than the chip has: itself a measurement.
-_REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMG])\)|Used ([\d.]+)([KMG]) of", re.IGNORECASE)
-_SCALE = {"K": 2**10, "M": 2**20, "G": 2**30}
+_REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", re.IGNORECASE)
+_SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def devices(target: Target, topology: str | None) -> tuple[Any, ...]:
@@ -130,7 +130,7 @@ def _explained(target: Target, topology: str | None, error: Exception) -> Target
         )
     return CompilerError(
         f"the compiler for target={target.name!r} cannot be used here ({said}). If it is broken, install it "
-        f"again with: {installs.shown_command(target.platform)}"
+        f"again with: {installs.shown_command(target)}"
     )
 
 

@@ -26,69 +26,73 @@ _FACTS = (
 )
 
 
-def requirements(platform: str) -> list[str]:
-    """What pip has to install for a platform's compiler, at this JAX's own version; nothing for the CPU's.
-
-    Example:
-        >>> requirements("cpu")
-        []
-    """
-    if platform == "tpu":
+def requirements(target: Target) -> list[str]:
+    """What pip has to install to compile for a target, at this JAX's own version; nothing for the CPU."""
+    if target.tpu is not None:
         return [_libtpu()]
-    if platform == "cuda":
-        return [
-            f"jax-cuda{_compat.CUDA_PLUGIN}-{part}=={version}"
-            for part, version in (("plugin", _compat.JAXLIB_VERSION), ("pjrt", _compat.JAXLIB_VERSION))
-        ]
+    if target.gpu is not None:
+        number = min(_compat.CUDA_PLUGIN, max(_numbers(target)))
+        return [f"jax-cuda{number}-{part}=={_compat.JAXLIB_VERSION}" for part in ("plugin", "pjrt")]
     return []
 
 
-def command(platform: str) -> list[str]:
-    """The command line that installs a platform's compiler for this interpreter; empty where JAX brings it along.
+def command(target: Target) -> list[str]:
+    """The command line that installs a target's compiler for this interpreter; empty where JAX brings it along.
 
     The compilers alone are needed, so their dependencies, CUDA's libraries for one, are left out.
     """
-    wanted = requirements(platform)
+    wanted = requirements(target)
     return wanted and [sys.executable, "-m", "pip", "install", "--no-deps", *wanted]
 
 
-def shown_command(platform: str) -> str:
+def shown_command(target: Target) -> str:
     """The same for a person to type."""
-    wanted = requirements(platform)
+    wanted = requirements(target)
     return shlex.join(["pip", "install", "--no-deps", *wanted]) if wanted else ""
 
 
-def installed(platform: str) -> str | None:
-    """The version of a platform's compiler that is installed, None if there is none."""
-    if platform == "cpu":
-        return _compat.JAXLIB_VERSION
-    if platform == "tpu":
+def installed(target: Target) -> str | None:
+    """The version of a target's compiler that is installed, None if there is none."""
+    if target.tpu is not None:
         return _version("libtpu") if find_spec("libtpu") else None
-    return next(filter(None, (_version(f"jax-cuda{n}-plugin") for n in (13, 12))), None)
+    if target.gpu is not None:
+        return next(filter(None, (_version(f"jax-cuda{n}-plugin") for n in (13, 12))), None)
+    return _compat.JAXLIB_VERSION
 
 
 def unusable(target: Target) -> str:
     """Why a target's compiler cannot be used here, with what to do; empty where it can, as far as versions tell."""
-    platform = target.platform
-    problem = _problem(platform)
-    return problem and f"the compiler for target={target.name!r} {problem} with: {shown_command(platform)}"
+    problem = _problem(target)
+    return problem and f"the compiler for target={target.name!r} {problem} with: {shown_command(target)}"
 
 
-def _problem(platform: str) -> str:
-    if installed(platform) is None:
+def _problem(target: Target) -> str:
+    if installed(target) is None:
         return "is not installed; install it"
-    if platform != "cuda":
+    if target.gpu is None:
         return ""  # libtpu keeps to a stable interface, and says so itself where it does not
-    flavours = [
-        {name: v for part in ("plugin", "pjrt") if (v := _version(name := f"jax-cuda{n}-{part}"))} for n in (13, 12)
-    ]
-    right = {_compat.JAXLIB_VERSION}
-    if any(len(parts) == 2 and set(parts.values()) == right for parts in flavours):
+    parts = {
+        n: {name: v for part in ("plugin", "pjrt") if (v := _version(name := f"jax-cuda{n}-{part}"))} for n in (13, 12)
+    }
+    right = [n for n, found in parts.items() if len(found) == 2 and set(found.values()) == {_compat.JAXLIB_VERSION}]
+    if set(right) & set(_numbers(target)):
         return ""
-    shown = ", ".join(f"{name} {version}" for parts in flavours for name, version in parts.items())
-    if all(len(parts) < 2 for parts in flavours):
+    if right:
+        return (
+            f"is that of CUDA 12: capability {target.gpu.capability} is gone from CUDA {right[0]}; install it, in an "
+            "environment of its own,"
+        )
+    shown = ", ".join(f"{name} {version}" for found in parts.values() for name, version in found.items())
+    if all(len(found) < 2 for found in parts.values()):
         return f"is half installed (there is only {shown}); install both"
     return f"does not match jaxlib {_compat.JAXLIB_VERSION} ({shown}); install the right one"
+
+
+def _numbers(target: Target) -> tuple[int, ...]:
+    """Which of the CUDA plugins know a GPU, newest first: CUDA 13 begins at capability 7.5."""
+    assert target.gpu is not None
+    capability = tuple(map(int, target.gpu.capability.split(".")))
+    return (13, 12) if capability >= (7, 5) else (12,)
 
 
 def describe(target: Target) -> dict[str, Any]:
@@ -96,10 +100,10 @@ def describe(target: Target) -> dict[str, Any]:
     problem = unusable(target)
     return {
         **{name: getattr(target, name) for name in _FACTS},
-        "compiler": installed(target.platform),
+        "compiler": installed(target),
         "usable": not problem,
         "problem": problem,
-        "install": shown_command(target.platform),
+        "install": shown_command(target),
     }
 
 
@@ -109,12 +113,12 @@ def install(target: Target) -> int:
     Raises:
         TargetError: this interpreter has no pip.
     """
-    wanted = command(target.platform)
+    wanted = command(target)
     if not wanted:
         return 0
     if not find_spec("pip"):
         raise TargetError(
-            f"{sys.executable} has no pip; install {' '.join(requirements(target.platform))} as you "
+            f"{sys.executable} has no pip; install {' '.join(requirements(target))} as you "
             "installed jax, without dependencies"
         )
     return subprocess.run(wanted, check=False).returncode

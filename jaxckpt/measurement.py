@@ -235,7 +235,7 @@ def compiled_bytes(
 def _versions(chip: targets.Target) -> tuple[Any, ...]:
     """What else than its text decides how a program is compiled."""
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    return _compat.JAXLIB_VERSION, installs.installed(chip.platform), *flags
+    return _compat.JAXLIB_VERSION, installs.installed(chip), *flags
 
 
 def _compiled(

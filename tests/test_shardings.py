@@ -194,15 +194,17 @@ def test_sizes_of_one_device_round_up():
 
 
 @pytest.mark.targets
-@pytest.mark.parametrize("target", ["h100:8", "v5e:2x4"])
-def test_a_sharded_step_is_fitted_for_chips_that_are_not_here(target):
+@pytest.mark.parametrize(("target", "share"), [("h100:8", 0.92), ("v5e:2x4", 0.75)])
+def test_a_sharded_step_is_fitted_for_chips_that_are_not_here(target, share):
     if installs.unusable(chips.find(target)):
         pytest.skip("its compiler is not installed")
+    # Several GPUs get a scheduler that hides communication and holds more for it, hence the higher budget.
     mesh = jaxckpt.mesh(target, {"data": 8})
     ws, x = specs(mesh, batch=131072, width=512, weights=ROWS)
     step = make_step(jaxckpt.auto_remat(chain))
-    fitted = jaxckpt.fit(step, ws, ws, x, budget="70%", target=target, donate_argnums=(0, 1))
-    assert fitted.measurement.device_bytes <= 0.7 * fitted.unplanned.device_bytes
+    fitted = jaxckpt.fit(step, ws, ws, x, budget=f"{share:.0%}", target=target, donate_argnums=(0, 1))
+    assert fitted.measurement.device_bytes <= share * fitted.unplanned.device_bytes
+    assert fitted.measurement.target == target and fitted.plans[0].recompute_flops > 0
     state = 2 * LAYERS * 4 * 512 * 512 // 8
     assert fitted.unplanned.alias_bytes == state
     assert fitted.unplanned.argument_bytes == state + 4 * 131072 * 512 // 8

@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_read_is_named(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("chip", ["h100", "v5e"])
 def test_a_missing_compiler_names_what_installs_it(chip, no_compiler):
     compilers._topology.cache_clear()
-    command = re.escape(installs.shown_command(chips.find(chip).platform))
+    command = re.escape(installs.shown_command(chips.find(chip)))
     with pytest.raises(jaxckpt.CompilerError, match=f"not installed.*{command}"):
         jaxckpt.measure(chain, WS, X, target=chip)
 
@@ -195,6 +195,13 @@ def test_a_plugin_that_is_not_this_jaxs_is_refused_with_the_right_one(name, monk
     compilers._topology.cache_clear()
     with pytest.raises(jaxckpt.CompilerError, match=f"{wanted}.*=={re.escape(_compat.JAXLIB_VERSION)}"):
         jaxckpt.measure(chain, WS, X, target="h100")
+
+
+def test_a_chip_that_cuda_13_has_dropped_asks_for_cuda_12(monkeypatch):
+    right = dict.fromkeys(("jax-cuda13-plugin", "jax-cuda13-pjrt"), _compat.JAXLIB_VERSION)
+    monkeypatch.setattr(installs, "_version", right.get)
+    assert not installs.unusable(chips.find("a100"))
+    assert re.search(r"capability 7\.0 is gone.*jax-cuda12-plugin==", installs.unusable(chips.find("v100")))
 
 
 def test_a_plan_survives_a_compile_that_fails(monkeypatch):
@@ -270,7 +277,7 @@ def test_an_install_runs_pip_and_reports_its_failure(capsys, monkeypatch, no_com
     monkeypatch.setattr(installs, "find_spec", lambda name: name == "pip" or None)
     assert main(["targets", "--install", "v5e"]) == 0
     assert main(["targets", "--install", "v5e"]) == 1
-    assert ran == [installs.command("tpu")] * 2
+    assert ran == [installs.command(chips.find("v5e"))] * 2
     assert main(["targets", "--install", "cpu"]) == 0
     assert len(ran) == 2 and "nothing" in capsys.readouterr().err
 
@@ -290,12 +297,40 @@ def test_a_plan_for_a_chip_that_is_not_here_fits_by_its_own_compiler(chip):
     if chip in MISSING:
         pytest.skip("its compiler is not installed")
     # Small enough to compile quickly, too large for a TPU to keep out of its HBM.
-    x, ws = jax.ShapeDtypeStruct((16384, 1024), jnp.float32), [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 6
+    x, ws = jax.ShapeDtypeStruct((131072, 256), jnp.float32), [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 6
     plan = jaxckpt.plan(chain, ws, x, budget="70%", target=chip)
     assert plan.target == chip
     assert plan.measured_peak_bytes is not None
     assert plan.measured_peak_bytes <= 0.7 * plan.unplanned_peak_bytes
     assert plan.recompute_flops > 0
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize("chip", [c.name for c in chips.known().values() if c.platform != "cpu"])
+def test_every_chip_of_the_table_is_one_its_compiler_knows(chip):
+    if installs.unusable(chips.find(chip)):
+        pytest.skip("its compiler is not installed")
+    found = compilers.devices(chips.find(chip), None)
+    assert len(found) == (chips.find(chip).devices_per_chip if chips.find(chip).tpu else 1)
+    assert found[0].device_kind == chips.find(chip).kind
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize("chip", ["v100", "rtx3090", "rtx5090"])
+def test_oldest_and_newest_gpus_compile(chip):
+    if installs.unusable(chips.find(chip)):
+        pytest.skip("its compiler is not installed")
+    found = jaxckpt.measure(chain, WS, X, target=chip)
+    assert found.device_bytes > found.argument_bytes
+
+
+@pytest.mark.targets
+def test_a_program_that_a_tpu_refuses_is_measured_by_its_refusal():
+    if "v5e" in MISSING:
+        pytest.skip("its compiler is not installed")
+    x = jax.ShapeDtypeStruct((2**20, 1024), jnp.float32)
+    found = jaxckpt.measure(lambda x: jnp.tanh(x @ x.T)[0, 0], x, target="v5e", differentiate=False)
+    assert found.temp_bytes > chips.find("v5e").memory_bytes and found.argument_bytes == 2**32
 
 
 @pytest.mark.targets
