@@ -4,6 +4,7 @@ Each entry says which public name it stands in for, so that it can go when JAX h
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -109,6 +110,11 @@ def register_cuda_plugin() -> None:
             continue
         plugin.initialize()
         return
+
+
+def without_gradient(exported: Any) -> Any:
+    """An exported program that can be pickled (its own format needs flatbuffers, which JAX does not bring along)."""
+    return dataclasses.replace(exported, _get_vjp=None)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxckpt import _compat, compilers, installs, keeping, shardings, targets
+from jaxckpt import _compat, compilers, installs, isolated, keeping, shardings, targets
 from jaxckpt.errors import CompilerError, NotDifferentiableError
 from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, spec_of
 from jaxckpt.units import show_bytes
@@ -225,7 +225,11 @@ def compiled_bytes(
     kept = keeping.read(name)
     if kept is not None:
         return Measurement(**{**kept, "target": label})
-    found = _compiled(lowered, options, chip, label, lambda needed: _refusal(fun, placed, needed, label))
+    if target is not None and isolated.SWITCH in os.environ:
+        compiled = functools.partial(isolated.compiled_sizes, fun, placed, donate_argnums, target, options)
+    else:
+        compiled = lambda: lowered.compile(compiler_options=options).memory_analysis()  # noqa: E731
+    found = _compiled(compiled, chip, label, lambda needed: _refusal(fun, placed, needed, label))
     found = replace(found, compile_s=time.perf_counter() - started)
     if found.compile_s > _WORTH_KEEPING_S:
         keeping.write(name, asdict(found))
@@ -239,13 +243,15 @@ def _versions(chip: targets.Target) -> tuple[Any, ...]:
 
 
 def _compiled(
-    lowered: Any, options: Any, chip: targets.Target, label: str, refusal: Callable[[int], Measurement]
+    compiled: Callable[[], Any], chip: targets.Target, label: str, refusal: Callable[[int], Measurement]
 ) -> Measurement:
-    """Compile a lowered program and read its sizes; a refusal that says how much it takes is a measurement too."""
+    """Compile and read the sizes; a refusal that says how much the program takes is a measurement too."""
     started = time.perf_counter()
     try:
         with watched(label):
-            compiled = lowered.compile(compiler_options=options)
+            stats = compiled()
+    except CompilerError:
+        raise
     except Exception as error:  # every backend raises its own kind
         needed = compilers.refused_bytes(error)
         if needed is None:
@@ -254,7 +260,6 @@ def _compiled(
         return refusal(needed)
     if time.perf_counter() - started > _SLOW_S:
         _log_slow(label)
-    stats = compiled.memory_analysis()
     assert stats is not None, "every backend that jaxckpt plans for reports its memory"
     device = (
         stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
