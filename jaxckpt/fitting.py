@@ -56,7 +56,7 @@ class _Choice:
     studies: dict[tuple, Study] = field(default_factory=dict)
     limit_bytes: int | None = None
 
-    def planned(self, program: Program, goal: Objective) -> Callable[..., list[Any]]:
+    def planned(self, program: Program, goal: Objective, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         key = (program.fingerprint(), goal)
         if key not in self.studies:
             # Inside shard_map shapes are those of one device already.
@@ -65,7 +65,8 @@ class _Choice:
         study = self.studies[key]
         if self.limit_bytes is None or not study.candidates:
             return functools.partial(run, program)
-        return study.planned(cheapest_below(study, self.limit_bytes).schedule)
+        schedule = cheapest_below(study, self.limit_bytes).schedule
+        return study.planned(schedule, is_forward_mode=is_forward_mode)
 
     def at(self, limit_bytes: int) -> "_Choice":
         return _Choice(self.cost, self.target, self.split, self.studies, limit_bytes)
