@@ -12,7 +12,7 @@ help:
 	@echo "make plan    plan GPT-2 small from shapes and print the chosen checkpoint set"
 	@echo "make test    run the tests"
 	@echo "make test-slow  run the long ones too: real sizes, every budget"
-	@echo "make test-targets  install the TPU's and the GPU's compilers (1 GB, no CUDA libraries, no driver), run their tests"
+	@echo "make test-targets  install the TPU's and the GPU's compilers (no driver, no CUDA libraries), run their tests"
 	@echo "make lint    ruff, pyright"
 	@echo "make bench   the benchmarks, as tables"
 	@echo "make bench-targets  GPT-2 small planned for an H100 and a TPU v5e"

@@ -57,7 +57,7 @@ class Tpu:
 
     Attributes:
         compiler: the chip's name in topologies, such as "v5e" in "v5e:2x4".
-        topology: the smallest one.
+        topology: one that every version of the compiler has.
         kind: JAX's `device_kind`.
     """
 

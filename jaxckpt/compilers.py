@@ -24,14 +24,15 @@ def devices(target: Target, topology: str | None) -> tuple[Any, ...]:
     Args:
         target: the chip.
         topology: what follows the colon of a target's name: for a TPU its layout, such as "2x4", for others how many;
-            None is the smallest there is.
+            None is one device.
 
     Raises:
         TargetError: its compiler is not installed or of another version, with the command that installs the right one,
             or it has no such topology.
     """
     if target.platform == "tpu":
-        return _topology(target, topology)
+        found = _topology(target, topology)
+        return found if topology else found[:1]
     number = int(topology or 1)
     if target.platform == "cpu":
         here = _cpu_devices()

@@ -1,12 +1,15 @@
 """Which compilers are installed, whether they are right for this JAX, and the one command that installs each."""
 
 import functools
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from jaxckpt import _compat
@@ -24,6 +27,8 @@ _FACTS = (
     "devices_per_chip",
     "origin",
 )
+# Where XLA finds ptxas and libdevice, by CUDA's version; a CUDA toolkit on the machine has them too.
+_ASSEMBLERS = {12: ("nvidia-cuda-nvcc-cu12",), 13: ("nvidia-cuda-nvcc>=13", "nvidia-nvvm>=13")}
 
 
 def requirements(target: Target) -> list[str]:
@@ -32,14 +37,16 @@ def requirements(target: Target) -> list[str]:
         return [_libtpu()]
     if target.gpu is not None:
         number = min(_compat.CUDA_PLUGIN, max(_numbers(target)))
-        return [f"jax-cuda{number}-{part}=={_compat.JAXLIB_VERSION}" for part in ("plugin", "pjrt")]
+        plugins = [f"jax-cuda{number}-{part}=={_compat.JAXLIB_VERSION}" for part in ("plugin", "pjrt")]
+        return [*plugins, *_ASSEMBLERS[number]]
     return []
 
 
 def command(target: Target) -> list[str]:
     """The command line that installs a target's compiler for this interpreter; empty where JAX brings it along.
 
-    The compilers alone are needed, so their dependencies, CUDA's libraries for one, are left out.
+    The compilers alone are needed, for GPUs with CUDA's assembler, so their dependencies, CUDA's libraries for one, are
+    left out.
     """
     wanted = requirements(target)
     return wanted and [sys.executable, "-m", "pip", "install", "--no-deps", *wanted]
@@ -76,7 +83,7 @@ def _problem(target: Target) -> str:
     }
     right = [n for n, found in parts.items() if len(found) == 2 and set(found.values()) == {_compat.JAXLIB_VERSION}]
     if set(right) & set(_numbers(target)):
-        return ""
+        return "" if _has_assembler() else "lacks CUDA's assembler (ptxas and libdevice); install it"
     if right:
         return (
             f"is that of CUDA 12: capability {target.gpu.capability} is gone from CUDA {right[0]}; install it, in an "
@@ -86,6 +93,14 @@ def _problem(target: Target) -> str:
     if all(len(found) < 2 for found in parts.values()):
         return f"is half installed (there is only {shown}); install both"
     return f"does not match jaxlib {_compat.JAXLIB_VERSION} ({shown}); install the right one"
+
+
+def _has_assembler() -> bool:
+    """Whether ptxas is somewhere that XLA looks for it: in a wheel, on the path, in a toolkit."""
+    wheels = ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12")
+    named = "CUDA_ROOT" in os.environ or "xla_gpu_cuda_data_dir" in os.environ.get("XLA_FLAGS", "")
+    toolkits = (*Path("/usr/local").glob("cuda*/bin/ptxas"), *Path("/opt").glob("cuda*/bin/ptxas"))
+    return any(map(_version, wheels)) or named or shutil.which("ptxas") is not None or bool(toolkits)
 
 
 def _numbers(target: Target) -> tuple[int, ...]:

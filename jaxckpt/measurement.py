@@ -256,7 +256,9 @@ def _compiled(
         needed = compilers.refused_bytes(error)
         if needed is None:
             said = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            raise CompilerError(f"the compiler for target={label!r} failed: {said}") from error
+            needs = any(word in said for word in ("ptxas", "PTX", "libdevice"))
+            advice = f". Its assembler comes with: {installs.shown_command(chip)}" if needs else ""
+            raise CompilerError(f"the compiler for target={label!r} failed: {said}{advice}") from error
         return refusal(needed)
     if time.perf_counter() - started > _SLOW_S:
         _log_slow(label)

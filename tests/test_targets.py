@@ -200,6 +200,9 @@ def test_a_plugin_that_is_not_this_jaxs_is_refused_with_the_right_one(name, monk
 def test_a_chip_that_cuda_13_has_dropped_asks_for_cuda_12(monkeypatch):
     right = dict.fromkeys(("jax-cuda13-plugin", "jax-cuda13-pjrt"), _compat.JAXLIB_VERSION)
     monkeypatch.setattr(installs, "_version", right.get)
+    monkeypatch.setattr(installs, "_has_assembler", lambda: False)
+    assert "lacks CUDA's assembler" in installs.unusable(chips.find("a100"))
+    monkeypatch.setattr(installs, "_has_assembler", lambda: True)
     assert not installs.unusable(chips.find("a100"))
     assert re.search(r"capability 7\.0 is gone.*jax-cuda12-plugin==", installs.unusable(chips.find("v100")))
 
@@ -265,7 +268,8 @@ def test_an_install_is_for_this_interpreter_and_this_jax(capsys):
     assert command[:5] == [sys.executable, "-m", "pip", "install", "--no-deps"]
     version = _compat.JAXLIB_VERSION
     number = 12 if _compat.CPU_UNDOES_REMAT else 13
-    assert command[5:] == [f"jax-cuda{number}-plugin=={version}", f"jax-cuda{number}-pjrt=={version}"]
+    assert command[5:7] == [f"jax-cuda{number}-plugin=={version}", f"jax-cuda{number}-pjrt=={version}"]
+    assert command[7].strip("'").startswith("nvidia-cuda-nvcc")
     assert main(["targets", "--install", "v6e:2x2", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command"][-1].startswith("libtpu==0.0.")
 
@@ -311,8 +315,9 @@ def test_every_chip_of_the_table_is_one_its_compiler_knows(chip):
     if installs.unusable(chips.find(chip)):
         pytest.skip("its compiler is not installed")
     found = compilers.devices(chips.find(chip), None)
-    assert len(found) == (chips.find(chip).devices_per_chip if chips.find(chip).tpu else 1)
-    assert found[0].device_kind == chips.find(chip).kind
+    assert len(found) == 1 and found[0].device_kind == chips.find(chip).kind
+    if tpu := chips.find(chip).tpu:
+        assert len(compilers.devices(chips.find(chip), tpu.topology)) == 4 * chips.find(chip).devices_per_chip
 
 
 @pytest.mark.targets
