@@ -19,7 +19,7 @@ from jaxckpt.cuts import Span
 from jaxckpt.habits import habits_of
 from jaxckpt.regions import Saved
 from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes
+from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes, spec_of
 
 EVERYTHING = "everything"
 
@@ -106,8 +106,9 @@ def differentiate(local: LocalBlock) -> Joint:
         _, pull, values = jax.vjp(forward, *(env[v] for v in local.active_inputs), has_aux=True)
         return values, pull(cotangents)
 
-    spec = lambda v: jax.ShapeDtypeStruct(program.avals[v].shape, program.avals[v].dtype)  # noqa: E731
-    closed = jax.make_jaxpr(joint)([spec(v) for v in span.inputs], [spec(v) for v in local.active_outputs])
+    inputs = [spec_of(program.avals[v]) for v in span.inputs]
+    cotangents = [spec_of(program.avals[v].to_ct_aval()) for v in local.active_outputs]
+    closed = jax.make_jaxpr(joint)(inputs, cotangents)
     flat = flatten(closed.jaxpr)
     inputs = flat.inputs[len(closed.consts) :]
     cotangents = inputs[len(span.inputs) :]
