@@ -46,7 +46,7 @@ def candidates(problem: Problem, solver: Any) -> list[Candidate]:
 
         schedules = list(revolve_schedules(problem))
     else:
-        from ckptsolvers import solve
+        from ckptsolvers.solve import SOLVERS as by_name
 
         if isinstance(solver, str):
             # It is asked some forty times, so a proof of each answer would take too long.
