@@ -32,6 +32,8 @@ _MAX_OPTIONS = 128
 _MAX_LENGTHS = 8
 # Divisions between two plans, and numbers of states, stand so far apart in bytes.
 _GROWTH = 1.03
+# Outer loops up to this length are given chunks of any size, longer ones of the sizes on a grid.
+_MAX_OUTER = 16
 # Binomial loops run each iteration again this often at most, on average.
 _MAX_AGAIN = 3
 
@@ -422,6 +424,17 @@ def _levels(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part, .
             for outer, rest in ((num, left), (num - 1, left + math.prod(inner))):
                 if outer > 1:
                     yield (_Part((outer, *inner), plan), *([_Part((rest,), plan)] if rest else []))
+        for outer, size in _few_chunks(length):
+            yield _Part((outer, size), plan), _Part((length - outer * size,), plan)
+
+
+def _few_chunks(length: int) -> Iterator[tuple[int, int]]:
+    """Two levels whose outer one is short: chunks no longer than what is left over, which takes most of the bytes."""
+    for outer in range(2, min(_MAX_OUTER, math.isqrt(length)) + 1):
+        rest, most = -(-length // (outer + 1)), -(-length // outer) if outer > 2 else length
+        while rest < most and length - rest >= outer:
+            yield outer, (length - rest) // outer
+            rest = max(rest + 1, math.ceil(rest * _GROWTH))
 
 
 def _mixes(length: int, plans: Iterable[_Iteration]) -> Iterator[tuple[_Part, ...]]:
