@@ -5,7 +5,7 @@ import functools
 import jax
 import pytest
 from helpers import assert_close, jit
-from zoo.catalogue import CATALOGUE, DEEP, Entry
+from zoo.catalogue import CATALOGUE, DEEP
 from zoo.handmade import arrays, round_divisor
 
 import jaxckpt
@@ -20,20 +20,28 @@ def _as_users_write():
         yield
 
 
+# Compiling one of each framework and of each kind of loop is quick enough for every run.
+QUICK = {"llama", "vit", "unet", "lstm", "ode", "tanh-64"}
+
+
 @pytest.fixture(params=[n for n in ALL if ALL[n].size == "base"])
-def entry(request) -> Entry:
+def name(request) -> str:
     pytest.importorskip("flax")
     if request.param == "ode":
         pytest.importorskip("equinox")
-    return ALL[request.param]
+    return request.param
 
 
 def flops(fun, *specs):
     return costs.gradient_cost(jax.value_and_grad(fun), *specs).flops
 
 
-def test_a_plan_gives_the_same_gradients(entry):
-    case = entry.case("tiny")
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALL if ALL[n].size == "base"]
+)
+def test_a_plan_gives_the_same_gradients(name):
+    pytest.importorskip("equinox" if name == "ode" else "flax")
+    case = ALL[name].case("tiny")
     plan = jaxckpt.plan(case.fun, *case.specs, max_cost=1.5, cost="flops", verify=False)
     assert plan.predicted_peak_bytes <= plan.unplanned_peak_bytes
     args = arrays(case.specs, case.vocab)
@@ -41,12 +49,12 @@ def test_a_plan_gives_the_same_gradients(entry):
     assert_close(got, jit(jax.value_and_grad(case.fun))(*args), 1e-4)
 
 
-def test_every_policy_is_the_same_loss_and_recomputes(entry):
-    case = entry.case("tiny")
+def test_every_policy_recomputes(name):
+    case = ALL[name].case("tiny")
     plain = flops(case.fun, *case.specs)
-    for name, policy in case.policies.items():
-        assert jax.eval_shape(policy, *case.specs) == jax.eval_shape(case.fun, *case.specs), name
-        assert flops(policy, *case.specs) > plain, name
+    extra = {policy: flops(fun, *case.specs) / plain - 1 for policy, fun in case.policies.items()}
+    assert all(0 < share < 2 for share in extra.values()), extra
+    assert "full" in extra and any(p.endswith("+dots") for p in extra)
 
 
 @functools.cache
@@ -55,7 +63,7 @@ def value_of(name, policy):
     return jit(case.policies[policy] if policy else case.fun)(*arrays(case.specs, case.vocab))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-scan", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-scan"])
 @pytest.mark.parametrize("policy", ["layer", "sqrt"])
 def test_grouped_layers_are_the_same_layers(name, policy):
     pytest.importorskip("flax")
@@ -63,8 +71,9 @@ def test_grouped_layers_are_the_same_layers(name, policy):
     assert_close(value_of(name, policy), value_of(name, None), 1e-5)
 
 
-def test_a_cut_model_is_a_smaller_program(entry):
-    cut, case = entry.case(is_cut=True), entry.case()
+@pytest.mark.slow
+def test_a_cut_model_is_a_smaller_program(name):
+    cut, case = ALL[name].case(is_cut=True), ALL[name].case()
     assert 0 < flops(cut.fun, *cut.specs) < flops(case.fun, *case.specs)
 
 
