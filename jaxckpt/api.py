@@ -20,7 +20,7 @@ import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
 import jaxckpt
-from jaxckpt import _compat
+from jaxckpt import _compat, keeping, targets
 from jaxckpt.agreement import agreed
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
 from jaxckpt.fitting import FITTING
@@ -277,19 +277,19 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
             short_bytes(found.budget_bytes or 0),
             short_count(found.recompute_flops),
         )
-        _write(path, found)
+        if found.is_unplanned_measured or not request.verify:
+            _write(path, found)  # a prediction for want of a compiler is made again once there is one
     return found
 
 
 def _key(program: Program, goal: Any, request: Request) -> str:
     versions = (SCHEMA, jaxckpt.__version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
-    place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""))
+    place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""), targets.find(request.target))
     return hashlib.sha256(repr((program.fingerprint(), goal, request, versions, place)).encode()).hexdigest()[:32]
 
 
 def _path(cache_dir: str | None, key: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir or Path(base) / "jaxckpt") / f"{key}.json"
+    return keeping.folder(cache_dir) / f"{key}.json"
 
 
 def _read(path: Path | None, program: Program) -> Plan | None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.extend.core import primitives as prims
+from jax.sharding import AxisType
 
 from jaxckpt import _compat
 from jaxckpt.errors import UnsupportedProgramError
@@ -89,12 +90,15 @@ class Program:
         inputs: the values it starts from: closed-over constants first, then the arguments' array leaves.
         equations: in order.
         outputs: values or constants returned.
+        shardings: on which devices each input lies; empty where all are on one. No part of the fingerprint, since
+            arguments inside `jit` do not show theirs.
     """
 
     avals: list[Any]
     inputs: tuple[int, ...]
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
+    shardings: tuple[Any, ...] = ()
     _lines: tuple[str, ...] | None = field(default=None, init=False, repr=False)
 
     def lines(self) -> tuple[str, ...]:
@@ -382,6 +386,16 @@ def run(program: Program, *inputs: Any) -> list[Any]:
     env = dict(zip(program.inputs, inputs, strict=True))
     evaluate(program.equations, env)
     return outputs_of(program, env)
+
+
+def spec_of(aval: Any) -> jax.ShapeDtypeStruct:
+    """What JAX traces to a value like this one: more than a shape inside `shard_map` and on explicit meshes."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, sharding=sharding, manual_axis_type=getattr(aval, "manual_axis_type", None)
+    )
 
 
 def size_bytes(aval: Any) -> int:
