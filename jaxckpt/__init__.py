@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxckpt.api import auto_remat as auto_remat
     from jaxckpt.api import compiler_options as compiler_options
+    from jaxckpt.bounded import while_loop as while_loop
     from jaxckpt.chips import define_target as define_target
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import CompilerError as CompilerError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
     from jaxckpt.fitting import Fitted as Fitted
     from jaxckpt.fitting import fit as fit
+    from jaxckpt.loops import scan as scan
     from jaxckpt.measurement import Measurement as Measurement
     from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
@@ -53,6 +55,8 @@ _HOMES = {
     "mesh": "shardings",
     "Plan": "plans",
     "plan": "planner",
+    "scan": "loops",
+    "while_loop": "bounded",
 }
 
 

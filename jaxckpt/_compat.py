@@ -131,3 +131,10 @@ def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def distributed_client() -> Any:
+    """The client of `jax.distributed`'s key-value store; None in a process of its own."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
