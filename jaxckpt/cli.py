@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser.print_help(sys.stderr)
         return _USAGE
+    if getattr(options, "target", None):
+        # A named chip is compiled for without any device, and looking for one takes time and prints warnings.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # JAX takes a second to import, and --help does not need it.
     from jaxckpt import errors
 

@@ -292,6 +292,13 @@ def test_an_install_of_nothing_known_is_refused(capsys):
     assert main(["targets", "--dry-run"]) == 2
 
 
+def test_no_device_is_looked_for_where_a_chip_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "before")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert main(["measure", "nothing:loss"]) == 2 and "JAX_PLATFORMS" not in os.environ
+    assert main(["measure", "nothing:loss", "--target", "h100"]) == 2 and os.environ["JAX_PLATFORMS"] == "cpu"
+
+
 # With the compilers.
 
 
