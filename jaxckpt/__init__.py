@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
     from jaxckpt.plans import Plan as Plan
+    from jaxckpt.tradeoff import Frontier as Frontier
+    from jaxckpt.tradeoff import frontier as frontier
 
 # Importing JAX takes a second, and `jaxckpt --help` does not need it: names are found when they are first asked for.
 _HOMES = {
@@ -45,6 +47,8 @@ _HOMES = {
     "measure": "measurement",
     "Plan": "plans",
     "plan": "planner",
+    "Frontier": "tradeoff",
+    "frontier": "tradeoff",
 }
 
 

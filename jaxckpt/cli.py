@@ -65,12 +65,22 @@ def _parser() -> argparse.ArgumentParser:
     _takes_function(measure)
     measure.add_argument("--forward", action="store_true", help="measure the function itself, not its gradient")
 
+    curve = _command(commands, "frontier", _frontier, "print the trade-off of peak bytes against step cost")
+    _takes_function(curve)
+    curve.add_argument("--cost", choices=("time", "flops"), default="time", help="what a step's cost is counted in")
+    curve.add_argument("--num-points", type=int, default=12, help="how many plans at most")
+    curve.add_argument("--verify", action="store_true", help="compile every point and measure it")
+    curve.add_argument("--plot", type=Path, help="draw it into this file, such as frontier.png")
+
     show = _command(commands, "show", _show, "print a plan from a file")
     show.add_argument("plan", type=Path)
 
     check = _command(commands, "check", _check, "say whether a plan from a file is for this function")
     check.add_argument("plan", type=Path)
     _takes_function(check)
+
+    cite = _command(commands, "cite", _cite, "print the BibTeX of the methods that a solver uses")
+    cite.add_argument("solver", nargs="?", default="auto", help="a solver's name, as in --solver, or all")
     return parser
 
 
@@ -140,6 +150,38 @@ def _measure(options: argparse.Namespace) -> int:
     return _YES
 
 
+def _frontier(options: argparse.Namespace) -> int:
+    import jaxckpt
+    from jaxckpt.report import show_frontier
+
+    fun, args = _function_and_args(options)
+    found = jaxckpt.frontier(
+        fun,
+        *args,
+        cost=options.cost,
+        target=options.target,
+        num_points=options.num_points,
+        verify=options.verify,
+        argnums=_argnums(options),
+        has_aux=options.has_aux,
+    )
+    if options.plot:
+        from jaxckpt.plotting import draw_frontier
+
+        draw_frontier(found, options.plot)
+        print(f"wrote {options.plot}", file=sys.stderr)
+    print(json.dumps(found.to_json(), indent=1) if options.json else show_frontier(found, color=_has_color()))
+    return _YES
+
+
+def _cite(options: argparse.Namespace) -> int:
+    from jaxckpt.citing import bibtex
+
+    text = bibtex(options.solver)
+    print(json.dumps({"solver": options.solver, "bibtex": text}, indent=1) if options.json else text)
+    return _YES
+
+
 def _show(options: argparse.Namespace) -> int:
     from jaxckpt.plans import Plan
 
@@ -164,7 +206,11 @@ def _print_plan(found: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        print(show_plan(found, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(show_plan(found, color=_has_color()))
+
+
+def _has_color() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _infeasible(error: Any) -> dict[str, Any]:

@@ -118,13 +118,13 @@ def make_request(
 
 def plan_program(program: Program, goal: Objective, request: Request) -> Plan:
     """Plan a flat program."""
-    return _Search(_study(program, goal, request), request).run()
+    return _Search(find_study(program, goal, request.cost, request.solver, request.target), request).run()
 
 
-def _study(program: Program, goal: Objective, request: Request) -> Study:
+def find_study(program: Program, goal: Objective, cost: str, solver: Any, target: str | None) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
-    key = (program.fingerprint(), goal, request.cost, request.solver, request.target)
-    study = _STUDIES.pop(key, None) or Study(program, goal, request.cost, request.solver, request.target)
+    key = (program.fingerprint(), goal, cost, solver, target)
+    study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:
         _STUDIES.pop(next(iter(_STUDIES)))
