@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxckpt.api import auto_remat as auto_remat
     from jaxckpt.api import compiler_options as compiler_options
+    from jaxckpt.calibration import Calibration as Calibration
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from jaxckpt.errors import JaxckptError as JaxckptError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "auto_remat": "api",
     "compiler_options": "api",
+    "Calibration": "calibration",
     "BudgetError": "errors",
     "InfeasibleBudgetError": "errors",
     "JaxckptError": "errors",

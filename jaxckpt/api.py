@@ -22,6 +22,7 @@ from jax.interpreters import ad, batching, mlir
 import jaxckpt
 from jaxckpt import _compat
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
+from jaxckpt.files import cache_directory
 from jaxckpt.fitting import FITTING
 from jaxckpt.measurement import Objective, input_specs, output_objective
 from jaxckpt.planner import Request, make_request, plan_program
@@ -245,7 +246,7 @@ def _find_plan(call: _Call, goal: Objective, request: Request) -> Plan:
         path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
         found = _read(path, program)
         if found is None:
-            found = plan_program(program, goal, request)
+            found = plan_program(program, goal, request, call.cache_dir)
             _LOG.info(
                 "planned %s: peak %s of budget %s, %sFLOP recomputed",
                 call.label,
@@ -265,8 +266,7 @@ def _key(program: Program, goal: Any, request: Request) -> str:
 
 
 def _path(cache_dir: str | None, key: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir or Path(base) / "jaxckpt") / f"{key}.json"
+    return cache_directory(cache_dir) / f"{key}.json"
 
 
 def _read(path: Path | None, program: Program) -> Plan | None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import jax
 
 from jaxckpt import _compat
+from jaxckpt.description import describe
 from jaxckpt.errors import InfeasibleBudgetError, OptionError
 from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Measurement, Objective, compiled_bytes
@@ -137,7 +138,8 @@ def fit(
         return measured[i].device_bytes
 
     fixed = unplanned.device_bytes - unplanned.temp_bytes
-    ladder = Ladder(fixed, limits, measure)
+    costs = [_cost(studies, limit) for limit in limits]
+    ladder = Ladder(fixed, limits, costs, measure)
     chosen = ladder.cheapest(budget_bytes) if limits else None
     if chosen is None:
         least = ladder.known[ladder.least()] if limits else unplanned.device_bytes
@@ -158,6 +160,12 @@ def cheapest_below(study: Study, limit_bytes: int) -> Candidate:
     return inside[-1] if inside else study.candidates[0]
 
 
+def _cost(studies: Sequence[Study], limit_bytes: int) -> float:
+    """Work beyond that without plans, as a fraction of it, when every function keeps to a limit."""
+    extra = sum(cheapest_below(study, limit_bytes).judgement.extra_work for study in studies)
+    return extra / max(1, sum(study.unplanned_cost for study in studies))
+
+
 def _under(choice: _Choice, step: Callable) -> Callable:
     @functools.wraps(step)
     def chosen(*args: Any) -> Any:
@@ -173,20 +181,20 @@ def _jitted(choice: _Choice, step: Callable, donate_argnums: int | Sequence[int]
 
 
 def _plan(study: Study, candidate: Candidate | None, unplanned: Measurement) -> Plan:
-    from jaxckpt.planner import describe
-
     return describe(
         study,
         candidate,
         budget_bytes=None,
         max_cost=None,
         unplanned_peak_bytes=study.fixed_bytes + (study.unplanned.judgement.peak_bytes if study.candidates else 0),
+        predicted_peak_bytes=study.fixed_bytes + (candidate or study.unplanned).judgement.peak_bytes,
         measured_peak_bytes=None,
         next_peak_bytes=None,
         least_peak_bytes=study.fixed_bytes + (study.candidates[0].judgement.peak_bytes if study.candidates else 0),
         is_unplanned_measured=False,
         is_least_measured=False,
         num_compiles=0,
+        calibration=None,
     )
 
 

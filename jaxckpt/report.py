@@ -120,7 +120,7 @@ def _sizes(plan: Plan) -> Table:
     if plan.cost == "time":
         step = plan.recompute_cost / max(1, plan.unplanned_cost)
         table.add_row("", f"{step:.2%} of the unplanned step's time", "modelled")
-    table.add_row("compiles", str(plan.num_compiles), "")
+    table.add_row("compiles", str(plan.num_compiles), f"calibrated by {plan.calibration}" if plan.calibration else "")
     return table
 
 

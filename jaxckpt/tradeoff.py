@@ -1,4 +1,4 @@
-"""The trade-off of peak bytes against step cost: a program's plans, few enough to read, beside hand-written policies."""
+"""The trade-off of peak bytes against step cost: a few plans that stand for all, beside hand-written policies."""
 
 import bisect
 import dataclasses
@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 
+from jaxckpt.description import describe
 from jaxckpt.errors import OptionError
 from jaxckpt.measurement import compiled_bytes, cotangent_specs, input_specs, objective
+from jaxckpt.planner import find_study
 from jaxckpt.plans import Plan
 from jaxckpt.policies import DifferentiatedCost, differentiated_cost, policy_functions
 from jaxckpt.study import Candidate, Study
@@ -139,8 +141,6 @@ def frontier(
         >>> found.plans[0].peak_bytes < found.plans[-1].peak_bytes
         True
     """
-    from jaxckpt.planner import find_study
-
     if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
         raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
     traced = trace(fun, args)
@@ -188,8 +188,6 @@ def _miss(xs: Sequence[float], ys: Sequence[float], chosen: Sequence[int], i: in
 
 
 def _plan_point(study: Study, candidate: Candidate, unplanned: Point, verify: bool) -> Point:
-    from jaxckpt.planner import describe
-
     measured = study.measure(candidate.schedule, candidate.digest).device_bytes if verify else None
     plan = describe(
         study,
@@ -197,12 +195,14 @@ def _plan_point(study: Study, candidate: Candidate, unplanned: Point, verify: bo
         budget_bytes=None,
         max_cost=None,
         unplanned_peak_bytes=unplanned.peak_bytes,
+        predicted_peak_bytes=study.fixed_bytes + candidate.judgement.peak_bytes,
         measured_peak_bytes=measured,
         next_peak_bytes=None,
         least_peak_bytes=study.fixed_bytes + study.candidates[0].judgement.peak_bytes,
         is_unplanned_measured=verify,
         is_least_measured=False,
         num_compiles=int(verify),
+        calibration=None,
     )
     return Point(
         name=PLAN,
