@@ -95,3 +95,11 @@ def cpu_option_is_set() -> bool:
     import os
 
     return "cse_barrier_expander" in os.environ.get("XLA_FLAGS", "")
+
+
+def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants and how many are carried; the rest are stacked."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)

@@ -8,11 +8,10 @@ import jax
 from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
 
-from jaxckpt.cuts import Span
-from jaxckpt.trace import Program, evaluate, outputs_of
-
-# A group of values to save in a block: None leaves the block to JAX, without a checkpoint.
-Saved = tuple[int, ...] | None
+from jaxckpt.cuts import Span, spans_at
+from jaxckpt.regions import LoopPlan, Saved, Tree
+from jaxckpt.scans import Loop, Run, loop_of, run_loop
+from jaxckpt.trace import Constant, Program, evaluate, outputs_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -22,7 +21,12 @@ def _policy(names: tuple[str, ...]) -> Callable[..., bool]:
 
 
 def planned(
-    program: Program, spans: Sequence[Span], schedule: Schedule, saved: Sequence[Saved], prefix: str = "jaxckpt"
+    program: Program,
+    spans: Sequence[Span],
+    schedule: Schedule,
+    saved: Sequence[Saved],
+    prefix: str = "jaxckpt",
+    is_body: bool = False,
 ) -> Callable[..., list[Any]]:
     """Return the program as a function that recomputes as scheduled when it is differentiated.
 
@@ -32,11 +36,12 @@ def planned(
         schedule: what to keep and what to recompute.
         saved: `[n]`, what each kept block saves.
         prefix: what the names of saved values begin with, so that plans do not save each other's values.
+        is_body: the program is a loop's body, whose forward and backward are loops of their own.
 
     Returns:
         A function from the program's inputs to its outputs, both flat lists.
     """
-    runner = _Runner(program, spans, saved, prefix)
+    runner = _Runner(program, spans, saved, prefix, is_body)
 
     def fun(*inputs: Any) -> list[Any]:
         env = dict(zip(program.inputs, inputs, strict=True))
@@ -46,32 +51,53 @@ def planned(
     return fun
 
 
+def _body(loop: Loop | None, tree: Tree, prefix: str) -> Callable[..., list[Any]]:
+    assert loop is not None, "only a scan has a plan of its own"
+    return planned(loop.body, spans_at(loop.body, tree.blocks), tree.schedule, tree.saved, prefix, is_body=True)
+
+
 class _Runner:
-    def __init__(self, program: Program, spans: Sequence[Span], saved: Sequence[Saved], prefix: str):
+    def __init__(self, program: Program, spans: Sequence[Span], saved: Sequence[Saved], prefix: str, is_body: bool):
         self.spans, self.saved, self.prefix = spans, saved, prefix
+        # In a loop's body, nothing of an outermost region's recomputation can be merged with its first run.
+        self.prevent_cse = not is_body
         self.last_reader: dict[int, int] = {}
         for k, span in enumerate(spans):
             self.last_reader.update(dict.fromkeys(span.inputs, k))
         self.last_reader.update({x: len(spans) for x in program.outputs if isinstance(x, int)})
 
-    def run(self, nodes: Sequence[Node], env: dict[int, Any]) -> None:
+    def run(self, nodes: Sequence[Node], env: dict[int, Any], *, is_inner: bool = False) -> None:
         for node in nodes:
             if isinstance(node, Keep):
-                self._keep(node, env)
+                self._keep(node, env, is_inner)
             else:
-                self._region(node.start, node.stop, lambda inner, node=node: self.run(node.children, inner), (), env)
+                children = functools.partial(self.run, node.children, is_inner=True)
+                self._region(node.start, node.stop, children, (), env, is_inner)
 
-    def _keep(self, node: Keep, env: dict[int, Any]) -> None:
+    def _keep(self, node: Keep, env: dict[int, Any], is_inner: bool) -> None:
         span, saved = self.spans[node.block], self.saved[node.block]
         if saved is None:
             evaluate(span.equations, env)
-            return
-        names = {v: f"{self.prefix}.{node.block}.{i}" for i, v in enumerate(saved)}
-        self._region(
-            node.start, node.stop, lambda inner: evaluate(span.equations, inner, names), tuple(names.values()), env
-        )
+        elif isinstance(saved, LoopPlan):
+            self._loop(node.block, saved, env)
+        else:
+            names = {v: f"{self.prefix}.{node.block}.{i}" for i, v in enumerate(saved)}
+            body = functools.partial(evaluate, span.equations, names=names)
+            self._region(node.start, node.stop, body, tuple(names.values()), env, is_inner)
 
-    def _region(self, start: int, stop: int, body: Callable, names: tuple[str, ...], env: dict[int, Any]) -> None:
+    def _loop(self, block: int, plan: LoopPlan, env: dict[int, Any]) -> None:
+        *before, eqn = self.spans[block].equations
+        evaluate(before, env)
+        operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
+        runs = [
+            Run(part.lengths, _body(loop_of(eqn), part.body, f"{self.prefix}.{block}.{i}"))
+            for i, part in enumerate(plan.parts)
+        ]
+        env.update(zip(eqn.outputs, run_loop(eqn, operands, runs), strict=True))
+
+    def _region(
+        self, start: int, stop: int, body: Callable, names: tuple[str, ...], env: dict[int, Any], is_inner: bool
+    ) -> None:
         """Run blocks start..stop-1 inside one `jax.checkpoint`, on what they read, for what is read after them."""
         made = {v for span in self.spans[start:stop] for v in span.outputs}
         reads = list(dict.fromkeys(v for span in self.spans[start:stop] for v in span.inputs if v not in made))
@@ -82,5 +108,6 @@ class _Runner:
             body(inner)
             return [inner[v] for v in wanted]
 
-        results = jax.checkpoint(inside, policy=_policy(names) if names else None)(*(env[v] for v in reads))
-        env.update(zip(wanted, results, strict=True))
+        policy = _policy(names) if names else None
+        checkpointed = jax.checkpoint(inside, policy=policy, prevent_cse=self.prevent_cse or is_inner)
+        env.update(zip(wanted, checkpointed(*(env[v] for v in reads)), strict=True))

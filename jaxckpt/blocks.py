@@ -1,39 +1,18 @@
-"""Blocks as the solver sees them: what each way to keep a block saves, repeats and needs.
+"""Blocks as the solver sees them: what each way to keep a block saves, repeats and needs."""
 
-Each distinct block is differentiated once, into one jaxpr of its inputs and its outputs' cotangents. What does not
-depend on a cotangent is forward; what the rest reads of it are the residuals; a save set's recomputation is what leads
-to them from what is there, exactly what JAX is left with after its own dead-code elimination.
-"""
-
-import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import jax
 import networkx as nx
-from ckptsolvers import Block, Option, Problem, Value
-from ckptsolvers.mincut import Operation, save_sets
+from ckptsolvers import Block, Problem, Value
 
-from jaxckpt import costs, liveness
+from jaxckpt.block_model import Analysis, LocalBlock, analyse_block
 from jaxckpt.cuts import Span
+from jaxckpt.regions import Saved
+from jaxckpt.scan_model import analyse_loop
+from jaxckpt.scans import loop_of
 from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes
-
-EVERYTHING = "everything"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockChoice:
-    """What stands behind one option of one block.
-
-    Attributes:
-        name: what the option is called.
-        saved: the values it saves by name; None where the block is left to JAX, without a checkpoint.
-    """
-
-    name: str
-    saved: tuple[int, ...] | None
+from jaxckpt.trace import Program, size_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +25,8 @@ class Blocks:
         spans: `[n]`, the equations of each block.
         problem: `[n]` blocks and the values between them, in bytes and units of the plan's cost.
         flops_problem: the same with FLOPs for times, to count a schedule's recomputation with.
-        choices: `[n]`, for each block what stands behind each of its options.
+        choices: `[n]`, for each block what each of its options saves.
+        residual_bytes: `[n]`, what a loop would stack of each block when it is left to JAX.
         classes: `[n]`, equal for blocks with the same equations and shapes.
         unplanned_cost: forward and backward without recomputation, in units of the plan's cost.
     """
@@ -56,7 +36,8 @@ class Blocks:
     spans: tuple[Span, ...]
     problem: Problem
     flops_problem: Problem
-    choices: tuple[tuple[BlockChoice, ...], ...]
+    choices: tuple[tuple[Saved, ...], ...]
+    residual_bytes: tuple[int, ...]
     classes: tuple[int, ...]
     unplanned_cost: int
 
@@ -70,6 +51,7 @@ def analyse(
     arguments: Collection[int],
     timer: Timer,
     target: Target,
+    invariant: Collection[int] = (),
 ) -> Blocks:
     """Analyse every distinct block once and put the solver's problem together.
 
@@ -81,25 +63,29 @@ def analyse(
         arguments: values that are there before the program and cost nothing to hold.
         timer: times of equations, in the unit of the plan's cost.
         target: the chip, whose compiler decides what is materialised.
+        invariant: where the program is a loop's body, its inputs that are the same in every iteration.
 
     Returns:
         The problem, with what stands behind its options.
     """
     results = {x for x in program.outputs if isinstance(x, int)}
     values, place = _crossing_values(program, spans, active, results)
-    known: dict[str, tuple[int, _Analysis]] = {}
-    blocks, flops_blocks, choices, classes, cost = [], [], [], [], 0
+    known: dict[str, tuple[int, Analysis]] = {}
+    blocks, flops_blocks, choices, classes, residual_bytes, cost = [], [], [], [], [], 0
     for span in spans:
-        local = _Local(program, span, active, arguments, results)
+        local = LocalBlock(program, span, active, arguments, results, invariant)
         key = local.signature()
         if key not in known:
-            known[key] = len(known), _analyse_block(local, timer, target)
+            is_loop = loop_of(span.equations[-1]) is not None and local.active_outputs
+            analysis = analyse_loop(local, timer, target, analyse) if is_loop else analyse_block(local, timer, target)
+            known[key] = len(known), analysis
         number, analysis = known[key]
         classes.append(number)
         cost += analysis.unplanned_cost
         blocks.append(_placed(analysis.block, analysis, span, place))
         flops_blocks.append(_placed(analysis.flops_block, analysis, span, place))
-        choices.append(tuple(local.globalised(choice) for choice in analysis.choices))
+        choices.append(tuple(_globalised(saved, local.values) for saved in analysis.saved))
+        residual_bytes.append(analysis.residual_bytes)
     return Blocks(
         program=program,
         graph=graph,
@@ -107,6 +93,7 @@ def analyse(
         problem=Problem(blocks=tuple(blocks), values=values),
         flops_problem=Problem(blocks=tuple(flops_blocks), values=values),
         choices=tuple(choices),
+        residual_bytes=tuple(residual_bytes),
         classes=tuple(classes),
         unplanned_cost=cost,
     )
@@ -137,7 +124,11 @@ def _crossing_values(
     return tuple(values), place
 
 
-def _placed(block: Block, analysis: "_Analysis", span: Span, place: dict[int, int]) -> Block:
+def _globalised(saved: Saved, values: Sequence[int]) -> Saved:
+    return tuple(values[i] for i in saved) if isinstance(saved, tuple) else saved
+
+
+def _placed(block: Block, analysis: Analysis, span: Span, place: dict[int, int]) -> Block:
     """A distinct block at one of its places: inputs counted as the problem counts them there."""
     order = {p: i for i, p in enumerate(sorted(place[v] for v in span.inputs if v in place))}
     options = [
@@ -146,266 +137,3 @@ def _placed(block: Block, analysis: "_Analysis", span: Span, place: dict[int, in
         if (unread := {span.inputs[i] for i in positions}) is not None
     ]
     return replace(block, options=tuple(options))
-
-
-class _Local:
-    """A block in numbers of its own, so that equal blocks look equal."""
-
-    def __init__(
-        self,
-        program: Program,
-        span: Span,
-        active: Collection[int],
-        arguments: Collection[int],
-        results: Collection[int],
-    ):
-        self.program, self.span = program, span
-        self.values = [*span.inputs, *(v for eqn in span.equations for v in eqn.outputs)]
-        self.active_inputs = [v for v in span.inputs if v in active]
-        # An input that is no argument, its cotangent waits in a buffer of its own.
-        self.crossing = [v for v in span.inputs if v not in arguments]
-        self.outputs = span.outputs
-        self.active_outputs = [v for v in span.outputs if v in active]
-        self.results = [v for v in span.outputs if v in results]
-
-    def signature(self) -> str:
-        number = {v: i for i, v in enumerate(self.values)}
-        block = Program(
-            avals=self.program.avals,
-            inputs=tuple(self.span.inputs),
-            equations=self.span.equations,
-            outputs=tuple(self.outputs),
-        )
-        flags = [
-            [number[v] for v in group]
-            for group in (self.active_inputs, self.crossing, self.active_outputs, self.results)
-        ]
-        return hashlib.sha256("\n".join((*block.lines(), repr(flags))).encode()).hexdigest()
-
-    def globalised(self, choice: "_LocalChoice") -> BlockChoice:
-        saved = None if choice.saved is None else tuple(self.values[i] for i in choice.saved)
-        return BlockChoice(name=choice.name, saved=saved)
-
-
-@dataclass(frozen=True, slots=True)
-class _LocalChoice:
-    name: str
-    saved: tuple[int, ...] | None  # positions in the block's own numbering
-
-
-@dataclass(frozen=True, slots=True)
-class _Analysis:
-    block: Block
-    flops_block: Block
-    choices: tuple[_LocalChoice, ...]
-    unread: tuple[tuple[int, ...], ...]  # for each option, the inputs that only its forward reads
-    unplanned_cost: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Joint:
-    """A block's forward and backward as one list of equations."""
-
-    avals: list[Any]
-    forward: list[Equation]
-    backward: list[Equation]
-    value: dict[int, int]  # the block's values to the joint program's
-    residuals: list[int]  # forward values that the backward reads, inputs left out
-    cotangents: list[int]  # of the active outputs
-    waiting: list[int]  # cotangents of inputs that are no arguments
-    gradients: list[int]  # cotangents of arguments
-
-
-def _differentiate(local: _Local) -> _Joint:
-    program, span = local.program, local.span
-    interior = [v for eqn in span.equations for v in eqn.outputs]
-
-    def joint(inputs: list[Any], cotangents: list[Any]) -> Any:
-        env = dict(zip(span.inputs, inputs, strict=True))
-
-        def forward(*active: Any) -> Any:
-            inner = env | dict(zip(local.active_inputs, active, strict=True))
-            # A name is a value of its own: what an operation's derivative reads of its unnamed result is made again
-            # even where the named one is saved, so the model must see both.
-            evaluate(span.equations, inner, dict.fromkeys(interior, "value"))
-            return [inner[v] for v in local.active_outputs], [inner[v] for v in interior]
-
-        _, pull, values = jax.vjp(forward, *(env[v] for v in local.active_inputs), has_aux=True)
-        return values, pull(cotangents)
-
-    spec = lambda v: jax.ShapeDtypeStruct(program.avals[v].shape, program.avals[v].dtype)  # noqa: E731
-    closed = jax.make_jaxpr(joint)([spec(v) for v in span.inputs], [spec(v) for v in local.active_outputs])
-    flat = flatten(closed.jaxpr)
-    inputs = flat.inputs[len(closed.consts) :]
-    cotangents = inputs[len(span.inputs) :]
-    values = dict(zip(span.inputs, inputs, strict=False))
-    made, grads = flat.outputs[: len(interior)], flat.outputs[len(interior) :]
-    values |= {v: x for v, x in zip(interior, made, strict=True) if isinstance(x, int)}
-    gradients = dict(zip(local.active_inputs, grads, strict=True))
-
-    late = set(cotangents)
-    backward = []
-    for eqn in flat.equations:
-        if not late.isdisjoint(eqn.reads):
-            late.update(eqn.outputs)
-            backward.append(eqn)
-    backward = live_equations(backward, grads)
-    forward = [eqn for eqn in flat.equations if late.isdisjoint(eqn.outputs)]
-    made_forward = {v for eqn in forward for v in eqn.outputs}
-    read = dict.fromkeys(v for eqn in backward for v in eqn.reads if v in made_forward)
-    read |= dict.fromkeys(v for v in grads if isinstance(v, int) and v in made_forward)
-    ints = lambda atoms: [x for x in atoms if isinstance(x, int)]  # noqa: E731
-    return _Joint(
-        avals=flat.avals,
-        forward=forward,
-        backward=backward,
-        value=values,
-        residuals=list(read),
-        cotangents=list(cotangents),
-        waiting=ints(gradients[v] for v in local.active_inputs if v in set(local.crossing)),
-        gradients=ints(gradients[v] for v in local.active_inputs if v not in set(local.crossing)),
-    )
-
-
-def _analyse_block(local: _Local, timer: Timer, target: Target) -> _Analysis:
-    joint = _differentiate(local)
-    model = _Model(local, joint, timer, target)
-    kept: list[tuple[Option, frozenset[int]]] = []
-    choices = []
-    for saved in model.save_sets():
-        option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
-        if any(_dominates(other, option) for other, _ in kept):
-            continue
-        kept.append((option, saved))
-        choices.append(_LocalChoice(option.name, tuple(sorted(model.named[v] for v in saved))))
-    everything = model.residuals_kept()
-    kept.append((replace(model.option(EVERYTHING, everything), recompute_time=0), everything))
-    choices.append(_LocalChoice(EVERYTHING, None))
-    return _Analysis(
-        model.block(tuple(option for option, _ in kept), model.time),
-        model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
-        tuple(choices),
-        tuple(model.unread(saved) for _, saved in kept),
-        sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
-    )
-
-
-def _dominates(a: Option, b: Option) -> bool:
-    keys = ("saved_bytes", "recompute_time", "forward_peak_bytes", "backward_peak_bytes", "forward_times")
-    return set(a.saved_outputs) <= set(b.saved_outputs) and all(getattr(a, k) <= getattr(b, k) for k in keys)
-
-
-class _Model:
-    """Bytes and times of one distinct block under any save set, over its joint program."""
-
-    def __init__(self, local: _Local, joint: _Joint, timer: Timer, target: Target):
-        self.local, self.joint, self.target = local, joint, target
-        self.size = lambda v: size_bytes(joint.avals[v])
-        kept = [joint.value[v] for v in local.outputs if v in joint.value]
-        self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
-        self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
-        # -1 stands for an output that turned out to be a constant: nothing makes it.
-        self.outputs = [joint.value.get(v, -1) for v in local.outputs]
-        # Several of the block's values may be one value of the joint program; the first stands for it.
-        self.named: dict[int, int] = {}
-        for position, v in enumerate(local.values):
-            if v in joint.value:
-                self.named.setdefault(joint.value[v], position)
-        inputs = {joint.value[v] for v in local.span.inputs}
-        self.savable = {v: self.size(v) for v in self.named if v not in inputs and self.size(v)}
-
-    def save_sets(self) -> list[frozenset[int]]:
-        """Sets worth considering: once as if every value had its price, once as if outputs were held anyway."""
-        operations = self._operations(self.time)
-        outputs_free = {v: 1 if v in self.outputs else b for v, b in self.savable.items()}
-        found: dict[frozenset[int], None] = {}
-        for sizes in (self.savable, outputs_free):
-            for saved in save_sets(operations, targets=self.joint.residuals, save_bytes=sizes):
-                found.setdefault(saved)
-        return list(found)
-
-    def residuals_kept(self) -> frozenset[int]:
-        """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
-        held = liveness.buffers_across(
-            self.joint.forward,
-            self.joint.backward,
-            self.size,
-            kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients],
-            reductions_fuse_broadcasts=self.target.platform != "cpu",
-        )
-        return frozenset(v for v in held if self.size(v))
-
-    def option(self, name: str, saved: frozenset[int]) -> Option:
-        """The option that saves this set."""
-        own = [v for v in self.outputs if v in saved]
-        again = self._needed(self.joint.residuals, saved)
-        return Option(
-            name=name,
-            saved_bytes=sum(self.size(v) for v in saved if v not in own),
-            recompute_time=sum(self.time[id(eqn)] for eqn in again),
-            forward_times=self._forward_times(saved, self.time),
-            forward_peak_bytes=self._forward_peak(saved),
-            backward_peak_bytes=self._backward_peak(again, saved),
-            saved_outputs=tuple(self.outputs.index(v) for v in own),
-        )
-
-    def unread(self, saved: frozenset[int]) -> tuple[int, ...]:
-        """Positions of the inputs that neither the backward nor what it makes again reads."""
-        late = [*self._needed(self.joint.residuals, saved), *self.joint.backward]
-        read = {v for eqn in late for v in eqn.reads}
-        inputs = (self.joint.value[v] for v in self.local.span.inputs)
-        return tuple(i for i, v in enumerate(inputs) if v not in read)
-
-    def in_flops(self, option: Option, saved: frozenset[int]) -> Option:
-        """The same option with FLOPs for times."""
-        again = [] if option.name == EVERYTHING else self._needed(self.joint.residuals, saved)
-        return replace(
-            option,
-            recompute_time=sum(self.flops[id(eqn)] for eqn in again),
-            forward_times=self._forward_times(saved, self.flops),
-        )
-
-    def block(self, options: tuple[Option, ...], time: dict[int, int]) -> Block:
-        """The block with these options."""
-        nothing: frozenset[int] = frozenset()
-        return Block(
-            forward_times=self._forward_times(nothing, time),
-            forward_peak_bytes=self._forward_peak(nothing),
-            options=options,
-        )
-
-    def _forward_times(self, saved: frozenset[int], time: dict[int, int]) -> tuple[int, ...]:
-        times = []
-        for j in range(len(self.outputs) + 1):
-            needed = self._needed({*saved, *self.outputs[:j]}, frozenset())
-            times.append(sum(time[id(eqn)] for eqn in needed))
-        return tuple(times)
-
-    def _forward_peak(self, saved: frozenset[int]) -> int:
-        external = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
-        kept = {*self.outputs, *saved} - external - {-1}
-        needed = self._needed({*kept, *external}, frozenset())
-        return liveness.peak_bytes(needed, self.size, kept=kept, external=external)
-
-    def _backward_peak(self, again: list[Equation], saved: frozenset[int]) -> int:
-        waiting = set(self.joint.waiting)
-        return liveness.peak_bytes(
-            [*again, *self.joint.backward],
-            self.size,
-            held={*saved, *self.joint.cotangents},
-            kept=waiting,
-            external=set(self.joint.gradients) - waiting,
-        )
-
-    def _operations(self, time: dict[int, int]) -> list[Operation]:
-        return [Operation(reads=e.reads, makes=e.outputs, time=time[id(e)]) for e in self.joint.forward]
-
-    def _needed(self, targets: Collection[int], there: frozenset[int]) -> list[Equation]:
-        """The forward equations that lead to the targets from the inputs and what is there."""
-        needed = set(targets) - there
-        found = []
-        for eqn in reversed(self.joint.forward):
-            if not needed.isdisjoint(eqn.outputs):
-                found.append(eqn)
-                needed.update(v for v in eqn.reads if v not in there)
-        return found[::-1]

@@ -194,7 +194,7 @@ def _label(target: str | None) -> str:
 def _path(record: Calibration, cache_dir: str | os.PathLike | None) -> Path:
     flags = os.environ.get("XLA_FLAGS", "")
     key = hashlib.sha256(repr((record.target, record.jaxlib_version, record.family, flags)).encode()).hexdigest()[:16]
-    return cache_directory(cache_dir) / f"calibration-{key}.json"
+    return cache_directory(cache_dir) / "calibration" / f"{key}.json"
 
 
 def _is_near(sample: Sample, other: Sample) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from jaxckpt import costs
+from jaxckpt.scans import loop_of
 from jaxckpt.trace import Equation, Program, size_bytes
 
 # What is sunk is made again by every block that reads it, so it must cost next to nothing.
@@ -53,7 +54,9 @@ def cut(program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: in
     if not order:
         return ()
     alive = _alive_bytes(program, graph, order)
+    around_loops = _around_loops(program, order, active)
     borders = _thin(_borders(graph, order, alive, max_blocks), alive, max_blocks)
+    borders = sorted({*borders, *around_loops})
     starts, stops = [0, *borders], [*borders, len(order)]
     runs = [order[a:b] for a, b in zip(starts, stops, strict=True)]
     return spans_at(program, [_with_sunk(graph, run, sunk) for run in runs])
@@ -108,6 +111,16 @@ def _alive_bytes(program: Program, graph: nx.DiGraph, order: Sequence[int]) -> l
         total += change[p]
         alive.append(total)
     return alive
+
+
+def _around_loops(program: Program, order: Sequence[int], active: set[int]) -> set[int]:
+    """Cuts before and after each loop that tangents flow through: it is a block of its own, with options of its own."""
+    loops = [
+        p
+        for p, i in enumerate(order)
+        if not active.isdisjoint(program.equations[i].outputs) and loop_of(program.equations[i])
+    ]
+    return {b for p in loops for b in (p, p + 1) if 0 < b < len(order)}
 
 
 def _borders(graph: nx.DiGraph, order: Sequence[int], alive: Sequence[int], max_blocks: int) -> list[int]:

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from jaxckpt import _compat
+from jaxckpt.candidates import Candidate
 from jaxckpt.plans import Plan, SavedGroup, line_digests
-from jaxckpt.study import Candidate, Study
+from jaxckpt.study import Study
 from jaxckpt.trace import show_aval, size_bytes
 
 
@@ -67,7 +68,8 @@ def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
         made = [(k, v) for k in range(node.start, node.stop) for v in blocks.spans[k].outputs if v in crossing]
         held += made
         if node.start == last and hasattr(node, "option"):
-            held += [(last, v) for v in saved[last] or () if (last, v) not in made]
+            names = saved[last]
+            held += [(last, v) for v in names if (last, v) not in made] if isinstance(names, tuple) else []
     for k, v in dict.fromkeys(held):
         position = blocks.spans[k].positions
         index = next(i for i, eqn in enumerate(blocks.spans[k].equations) if v in eqn.outputs)

@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 import jax
 
 from jaxckpt import _compat
+from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe
 from jaxckpt.errors import InfeasibleBudgetError, OptionError
 from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Measurement, Objective, compiled_bytes
 from jaxckpt.plans import Plan
-from jaxckpt.study import Candidate, Study
+from jaxckpt.study import Study
 from jaxckpt.trace import Program, run
 from jaxckpt.units import parse_budget, show_bytes
 

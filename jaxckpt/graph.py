@@ -48,12 +48,17 @@ def build_graph(program: Program) -> nx.DiGraph:
 
 def active_values(program: Program, inputs: Collection[int], outputs: Collection[int]) -> set[int]:
     """The values on a path from differentiated inputs to differentiated outputs, along which tangents flow."""
-    reached = set(inputs)
-    for eqn in program.equations:
-        if eqn.primitive not in costs.STOPS and not reached.isdisjoint(eqn.reads):
-            reached.update(v for v in eqn.outputs if is_differentiable(program.avals[v]))
     needed = set(outputs)
     for eqn in reversed(program.equations):
         if eqn.primitive not in costs.STOPS and not needed.isdisjoint(eqn.outputs):
             needed.update(eqn.reads)
-    return reached & needed
+    return reached_values(program, inputs) & needed
+
+
+def reached_values(program: Program, inputs: Collection[int]) -> set[int]:
+    """The values that tangents of these inputs reach."""
+    reached = set(inputs)
+    for eqn in program.equations:
+        if eqn.primitive not in costs.STOPS and not reached.isdisjoint(eqn.reads):
+            reached.update(v for v in eqn.outputs if is_differentiable(program.avals[v]))
+    return reached

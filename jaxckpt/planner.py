@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jaxckpt.calibration import Calibration, Sample, remember, remembered, short
+from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe, forced_by
 from jaxckpt.errors import BudgetError, InfeasibleBudgetError, OptionError
 from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan
-from jaxckpt.study import Candidate, Study
+from jaxckpt.study import Study
 from jaxckpt.trace import Program, trace
 from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 

@@ -14,13 +14,14 @@ import networkx as nx
 from ckptsolvers import InvalidScheduleError, Keep, Schedule
 
 from jaxckpt import _compat
-from jaxckpt.apply import Saved, planned
+from jaxckpt.apply import planned
 from jaxckpt.cuts import spans_at
 from jaxckpt.errors import PlanFileError, PlanMismatchError
 from jaxckpt.files import write_text
+from jaxckpt.regions import Saved, blocks_from_json, check_cover, saved_from_json, saved_to_json
 from jaxckpt.trace import Program, trace
 
-SCHEMA = 1
+SCHEMA = 2
 _FORMAT = "jaxckpt plan"
 
 
@@ -74,7 +75,7 @@ class Plan:
         saved: what is saved, grouped by equal blocks.
         schedule: the tree of regions; None where the program fits as it is.
         blocks: `[n]`, positions of each block's equations in the flat program.
-        block_saves: `[n]`, the values that each block saves by name; None where JAX decides.
+        block_saves: `[n]`, the values that each block saves by name, or how a loop is run; None where JAX decides.
         block_labels: `[n]`, how a person recognises each block.
         lines: digests of the program's lines, to say what changed.
         unknown: primitives counted by their bytes, for want of a rule.
@@ -187,6 +188,7 @@ class Plan:
             data[f.name] = getattr(self, f.name)
         data["saved"] = [{g.name: getattr(group, g.name) for g in fields(group)} for group in self.saved]
         data["schedule"] = None if self.schedule is None else self.schedule.to_json()
+        data["block_saves"] = [saved_to_json(saved) for saved in self.block_saves]
         return json.loads(json.dumps(data))
 
     @classmethod
@@ -202,7 +204,6 @@ class Plan:
             raise PlanFileError(
                 f"{where} has plan schema {data.get('schema')!r} and this jaxckpt reads {SCHEMA}; upgrade or plan again"
             )
-        data = {"calibration": None, **data}  # plans from before there were records have none
         names = {f.name for f in fields(cls)}
         if missing := names - set(data):
             raise PlanFileError(f"{where} is damaged: it lacks {', '.join(sorted(missing))}")
@@ -210,8 +211,8 @@ class Plan:
             values = {name: data[name] for name in names}
             values["saved"] = tuple(SavedGroup(**group) for group in data["saved"])
             values["schedule"] = None if data["schedule"] is None else Schedule.from_json(data["schedule"])
-            values["blocks"] = tuple(tuple(map(int, block)) for block in data["blocks"])
-            values["block_saves"] = tuple(None if s is None else tuple(map(int, s)) for s in data["block_saves"])
+            values["blocks"] = blocks_from_json(data["blocks"])
+            values["block_saves"] = tuple(map(saved_from_json, data["block_saves"]))
             for name in ("block_labels", "lines", "unknown"):
                 values[name] = tuple(map(str, data[name]))
             plan = cls(**values)
@@ -273,10 +274,6 @@ def _check_types(plan: Plan) -> None:
 def _check_shape(plan: Plan) -> None:
     if plan.schedule is None:
         return
-    at = 0
-    for node, _ in plan.schedule.walk():
-        if node.start != at:
-            raise ValueError(f"its schedule covers block {node.start} where {at} is due")
-        at = node.stop if isinstance(node, Keep) else at
-    if not at == len(plan.blocks) == len(plan.block_saves) == len(plan.block_labels):
-        raise ValueError(f"its schedule covers {at} blocks of {len(plan.blocks)}")
+    check_cover(plan.schedule, len(plan.blocks))
+    if not len(plan.blocks) == len(plan.block_saves) == len(plan.block_labels):
+        raise ValueError(f"it has {len(plan.blocks)} blocks and {len(plan.block_saves)} saves")

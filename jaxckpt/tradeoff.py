@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 
+from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe
 from jaxckpt.errors import OptionError
 from jaxckpt.measurement import compiled_bytes, cotangent_specs, input_specs, objective
 from jaxckpt.planner import find_study
 from jaxckpt.plans import Plan
 from jaxckpt.policies import DifferentiatedCost, differentiated_cost, policy_functions
-from jaxckpt.study import Candidate, Study
+from jaxckpt.study import Study
 from jaxckpt.trace import run, trace
 
 UNPLANNED = "unplanned"

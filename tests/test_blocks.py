@@ -119,7 +119,7 @@ def test_every_block_may_keep_everything_or_nothing(name):
     blocks = study_of(name).blocks
     for block, choices in zip(blocks.problem.blocks, blocks.choices, strict=True):
         assert len(choices) == len(block.options)
-        assert [c.saved for c in choices].count(None) == 1 and choices[-1].saved is None
+        assert choices.count(None) == 1 and choices[-1] is None
         least = min(o.saved_bytes for o in block.options)
         assert least == 0
 

@@ -27,7 +27,7 @@ def sample(fraction, ratio, program=PROGRAM):
 
 
 def kept(tmp_path):
-    return sorted((tmp_path / "jaxckpt").glob("calibration-*.json"))
+    return sorted((tmp_path / "jaxckpt" / "calibration").glob("*.json"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ Every needed value is either saved, at the price of its bytes, or made again, at
 which needs the operation's operands in turn. For one exchange rate of bytes against time the cheapest choice is a
 minimum cut (the selection problem of Picard, "Maximal closure of a graph and applications to combinatorial problems",
 1976; torch.compile's partitioner uses the special case in which an operation is either free or never repeated).
-Sweeping the rate gives the lower convex hull of bytes against time; choices off the hull are not found.
+Over all rates that gives the lower convex hull of bytes against time; choices off the hull are not found.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -82,32 +82,51 @@ def save_sets(
     *,
     targets: Collection[int],
     save_bytes: dict[int, int],
-    num_rates: int = 8,
+    max_cuts: int = 24,
 ) -> tuple[frozenset[int], ...]:
-    """Sweep the exchange rate: distinct save sets, from the fewest bytes to the least time.
+    """The lower convex hull of bytes against time: distinct save sets, from the fewest bytes to the least time.
+
+    Between two sets on the hull, the cut at the rate that values both alike finds a set below their chord, or shows
+    that there is none (Eisner and Severance, 1976); the widest gap is looked into first.
 
     Args:
         operations: as in `save_set`.
         targets: as in `save_set`.
         save_bytes: as in `save_set`.
-        num_rates: how many rates lie between nothing saved and nothing repeated, evenly on a logarithmic scale.
+        max_cuts: how many minimum cuts at most; the hull is whole if it has fewer than half as many corners.
 
     Returns:
         The sets. The first is empty: everything is made again.
     """
-    found: dict[frozenset[int], None] = {frozenset(): None}
-    for rate in _rates(operations, save_bytes, num_rates):
-        chosen = save_set(operations, targets=targets, save_bytes=save_bytes, bytes_per_time=rate)
-        found.setdefault(chosen)
-    return tuple(found)
+    maker = {v: i for i, op in enumerate(operations) for v in op.makes}
 
+    def corner(saved: frozenset[int]) -> tuple[int, int, frozenset[int]]:
+        again: set[int] = set()
+        stack = [v for v in targets if v in maker and v not in saved]
+        while stack:
+            op = maker[stack.pop()]
+            if op not in again:
+                again.add(op)
+                stack.extend(u for u in operations[op].reads if u in maker and u not in saved)
+        return sum(save_bytes[v] for v in saved), sum(operations[i].time for i in again), saved
 
-def _rates(operations: Sequence[Operation], save_bytes: dict[int, int], num_rates: int) -> Iterable[Fraction]:
-    sizes = [b for b in save_bytes.values() if b]
-    times = [op.time for op in operations if op.time]
-    if not sizes or not times:
-        return []
-    low, high = min(sizes) / sum(times), sum(sizes) / min(times) + 1
-    step = (high / low) ** (1 / max(1, num_rates - 1))
-    # Rates need not be exact: a short fraction keeps the capacities small and the same on every machine.
-    return [Fraction(low * step**i).limit_denominator(10**9) or Fraction(1, 10**9) for i in range(num_rates)]
+    def cut(rate: Fraction) -> tuple[int, int, frozenset[int]]:
+        return corner(save_set(operations, targets=targets, save_bytes=save_bytes, bytes_per_time=rate))
+
+    nothing = corner(frozenset())
+    if not nothing[1] or not save_bytes:
+        return (nothing[2],)
+    least_time = cut(Fraction(sum(save_bytes.values()) + 1))
+    hull, gaps = {nothing, least_time}, [(nothing, least_time)]
+    for _ in range(max_cuts):
+        gaps = [(a, b) for a, b in gaps if b[0] > a[0] and b[1] < a[1]]
+        if not gaps:
+            break
+        gaps.sort(key=lambda gap: (gap[1][0] - gap[0][0]) * (gap[0][1] - gap[1][1]))
+        left, right = gaps.pop()
+        rate = Fraction(right[0] - left[0], left[1] - right[1])
+        found = cut(rate)
+        if found[0] + rate * found[1] < left[0] + rate * left[1]:
+            hull.add(found)
+            gaps += [(left, found), (found, right)]
+    return tuple(saved for *_, saved in sorted(hull, key=lambda c: (c[0], -c[1], sorted(c[2]))))

@@ -1,0 +1,293 @@
+"""One distinct block: differentiated once, its options with their bytes and times.
+
+A block becomes one jaxpr of its inputs and its outputs' cotangents. What does not depend on a cotangent is forward;
+what the rest reads of it are the residuals; a save set's recomputation is what leads to them from what is there,
+exactly what JAX is left with after its own dead-code elimination.
+"""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from ckptsolvers import Block, Option
+from ckptsolvers.mincut import Operation, save_sets
+
+from jaxckpt import costs, liveness
+from jaxckpt.cuts import Span
+from jaxckpt.regions import Saved
+from jaxckpt.targets import Target, Timer
+from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes
+
+EVERYTHING = "everything"
+
+
+class LocalBlock:
+    """A block in numbers of its own, so that equal blocks look equal."""
+
+    def __init__(
+        self,
+        program: Program,
+        span: Span,
+        active: Collection[int],
+        arguments: Collection[int],
+        results: Collection[int],
+        invariant: Collection[int],
+    ):
+        self.program, self.span, self.active = program, span, active
+        self.values = [*span.inputs, *(v for eqn in span.equations for v in eqn.outputs)]
+        self.active_inputs = [v for v in span.inputs if v in active]
+        # An input that is no argument, its cotangent waits in a buffer of its own.
+        self.crossing = [v for v in span.inputs if v not in arguments]
+        self.outputs = span.outputs
+        self.active_outputs = [v for v in span.outputs if v in active]
+        self.results = [v for v in span.outputs if v in results]
+        self.invariant = [v for v in span.inputs if v in invariant]
+
+    def signature(self) -> str:
+        """A digest: blocks with equal ones need only one analysis."""
+        number = {v: i for i, v in enumerate(self.values)}
+        block = Program(
+            avals=self.program.avals,
+            inputs=tuple(self.span.inputs),
+            equations=self.span.equations,
+            outputs=tuple(self.outputs),
+        )
+        flags = [
+            [number[v] for v in group]
+            for group in (self.active_inputs, self.crossing, self.active_outputs, self.results, self.invariant)
+        ]
+        return hashlib.sha256("\n".join((*block.lines(), repr(flags))).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What is known of a distinct block, in numbers of its own."""
+
+    block: Block
+    flops_block: Block
+    saved: tuple[Saved, ...]  # for each option what it saves, values as positions in the block's own numbering
+    unread: tuple[tuple[int, ...], ...]  # for each option, the inputs that only its forward reads
+    unplanned_cost: int
+    residual_bytes: int  # of what JAX keeps of the block without a checkpoint, whether a compiler needs it or not
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """A block's forward and backward as one list of equations."""
+
+    avals: list[Any]
+    forward: list[Equation]
+    backward: list[Equation]
+    value: dict[int, int]  # the block's values to the joint program's
+    residuals: list[int]  # forward values that the backward reads, inputs left out
+    cotangents: list[int]  # of the active outputs
+    waiting: list[int]  # cotangents of inputs that are no arguments
+    gradients: list[int]  # cotangents of arguments
+
+
+def differentiate(local: LocalBlock) -> Joint:
+    """Trace a block with its backward."""
+    program, span = local.program, local.span
+    interior = [v for eqn in span.equations for v in eqn.outputs]
+
+    def joint(inputs: list[Any], cotangents: list[Any]) -> Any:
+        env = dict(zip(span.inputs, inputs, strict=True))
+
+        def forward(*active: Any) -> Any:
+            inner = env | dict(zip(local.active_inputs, active, strict=True))
+            # A name is a value of its own: what an operation's derivative reads of its unnamed result is made again
+            # even where the named one is saved, so the model must see both.
+            evaluate(span.equations, inner, dict.fromkeys(interior, "value"))
+            return [inner[v] for v in local.active_outputs], [inner[v] for v in interior]
+
+        _, pull, values = jax.vjp(forward, *(env[v] for v in local.active_inputs), has_aux=True)
+        return values, pull(cotangents)
+
+    spec = lambda v: jax.ShapeDtypeStruct(program.avals[v].shape, program.avals[v].dtype)  # noqa: E731
+    closed = jax.make_jaxpr(joint)([spec(v) for v in span.inputs], [spec(v) for v in local.active_outputs])
+    flat = flatten(closed.jaxpr)
+    inputs = flat.inputs[len(closed.consts) :]
+    cotangents = inputs[len(span.inputs) :]
+    values = dict(zip(span.inputs, inputs, strict=False))
+    made, grads = flat.outputs[: len(interior)], flat.outputs[len(interior) :]
+    values |= {v: x for v, x in zip(interior, made, strict=True) if isinstance(x, int)}
+    gradients = dict(zip(local.active_inputs, grads, strict=True))
+
+    late = set(cotangents)
+    backward = []
+    for eqn in flat.equations:
+        if not late.isdisjoint(eqn.reads):
+            late.update(eqn.outputs)
+            backward.append(eqn)
+    backward = live_equations(backward, grads)
+    forward = [eqn for eqn in flat.equations if late.isdisjoint(eqn.outputs)]
+    made_forward = {v for eqn in forward for v in eqn.outputs}
+    read = dict.fromkeys(v for eqn in backward for v in eqn.reads if v in made_forward)
+    read |= dict.fromkeys(v for v in grads if isinstance(v, int) and v in made_forward)
+    ints = lambda atoms: [x for x in atoms if isinstance(x, int)]  # noqa: E731
+    return Joint(
+        avals=flat.avals,
+        forward=forward,
+        backward=backward,
+        value=values,
+        residuals=list(read),
+        cotangents=list(cotangents),
+        waiting=ints(gradients[v] for v in local.active_inputs if v in set(local.crossing)),
+        gradients=ints(gradients[v] for v in local.active_inputs if v not in set(local.crossing)),
+    )
+
+
+def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
+    """Find a block's options; the last one leaves it to JAX."""
+    joint = differentiate(local)
+    model = Model(local, joint, timer, target)
+    kept: list[tuple[Option, frozenset[int]]] = []
+    choices: list[Saved] = []
+    for saved in model.save_sets():
+        option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
+        if any(_dominates(other, option) for other, _ in kept):
+            continue
+        kept.append((option, saved))
+        choices.append(tuple(sorted(model.named[v] for v in saved)))
+    everything = model.residuals_kept()
+    kept.append((replace(model.option(EVERYTHING, everything), recompute_time=0), everything))
+    choices.append(None)
+    return Analysis(
+        model.block(tuple(option for option, _ in kept), model.time),
+        model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
+        tuple(choices),
+        tuple(model.unread(saved) for _, saved in kept),
+        sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
+        model.residual_bytes(),
+    )
+
+
+def _dominates(a: Option, b: Option) -> bool:
+    keys = ("saved_bytes", "recompute_time", "forward_peak_bytes", "backward_peak_bytes", "forward_times")
+    return set(a.saved_outputs) <= set(b.saved_outputs) and all(getattr(a, k) <= getattr(b, k) for k in keys)
+
+
+class Model:
+    """Bytes and times of one distinct block under any save set, over its joint program."""
+
+    def __init__(self, local: LocalBlock, joint: Joint, timer: Timer, target: Target):
+        self.local, self.joint, self.target = local, joint, target
+        self.size = lambda v: size_bytes(joint.avals[v])
+        kept = [joint.value[v] for v in local.outputs if v in joint.value]
+        self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
+        self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
+        # -1 stands for an output that turned out to be a constant: nothing makes it.
+        self.outputs = [joint.value.get(v, -1) for v in local.outputs]
+        # Several of the block's values may be one value of the joint program; the first stands for it.
+        self.named: dict[int, int] = {}
+        for position, v in enumerate(local.values):
+            if v in joint.value:
+                self.named.setdefault(joint.value[v], position)
+        inputs = {joint.value[v] for v in local.span.inputs}
+        self.savable = {v: self.size(v) for v in self.named if v not in inputs and self.size(v)}
+
+    def save_sets(self) -> list[frozenset[int]]:
+        """Sets worth considering: once as if every value had its price, once as if outputs were held anyway."""
+        operations = self._operations(self.time)
+        outputs_free = {v: 1 if v in self.outputs else b for v, b in self.savable.items()}
+        found: dict[frozenset[int], None] = {}
+        for sizes in (self.savable, outputs_free):
+            for saved in save_sets(operations, targets=self.joint.residuals, save_bytes=sizes):
+                found.setdefault(saved)
+        return list(found)
+
+    def residuals_kept(self) -> frozenset[int]:
+        """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
+        held = liveness.buffers_across(
+            self.joint.forward,
+            self.joint.backward,
+            self.size,
+            kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients],
+            reductions_fuse_broadcasts=self.target.platform != "cpu",
+        )
+        return frozenset(v for v in held if self.size(v))
+
+    def residual_bytes(self) -> int:
+        """What a loop stacks of the block, once per iteration; what is the same in each is made once, outside."""
+        same = {self.joint.value[v] for v in self.local.invariant}
+        for eqn in self.joint.forward:
+            if same.issuperset(eqn.reads):
+                same.update(eqn.outputs)
+        return sum(self.size(v) for v in self.joint.residuals if v not in same)
+
+    def option(self, name: str, saved: frozenset[int]) -> Option:
+        """The option that saves this set."""
+        own = [v for v in self.outputs if v in saved]
+        again = self._needed(self.joint.residuals, saved)
+        return Option(
+            name=name,
+            saved_bytes=sum(self.size(v) for v in saved if v not in own),
+            recompute_time=sum(self.time[id(eqn)] for eqn in again),
+            forward_times=self._forward_times(saved, self.time),
+            forward_peak_bytes=self._forward_peak(saved),
+            backward_peak_bytes=self._backward_peak(again, saved),
+            saved_outputs=tuple(self.outputs.index(v) for v in own),
+        )
+
+    def unread(self, saved: frozenset[int]) -> tuple[int, ...]:
+        """Positions of the inputs that neither the backward nor what it makes again reads."""
+        late = [*self._needed(self.joint.residuals, saved), *self.joint.backward]
+        read = {v for eqn in late for v in eqn.reads}
+        inputs = (self.joint.value[v] for v in self.local.span.inputs)
+        return tuple(i for i, v in enumerate(inputs) if v not in read)
+
+    def in_flops(self, option: Option, saved: frozenset[int]) -> Option:
+        """The same option with FLOPs for times."""
+        again = [] if option.name == EVERYTHING else self._needed(self.joint.residuals, saved)
+        return replace(
+            option,
+            recompute_time=sum(self.flops[id(eqn)] for eqn in again),
+            forward_times=self._forward_times(saved, self.flops),
+        )
+
+    def block(self, options: tuple[Option, ...], time: dict[int, int]) -> Block:
+        """The block with these options."""
+        nothing: frozenset[int] = frozenset()
+        return Block(
+            forward_times=self._forward_times(nothing, time),
+            forward_peak_bytes=self._forward_peak(nothing),
+            options=options,
+        )
+
+    def _forward_times(self, saved: frozenset[int], time: dict[int, int]) -> tuple[int, ...]:
+        times = []
+        for j in range(len(self.outputs) + 1):
+            needed = self._needed({*saved, *self.outputs[:j]}, frozenset())
+            times.append(sum(time[id(eqn)] for eqn in needed))
+        return tuple(times)
+
+    def _forward_peak(self, saved: frozenset[int]) -> int:
+        external = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
+        kept = {*self.outputs, *saved} - external - {-1}
+        needed = self._needed({*kept, *external}, frozenset())
+        return liveness.peak_bytes(needed, self.size, kept=kept, external=external)
+
+    def _backward_peak(self, again: list[Equation], saved: frozenset[int]) -> int:
+        waiting = set(self.joint.waiting)
+        return liveness.peak_bytes(
+            [*again, *self.joint.backward],
+            self.size,
+            held={*saved, *self.joint.cotangents},
+            kept=waiting,
+            external=set(self.joint.gradients) - waiting,
+        )
+
+    def _operations(self, time: dict[int, int]) -> list[Operation]:
+        return [Operation(reads=e.reads, makes=e.outputs, time=time[id(e)]) for e in self.joint.forward]
+
+    def _needed(self, targets: Collection[int], there: frozenset[int]) -> list[Equation]:
+        """The forward equations that lead to the targets from the inputs and what is there."""
+        needed = set(targets) - there
+        found = []
+        for eqn in reversed(self.joint.forward):
+            if not needed.isdisjoint(eqn.outputs):
+                found.append(eqn)
+                needed.update(v for v in eqn.reads if v not in there)
+        return found[::-1]

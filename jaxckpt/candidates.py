@@ -1,0 +1,112 @@
+"""Schedules worth measuring: a solver's answers from the least bytes to the least work."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptsolvers import ChainTable, InfeasibleError, Judgement, Keep, Problem, Schedule, simulate
+from ckptsolvers.chain import default_num_levels
+
+# Candidates stand this far apart in predicted bytes; finer ones differ by less than a compiler's own noise.
+_STEP = 1.01
+# JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
+_MAX_DEPTH = 20
+_ILP_TIME_S = 3.0
+SOLVERS = ("auto", "chain", "chen", "revolve", "lower_sets", "ilp")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A schedule with what the judge says of it."""
+
+    schedule: Schedule
+    judgement: Judgement
+
+    @property
+    def digest(self) -> str:
+        """A name for the schedule that is the same everywhere."""
+        return hashlib.sha256(json.dumps(self.schedule.to_json()).encode()).hexdigest()[:16]
+
+
+def candidates(problem: Problem, solver: Any) -> list[Candidate]:
+    """Candidates of a solver that no other one beats in both bytes and work, least bytes first."""
+    if solver in ("auto", "chain"):
+        schedules = chain_schedules(problem)
+    elif solver == "chen":
+        from ckptsolvers.chen import chen_schedules
+
+        schedules = list(chen_schedules(problem))
+    elif solver == "revolve":
+        from ckptsolvers.revolve import revolve_schedules
+
+        schedules = list(revolve_schedules(problem))
+    else:
+        from ckptsolvers import solve
+
+        if isinstance(solver, str):
+            # It is asked some forty times, so a proof of each answer would take too long.
+            limit = {"time_limit_s": _ILP_TIME_S} if solver == "ilp" else {}
+            solver = functools.partial(solve.SOLVERS[solver], **limit)
+        schedules = _called_schedules(problem, solver)
+    judged = [Candidate(s, simulate(problem, s)) for s in schedules if s.depth <= _MAX_DEPTH]
+    judged.sort(key=lambda c: (c.judgement.peak_bytes, c.judgement.work))
+    best: list[Candidate] = []
+    for candidate in judged:
+        if not best or candidate.judgement.work < best[-1].judgement.work:
+            best.append(candidate)
+    return _spread(best)
+
+
+def _spread(candidates: list[Candidate]) -> list[Candidate]:
+    """Leave out a candidate where the next one costs hardly more bytes and less work."""
+    spread: list[Candidate] = []
+    for candidate in reversed(candidates):
+        if not spread or candidate.judgement.peak_bytes * _STEP <= spread[-1].judgement.peak_bytes:
+            spread.append(candidate)
+    if candidates and spread[-1] is not candidates[0]:
+        spread.append(candidates[0])
+    return spread[::-1]
+
+
+def chain_schedules(problem: Problem) -> Sequence[Schedule]:
+    """Schedules from the least bytes to keeping everything: two tables, the finer one where bytes are few."""
+    most = max(1, keep_all(problem).judgement.peak_bytes)
+    num_levels = default_num_levels(problem.num_blocks) // 2
+    coarse = ChainTable(problem, max_bytes=most, num_levels=num_levels)
+    if not coarse.steps():
+        return []  # rounded up to the table's resolution, not even keeping everything fits
+    least = coarse.steps()[0] * coarse.unit_bytes
+    fine = ChainTable(problem, max_bytes=int(1.5 * least), num_levels=num_levels)
+    return [*_spread_schedules(fine, 0), *_spread_schedules(coarse, int(1.5 * least))]
+
+
+def _spread_schedules(table: ChainTable, above_bytes: int) -> list[Schedule]:
+    """A table's schedules above a level, as many as are worth judging: that takes longer than solving."""
+    levels: list[int] = []
+    for level in reversed(table.steps()):
+        if level * table.unit_bytes > above_bytes and (not levels or level * _STEP <= levels[-1]):
+            levels.append(level)
+    return [table.schedule(level) for level in levels]
+
+
+def keep_all(problem: Problem) -> Candidate:
+    """The schedule that leaves every block to JAX, as the program does without a plan."""
+    keep_all = Schedule(tuple(Keep(k, len(b.options) - 1) for k, b in enumerate(problem.blocks)))
+    return Candidate(keep_all, simulate(problem, keep_all))
+
+
+def _called_schedules(problem: Problem, solver: Callable[..., Any]) -> list[Schedule]:
+    """A solver of budgets, asked at budgets that fall from keeping everything."""
+    found, budget = [], max(1, keep_all(problem).judgement.peak_bytes)
+    while budget > 0:
+        try:
+            answer = solver(problem, budget_bytes=budget)
+        except InfeasibleError:
+            break
+        schedule = getattr(answer, "schedule", answer)
+        found.append(schedule)
+        budget = min(int(budget / 1.05), simulate(problem, schedule).peak_bytes - 1)
+    return found

@@ -1,0 +1,401 @@
+"""A loop as a block: its options are plans of one iteration times levels of scans of checkpointed scans.
+
+What an iteration keeps for its backward is stacked once per iteration, whether a compiler would have fused it or not,
+so in a loop the residuals of the jaxpr are what counts. With levels, an outer iteration stacks the carry alone and its
+inner loop runs again when its backward is due; XLA then copies the chunk of every stacked input, and of its cotangent.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ckptsolvers import Block, Keep, Option, Problem, Schedule, simulate
+from ckptsolvers.schedule import Node, region
+
+from jaxckpt import cuts, graph
+from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock
+from jaxckpt.candidates import chain_schedules
+from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
+from jaxckpt.scans import Loop, loop_of
+from jaxckpt.targets import Target, Timer
+from jaxckpt.trace import is_differentiable, size_bytes
+
+# Beyond this many the solver gains nothing from more, so only every so many bytes one is kept.
+_MAX_OPTIONS = 64
+_MAX_LEVELS = 3
+# In how many places a loop is divided between two plans of its body.
+_NUM_MIXES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Iteration:
+    """A plan of the body, and what one iteration takes under it.
+
+    Attributes:
+        tree: the plan.
+        stacked_bytes: kept from its forward to its backward.
+        peak_bytes: most alive at once in its backward.
+        again_time: what it makes again.
+        again_flops: the same in FLOPs.
+    """
+
+    tree: Tree
+    stacked_bytes: int
+    peak_bytes: int
+    again_time: int
+    again_flops: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """Bytes of what one iteration reads and makes, and of the cotangents."""
+
+    carry: int
+    slices: int
+    carry_cotangents: int
+    slice_cotangents: int
+    const_cotangents: int
+    stacked_outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Iterations run alike: levels and the plan of one iteration."""
+
+    lengths: tuple[int, ...]
+    plan: _Iteration
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.lengths)
+
+
+def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> Analysis:
+    """Analyse a block whose last equation is a loop; the others are cheap and lead to the loop's operands.
+
+    Args:
+        local: the block.
+        timer: times of equations.
+        target: the chip.
+        analyse: analyses the body's blocks.
+
+    Returns:
+        Its options; the last one leaves it to JAX.
+    """
+    loop = loop_of(local.span.equations[-1])
+    assert loop is not None
+    active = _active(loop, local)
+    body = _Body(loop, active, timer, target, analyse)
+    model = _LoopModel(local, loop, body, active)
+    plans = _pareto(body.iterations(), lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
+    kept = [(*model.options(parts), parts) for parts in _divisions(loop.length, plans)]
+    keys = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes", "recompute_time")
+    kept = _thin(_pareto(kept, lambda x: tuple(getattr(x[0], key) for key in keys)))
+    everything, everything_flops = model.everything()
+    block, flops_block = model.blocks()
+    saved = [LoopPlan(parts=tuple(LoopPart(lengths=p.lengths, body=p.plan.tree) for p in parts)) for *_, parts in kept]
+    return Analysis(
+        block=replace(block, options=(*(x[0] for x in kept), everything)),
+        flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
+        saved=(*saved, None),
+        unread=tuple(model.unread() for _ in range(len(kept) + 1)),
+        unplanned_cost=loop.length * body.whole.unplanned_cost,
+        residual_bytes=everything.saved_bytes,
+    )
+
+
+class _Body:
+    """One iteration: its blocks, cut as finely as any program and not at all, and its plans."""
+
+    def __init__(self, loop: Loop, active: set[int], timer: Timer, target: Target, analyse: Callable):
+        program = loop.body
+        self.loop = loop
+        dag = graph.build_graph(program)
+        cut = cuts.cut(program, dag, active)
+        one = cuts.spans_at(program, [range(len(program.equations))])
+        self.cuts = [
+            analyse(
+                program,
+                dag,
+                spans,
+                active=active,
+                # Carry and slices are there in every iteration; what stacking them costs is counted by the loop.
+                arguments=set(program.inputs),
+                timer=timer,
+                target=target,
+                invariant=loop.consts,
+            )
+            for spans in ([one] if len(cut) < 2 else [one, cut])
+        ]
+        self.whole = self.cuts[0]
+
+    @property
+    def forward_time(self) -> int:
+        return self.whole.problem.forward_time
+
+    @property
+    def forward_flops(self) -> int:
+        return self.whole.flops_problem.forward_time
+
+    @property
+    def forward_peak_bytes(self) -> int:
+        return self.whole.problem.blocks[0].forward_peak_bytes
+
+    def everything(self) -> _Iteration:
+        """What JAX does without a plan."""
+        return self._iteration(self.whole, (Keep(0, len(self.whole.problem.blocks[0].options) - 1),), False)
+
+    def iterations(self) -> Iterator[_Iteration]:
+        """The plans: schedules of the blocks as they are, and inside one checkpoint around the body."""
+        for blocks in self.cuts:
+            if len(blocks.spans) == 1:
+                schedules = [Schedule((Keep(0, o),)) for o in range(len(blocks.problem.blocks[0].options))]
+            else:
+                schedules = chain_schedules(blocks.problem)
+            for schedule in schedules:
+                for is_wrapped in (False, True):
+                    yield self._iteration(blocks, schedule.nodes, is_wrapped)
+
+    def _iteration(self, blocks, nodes: tuple[Node, ...], is_wrapped: bool) -> _Iteration:
+        inside = Schedule(nodes)
+        schedule = Schedule((region(nodes),)) if is_wrapped else inside
+        if is_wrapped:
+            # What is run again makes no results: they went to the next iteration long ago.
+            problems = [_without_results(p) for p in (blocks.problem, blocks.flops_problem)]
+            judged, in_flops = (simulate(p, inside) for p in problems)
+            again, again_flops = judged.work, in_flops.work
+        else:
+            judged, in_flops = simulate(blocks.problem, inside), simulate(blocks.flops_problem, inside)
+            again, again_flops = judged.extra_work, in_flops.extra_work
+        saved = tuple(blocks.choices[n.block][n.option] for n, _ in inside.walk() if isinstance(n, Keep))
+        return _Iteration(
+            tree=Tree(blocks=tuple(s.positions for s in blocks.spans), schedule=schedule, saved=saved),
+            stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
+            peak_bytes=judged.peak_bytes,
+            again_time=again,
+            again_flops=again_flops,
+        )
+
+    def _stacked(self, blocks, nodes: Sequence[Node], saved: Sequence[Saved]) -> int:
+        """What an iteration hands from its forward to its backward: what regions read, and what is saved."""
+        free = {*self.loop.consts, *self.loop.slices}
+        held: set[int] = set()
+        total = 0
+        for node in nodes:
+            spans = blocks.spans[node.start : node.stop]
+            made = {v for span in spans for v in span.outputs}
+            held.update(v for span in spans for v in span.inputs if v not in made)
+            choice = saved[node.start] if isinstance(node, Keep) else ()
+            if isinstance(choice, tuple):
+                held.update(choice)
+            elif isinstance(node, Keep):
+                total += (
+                    blocks.residual_bytes[node.block]
+                    if choice is None
+                    else blocks.problem.blocks[node.block].options[node.option].saved_bytes
+                )
+        return total + sum(size_bytes(self.loop.body.avals[v]) for v in held - free)
+
+
+class _LoopModel:
+    """Bytes and times of the whole loop, divided into parts."""
+
+    def __init__(self, local: LocalBlock, loop: Loop, body: _Body, active: set[int]):
+        self.local, self.loop, self.body = local, loop, body
+        size = lambda vs: sum(size_bytes(loop.body.avals[v]) for v in vs)  # noqa: E731
+        results = loop.body.outputs[loop.num_carry :]
+        self.sizes = _Sizes(
+            carry=size(loop.carry),
+            slices=size(loop.slices),
+            carry_cotangents=size(v for v in loop.carry if v in active),
+            slice_cotangents=size(v for v in loop.slices if v in active),
+            const_cotangents=size(v for v in loop.consts if v in active),
+            stacked_outputs=sum(size_bytes(loop.body.avals[x] if isinstance(x, int) else x.aval) for x in results),
+        )
+        *self.before, self.eqn = local.span.equations
+        outer = lambda vs: sum(size_bytes(local.program.avals[v]) for v in vs)  # noqa: E731
+        # Operands made in the block are held for the backward; those from outside are held anyway.
+        made = {v for eqn in self.before for v in eqn.outputs}.intersection(self.eqn.reads)
+        self.operand_bytes = outer(made)
+        waiting = [v for v in local.active_inputs if v in local.crossing]
+        self.cotangent_bytes = outer([*local.active_outputs, *waiting, *made.intersection(local.active)])
+        self.result_bytes = outer(v for v in local.outputs if v not in local.results)
+
+    def options(self, parts: Sequence[_Part], name: str = "") -> tuple[Option, Option]:
+        """The option in units of the plan's cost, and in FLOPs."""
+        shown = " + ".join(" x ".join(map(str, part.lengths)) for part in parts)
+        saved = list(itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes))
+        # Slices that are cut off are copies, and the parts' results and cotangents are put together in the end.
+        copied = self.loop.length * self.sizes.slices if len(parts) > 1 else 0
+        joined = self.loop.length * self.sizes.slice_cotangents if len(parts) > 1 else 0
+        made = self.loop.length * self.sizes.stacked_outputs if len(parts) > 1 else 0
+        # The last part's backward comes first, and what it saved is gone before the one before it begins.
+        backward = [
+            held + self._inner(part) + part.plan.peak_bytes for held, part in zip(saved[1:], parts, strict=True)
+        ]
+        forward = [held + self._chunk(part.lengths) for held, part in zip(saved[1:], parts, strict=True)]
+        moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
+        option = Option(
+            name=name or f"scan {shown}",
+            saved_bytes=saved[-1] + copied,
+            recompute_time=self._again(parts, self.body.forward_time, "again_time"),
+            forward_times=self._option_times(self.body.forward_time),
+            forward_peak_bytes=(
+                copied + made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes
+            ),
+            backward_peak_bytes=copied + joined + moving + max(backward) + self.cotangent_bytes,
+        )
+        in_flops = replace(
+            option,
+            recompute_time=self._again(parts, self.body.forward_flops, "again_flops"),
+            forward_times=self._option_times(self.body.forward_flops),
+        )
+        return option, in_flops
+
+    def everything(self) -> tuple[Option, Option]:
+        """The option that leaves the loop to JAX."""
+        return self.options([_Part((self.loop.length,), self.body.everything())], EVERYTHING)
+
+    def blocks(self) -> tuple[Block, Block]:
+        """The block without its options, in units of the plan's cost and in FLOPs."""
+        block = Block(
+            forward_times=self._forward_times(self.body.forward_time),
+            forward_peak_bytes=(
+                self.result_bytes
+                + self.operand_bytes
+                + 2 * self.sizes.carry
+                + self.sizes.slices
+                + self.body.forward_peak_bytes
+            ),
+            options=(),
+        )
+        return block, replace(block, forward_times=self._forward_times(self.body.forward_flops))
+
+    def unread(self) -> tuple[int, ...]:
+        """Positions of the block's inputs that its backward does not read: what starts the carry is stacked."""
+        first, last = self.loop.num_consts, self.loop.num_consts + self.loop.num_carry
+        start = {x for x in self.eqn.inputs[first:last] if isinstance(x, int)}
+        others = {v for eqn in self.before for v in eqn.reads}
+        others |= {x for x in (*self.eqn.inputs[:first], *self.eqn.inputs[last:]) if isinstance(x, int)}
+        return tuple(i for i, v in enumerate(self.local.span.inputs) if v in start - others)
+
+    def _saved(self, part: _Part) -> int:
+        """What a part stacks during the forward: what starts its outermost iterations, or what each iteration keeps."""
+        return part.lengths[0] * (self.sizes.carry if len(part.lengths) > 1 else part.plan.stacked_bytes)
+
+    def _inner(self, part: _Part) -> int:
+        """What the inner levels stack once they run again, with the chunks they read and those of the cotangents."""
+        if len(part.lengths) == 1:
+            return self.sizes.const_cotangents
+        *outer, innermost = part.lengths[1:]
+        stacks = sum(outer) * self.sizes.carry + innermost * part.plan.stacked_bytes
+        chunks = sum(math.prod(part.lengths[i:]) for i in range(1, len(part.lengths)))
+        chunks *= self.sizes.slices + self.sizes.slice_cotangents
+        return stacks + chunks + len(part.lengths) * self.sizes.const_cotangents
+
+    def _chunk(self, lengths: tuple[int, ...]) -> int:
+        return math.prod(lengths[1:]) * (self.sizes.slices + self.sizes.stacked_outputs)
+
+    def _again(self, parts: Sequence[_Part], forward: int, again: str) -> int:
+        return sum(p.length * (getattr(p.plan, again) + (len(p.lengths) - 1) * forward) for p in parts)
+
+    def _option_times(self, one: int) -> tuple[int, ...]:
+        # What is stacked takes the whole loop to make, even where nobody wants its results.
+        return (self.loop.length * one,) * (len(self.local.outputs) + 1)
+
+    def _forward_times(self, one: int) -> tuple[int, ...]:
+        return (0, *[self.loop.length * one] * len(self.local.outputs))
+
+
+def _active(loop: Loop, local: LocalBlock) -> set[int]:
+    """The body's values that tangents flow through; the carry's are found by going round until nothing changes."""
+    program, eqn = loop.body, local.span.equations[-1]
+    inputs = {
+        v
+        for v, x in zip(program.inputs, eqn.inputs, strict=True)
+        if isinstance(x, int) and x in local.active and is_differentiable(program.avals[v])
+    }
+    outputs = {
+        x
+        for x, v in zip(program.outputs, eqn.outputs, strict=True)
+        if isinstance(x, int) and v in local.active and is_differentiable(program.avals[x])
+    }
+    carry_out = program.outputs[: loop.num_carry]
+    while True:
+        active = graph.active_values(program, inputs, outputs)
+        reached = graph.reached_values(program, inputs)
+        more_in = {v for v, x in zip(loop.carry, carry_out, strict=True) if x in reached} - inputs
+        more_out = {
+            x for v, x in zip(loop.carry, carry_out, strict=True) if v in active and isinstance(x, int)
+        } - outputs
+        if not more_in and not more_out:
+            return active
+        inputs |= more_in
+        outputs |= more_out
+
+
+def _without_results(problem: Problem) -> Problem:
+    """The problem of running again for the backward alone: nobody reads what only the program's end reads."""
+    n = problem.num_blocks
+    wanted = [i for i, v in enumerate(problem.values) if v.read_by[0] < n]
+    values = [replace(v, read_by=tuple(r for r in v.read_by if r < n)) for v in (problem.values[i] for i in wanted)]
+    blocks = []
+    for k, block in enumerate(problem.blocks):
+        made = problem.outputs[k]
+        # Results that nothing else reads come last among a block's outputs.
+        num = sum(problem.values[v].read_by[0] < n for v in made)
+        options = [
+            replace(
+                option,
+                forward_times=option.forward_times[: num + 1],
+                saved_outputs=tuple(p for p in option.saved_outputs if p < num),
+            )
+            for option in block.options
+        ]
+        blocks.append(replace(block, forward_times=block.forward_times[: num + 1], options=tuple(options)))
+    return Problem(blocks=tuple(blocks), values=tuple(values))
+
+
+def _divisions(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part, ...]]:
+    """Ways to run a loop: every plan at one to three levels, and two plans side by side.
+
+    Levels are divisors of the length, and a grid where those are few; what is left over runs last, at one level. It
+    need not run twice, so the last chunk is left over even where the length divides.
+    """
+    sizes = sorted({d for d in range(2, length) if length % d == 0} | {g for g in _grid(length) if g < length})
+    inners = [inner for num in range(1, _MAX_LEVELS) for inner in itertools.product(sizes, repeat=num)]
+    for plan in plans:
+        yield (_Part((length,), plan),)
+        for inner in inners:
+            num, left = divmod(length, math.prod(inner))
+            for outer, rest in ((num, left), (num - 1, left + math.prod(inner))):
+                if outer > 1:
+                    yield (_Part((outer, *inner), plan), *([_Part((rest,), plan)] if rest else []))
+    for less, more in itertools.pairwise(plans):
+        for first in sorted({length * i // _NUM_MIXES for i in range(1, _NUM_MIXES)} - {0}):
+            yield _Part((first,), less), _Part((length - first,), more)
+
+
+def _grid(length: int) -> set[int]:
+    return {round(2 ** (i / 2)) for i in range(2, 2 * length.bit_length())}
+
+
+def _pareto(items, key: Callable) -> list:
+    """Items that no other one beats in everything, in the order of their keys."""
+    best: list = []
+    seen: set = set()
+    for k, item in sorted(((key(x), x) for x in items), key=lambda pair: pair[0]):
+        if k not in seen and not any(all(a <= b for a, b in zip(other, k, strict=True)) for other, _ in best):
+            seen.add(k)
+            best.append((k, item))
+    return [item for _, item in best]
+
+
+def _thin(kept: list) -> list:
+    """Those that are best by what they save or by their peak, for the time they take; of these, not too many."""
+    time = lambda x: x[0].recompute_time  # noqa: E731
+    by_peak = _pareto(kept, lambda x: (max(x[0].backward_peak_bytes, x[0].forward_peak_bytes), time(x)))
+    by_saved = _pareto(kept, lambda x: (x[0].saved_bytes, time(x)))
+    chosen = [x for x in kept if any(x is y for y in (*by_peak, *by_saved))]
+    return chosen[:: -(-len(chosen) // _MAX_OPTIONS)] if len(chosen) > _MAX_OPTIONS else chosen

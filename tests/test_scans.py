@@ -1,0 +1,182 @@
+"""Loops inside a planned function: run as planned, they give the same numbers and take what was predicted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, count, jit, study, x64
+from jax import lax
+
+import jaxckpt
+from jaxckpt import costs
+from jaxckpt.regions import LoopPlan
+from jaxckpt.scans import Run, loop_of, run_loop
+from jaxckpt.trace import run, trace
+
+LENGTH, ROWS, WIDTH = 12, 64, 16
+
+
+def decoder_loss(params, x, reverse=False):
+    """Residual two-matmul layers by scan, with a stacked result that the loss reads too."""
+
+    def layer(x, p):
+        y = x + jnp.tanh(x @ p["up"]) @ p["down"]
+        return y, jnp.mean(y**2)
+
+    x, norms = lax.scan(layer, x, params, reverse=reverse)
+    return jnp.sum(x**2) + jnp.sum(norms)
+
+
+def decoder_args(length=LENGTH, dtype="float32", rows=ROWS):
+    random = np.random.default_rng(0)
+    array = lambda *s: (random.normal(size=s) / s[-1]).astype(dtype)  # noqa: E731
+    return {"up": array(length, WIDTH, 4 * WIDTH), "down": array(length, 4 * WIDTH, WIDTH)}, array(rows, WIDTH)
+
+
+def rnn_loss(weights, inputs):
+    """A recurrent network: weights are the loop's constants, an integer counts its steps."""
+
+    def cell(carry, x):
+        h, i = carry
+        h = jnp.tanh(h @ weights["h"] + x @ weights["x"] + i.astype(x.dtype) * 0.01)
+        return (h, i + 1), None
+
+    start = jnp.zeros((inputs.shape[1], weights["h"].shape[0]), inputs.dtype)
+    (h, _), _ = lax.scan(cell, (start, jnp.int32(0)), inputs)
+    return jnp.sum(h**2)
+
+
+def rnn_args(length=60, dtype="float32"):
+    random = np.random.default_rng(0)
+    array = lambda *s: (random.normal(size=s) / 4).astype(dtype)  # noqa: E731
+    return {"h": array(WIDTH, WIDTH), "x": array(4, WIDTH)}, array(length, 8, 4)
+
+
+def nested_loss(weights, x):
+    """A loop in a loop."""
+
+    def outer(x, group):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, group)
+
+    return jnp.sum(lax.scan(outer, x, weights)[0] ** 2)
+
+
+def nested_args(dtype="float32"):
+    random = np.random.default_rng(0)
+    return (
+        (random.normal(size=(4, 6, WIDTH, WIDTH)) / 4).astype(dtype),
+        random.normal(size=(ROWS, WIDTH)).astype(dtype),
+    )
+
+
+LOOPS = {
+    "decoder": (decoder_loss, decoder_args),
+    "reverse": (functools.partial(decoder_loss, reverse=True), decoder_args),
+    "prime length": (decoder_loss, functools.partial(decoder_args, 13)),
+    "rnn": (rnn_loss, rnn_args),
+    "nested": (nested_loss, nested_args),
+}
+
+
+def shapes(args):
+    return jax.eval_shape(lambda *a: a, *args)
+
+
+def some_candidates(s, most=5):
+    step = max(1, len(s.candidates) // most)
+    return s.candidates[::step]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_gradients_are_those_of_the_plain_loop(name):
+    fun, make = LOOPS[name]
+    with x64():
+        args = make(dtype="float64")
+        s = study(fun, *args)
+        assert any(isinstance(c, LoopPlan) for choices in s.blocks.choices for c in choices)
+        flat = jax.tree.leaves(args)
+        wanted = jit(s.objective.differentiated(lambda *x: run(s.program, *x)))(*flat)
+        for candidate in some_candidates(s):
+            found = jit(s.objective.differentiated(s.planned(candidate.schedule)))(*flat)
+            assert_close(found, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_predicted_recomputation_is_what_jax_does(name):
+    fun, make = LOOPS[name]
+    s = study(fun, *shapes(make()))
+    specs = [jax.ShapeDtypeStruct(s.program.avals[v].shape, s.program.avals[v].dtype) for v in s.program.inputs]
+    counted = lambda f: costs.gradient_cost(s.objective.differentiated(f), *specs).flops  # noqa: E731
+    base = counted(lambda *x: run(s.program, *x))
+    for candidate in some_candidates(s):
+        extra = counted(s.planned(candidate.schedule)) - base
+        assert s.recompute_flops(candidate.schedule) == pytest.approx(extra, abs=0.02 * base)
+
+
+@pytest.mark.slow
+def test_predicted_bytes_are_those_that_xla_measures():
+    s = study(decoder_loss, *shapes(decoder_args(64, rows=4096)))
+    for candidate in some_candidates(s):
+        measured = s.measure(candidate.schedule, candidate.digest).temp_bytes
+        assert candidate.judgement.peak_bytes == pytest.approx(measured, rel=0.15)
+
+
+def test_least_bytes_are_far_below_those_of_a_checkpointed_body():
+    params, x = shapes(decoder_args(64, rows=4096))
+
+    def checkpointed(params, x):
+        layer = lambda x, p: (x + jnp.tanh(x @ p["up"]) @ p["down"], None)  # noqa: E731
+        return jnp.sum(lax.scan(jax.checkpoint(layer, prevent_cse=False), x, params)[0] ** 2)
+
+    by_hand = jaxckpt.measure(checkpointed, params, x).temp_bytes
+    floor = jaxckpt.measure(decoder_loss, *shapes(decoder_args(1, rows=4096))).temp_bytes
+    s = study(decoder_loss, params, x)
+    least = min(s.measure(c.schedule, c.digest).temp_bytes for c in s.candidates[:3])
+    assert least - floor <= 0.5 * (by_hand - floor)
+
+
+def test_a_plan_within_a_budget_survives_a_file(tmp_path):
+    args = shapes(decoder_args(24, rows=1024))
+    plan = jaxckpt.plan(decoder_loss, *args, budget="30%")
+    assert plan.measured_peak_bytes <= plan.budget_bytes
+    plan.save(tmp_path / "plan.json")
+    loaded = jaxckpt.Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    params, x = decoder_args(24, rows=1024)
+    again = jax.jit(jax.value_and_grad(loaded.apply(decoder_loss)))(params, x)
+    assert_close(again, jax.jit(jax.value_and_grad(decoder_loss))(params, x), 1e-4)
+
+
+def test_the_jaxpr_does_not_grow_with_the_length():
+    sizes = []
+    for length in (16, 64):
+        args = shapes(rnn_args(length))
+        s = study(rnn_loss, *args)
+        least = s.planned(s.candidates[0].schedule)
+        sizes.append(count(s.objective.differentiated(least), *jax.tree.leaves(args)).total())
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [[(7,)], [(2, 3), (1,)], [(2, 1, 3), (1,)], [(3,), (2, 2)]])
+def test_parts_and_levels_run_every_iteration_in_order(lengths, reverse):
+    def fun(x, xs):
+        return lax.scan(lambda c, x: (c * 0.5 + x, (c, 2.0)), x, xs, reverse=reverse)
+
+    args = jnp.float32(3.0), jnp.arange(7, dtype="float32")
+    program = trace(fun, args).program
+    (eqn,) = [e for e in program.equations if loop_of(e)]
+    body = functools.partial(run, loop_of(eqn).body)
+    found = run_loop(eqn, list(args), [Run(part, body) for part in lengths])
+    assert_close(found, jax.tree.leaves(fun(*args)), 0)
+
+
+def test_a_loop_without_tangents_is_left_alone():
+    def fun(w, n):
+        steps = lax.scan(lambda c, x: (c + x, c), 0.0, n)[0]
+        return jnp.sum(jnp.tanh(w @ w) ** 2) + lax.stop_gradient(steps)
+
+    s = study(fun, jnp.ones((8, 8)), jnp.ones(5))
+    assert not any(isinstance(c, LoopPlan) for choices in s.blocks.choices for c in choices)
