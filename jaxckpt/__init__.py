@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxckpt.api import auto_remat as auto_remat
     from jaxckpt.api import compiler_options as compiler_options
+    from jaxckpt.batches import largest_batch as largest_batch
     from jaxckpt.calibration import Calibration as Calibration
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "auto_remat": "api",
     "compiler_options": "api",
+    "largest_batch": "batches",
     "Calibration": "calibration",
     "BudgetError": "errors",
     "InfeasibleBudgetError": "errors",

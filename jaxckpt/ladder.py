@@ -10,7 +10,7 @@ _ENOUGH, _TOO_LITTLE = 0.99, 0.9
 _WORTH = (0.0, 0.005, 0.02)
 _MAX_COMPILES = 10
 # How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible.
-_NUM_LEAST = 4
+NUM_LEAST = 4
 # Room left when the guess before was too large: the next one should fit.
 _AFTER_MISS = 0.01
 
@@ -63,7 +63,7 @@ class Ladder:
 
     def least(self) -> int:
         """Of the candidates with the least predicted bytes, the one measured least; the same ones every time."""
-        return min(range(min(_NUM_LEAST, len(self.predicted_bytes))), key=lambda i: (self.measured(i), i))
+        return min(range(min(NUM_LEAST, len(self.predicted_bytes))), key=lambda i: (self.measured(i), i))
 
     def measured(self, i: int) -> int:
         """Device bytes of a candidate; each is compiled once."""
