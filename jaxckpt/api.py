@@ -137,19 +137,20 @@ class _Call:
         """Run the program without a plan."""
         return run(self.program, *inputs)
 
-    def planned(self, active: tuple[int, ...]) -> Callable[..., list[Any]]:
+    def planned(self, active: tuple[int, ...], *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the program with the plan for these differentiated inputs."""
         try:
             goal = _objective(self.program, active)
         except NotDifferentiableError:
             return self.plain
         if self.request is None:
-            return FITTING.value.planned(self.program, goal) if FITTING.value else self.plain
+            fitting = FITTING.value
+            return fitting.planned(self.program, goal, is_forward_mode=is_forward_mode) if fitting else self.plain
         found = _find_plan(self, goal, self.request)
         if found.schedule is None:
             return self.plain
         _warn_on_old_cpu()
-        return found.flat(self.program)
+        return found.flat(self.program, is_forward_mode=is_forward_mode)
 
 
 auto_remat_p = jex.Primitive("auto_remat")
@@ -199,7 +200,7 @@ batching.fancy_primitive_batchers[auto_remat_p] = _batch
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[Any]]:
     active = tuple(i for i, t in enumerate(tangents) if not _compat.is_zero(t))
     _warn_if_mapped(primals)
-    planned = call.planned(active)
+    planned = call.planned(active, is_forward_mode=True)
 
     def on_active(*values: Any) -> list[Any]:
         full = list(primals)

@@ -124,7 +124,7 @@ def _searched(step: Step, budget_bytes: int) -> Picks | None:
     predicted = [combine(row[i] for row, i in zip(step.peaks, picks, strict=True)) for picks in path]
     state, offset = _outside(step, predicted[0], predicted[-1])
     costs = [step.cost(picks) for picks in path]
-    ladder = Ladder(state + offset, predicted, costs, lambda i: step.measure(path[i]).device_bytes)
+    ladder = Ladder(state + offset, predicted, costs, lambda i: step.measure(path[i]).device_bytes, num_before=1)
     ladder.known |= {i: step.measured[p].device_bytes for i, p in enumerate(path[:-1]) if p in step.measured}
     chosen = ladder.cheapest(budget_bytes)
     if chosen is None or adds_up:

@@ -25,6 +25,7 @@ class Ladder:
         measure: compiles a candidate and returns its device bytes.
         expected: measured over predicted bytes to expect at a candidate before anything is measured.
         spread: how far from that the first one may be.
+        num_before: compiles that were made already, such as that of the program without a plan.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Ladder:
         *,
         expected: Callable[[int], float] = lambda predicted_bytes: 1.0,
         spread: float = 0.0,
+        num_before: int = 0,
     ):
         self.fixed_bytes, self.predicted_bytes, self.costs = fixed_bytes, predicted_bytes, costs
-        self.expected, self.spread = expected, spread
+        self.expected, self.spread, self.num_before = expected, spread, num_before
         self.known: dict[int, int] = {}  # candidate -> measured device bytes
         self._measure = measure
 
@@ -107,5 +109,5 @@ class Ladder:
         if fits < 0 or self.known[fits] < _TOO_LITTLE * budget_bytes:
             return False
         saved = self.costs[fits] - self.costs[following]
-        is_late = len(self.known) >= len(_WORTH)
+        is_late = len(self.known) + self.num_before >= len(_WORTH)
         return is_late or self.known[fits] >= _ENOUGH * budget_bytes or saved < _WORTH[len(self.known)]

@@ -239,6 +239,7 @@ class _Search:
         return self.unplanned
 
     def _verified(self, budget: int) -> Plan:
+        self.ladder.num_before = int(self.unplanned is not None)
         chosen = self.ladder.cheapest(budget)
         # The model may have been too high by so much that no plan is needed.
         is_in_doubt = self.unplanned is None and (chosen is None or self._expected_unplanned() <= _NEAR * budget)

@@ -145,8 +145,12 @@ class Plan:
 
         return with_plan
 
-    def flat(self, program: Program) -> Callable[..., list[Any]]:
+    def flat(self, program: Program, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the planned program as a function of flat inputs.
+
+        Args:
+            program: the program it was made for.
+            is_forward_mode: it is differentiated in forward mode, which binomial loops do not support.
 
         Raises:
             PlanFileError: the plan's blocks are not the program's equations.
@@ -156,7 +160,7 @@ class Plan:
             raise PlanFileError("the plan is damaged: its blocks are not the program's equations; plan again")
         spans = spans_at(program, self.blocks)
         prefix = f"jaxckpt.{self.fingerprint[:8]}"
-        return planned(program, spans, self.schedule, self.block_saves, prefix)
+        return planned(program, spans, self.schedule, self.block_saves, prefix, is_forward_mode=is_forward_mode)
 
     def check(self, program: Program) -> None:
         """Refuse a program that is not the plan's.

@@ -7,13 +7,14 @@ inner loop runs again when its backward is due; XLA then copies the chunk of eve
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ckptsolvers import Block, Keep, Option, Problem, Schedule, simulate
 from ckptsolvers.schedule import Node, region
 
 from jaxckpt import cuts, graph
+from jaxckpt.binomial import num_again
 from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock
 from jaxckpt.candidates import chain_schedules
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
@@ -26,6 +27,8 @@ _MAX_OPTIONS = 64
 _MAX_LEVELS = 3
 # In how many places a loop is divided between two plans of its body.
 _NUM_MIXES = 8
+# Binomial loops run each iteration again this often at most, on average.
+_MAX_AGAIN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,7 @@ class _Iteration:
         peak_bytes: most alive at once in its backward.
         again_time: what it makes again.
         again_flops: the same in FLOPs.
+        is_wrapped: one checkpoint stands around the whole.
     """
 
     tree: Tree
@@ -45,6 +49,7 @@ class _Iteration:
     peak_bytes: int
     again_time: int
     again_flops: int
+    is_wrapped: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +70,28 @@ class _Part:
 
     lengths: tuple[int, ...]
     plan: _Iteration
+    num_states: int | None = None
 
     @property
     def length(self) -> int:
         return math.prod(self.lengths)
+
+    def __str__(self) -> str:
+        levels = " x ".join(map(str, self.lengths))
+        return levels if self.num_states is None else f"{levels}, {self.num_states} states"
+
+    @property
+    def choice(self) -> LoopPart:
+        """What the plan says of it."""
+        return LoopPart(lengths=self.lengths, body=self.plan.tree, num_states=self.num_states)
+
+    @property
+    def num_forwards_again(self) -> int:
+        """How many iterations run again as a whole, beside what the plan of one iteration repeats."""
+        if self.num_states is not None:
+            # Every iteration's backward begins with its forward.
+            return self.length + num_again(self.length, self.num_states)
+        return (len(self.lengths) - 1) * self.length
 
 
 def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> Analysis:
@@ -89,12 +112,13 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
     body = _Body(loop, active, timer, target, analyse)
     model = _LoopModel(local, loop, body, active)
     plans = _pareto(body.iterations(), lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
-    kept = [(*model.options(parts), parts) for parts in _divisions(loop.length, plans)]
+    divisions = [*_divisions(loop.length, plans), *_binomial(loop.length, body.iterations())]
+    kept = [(*model.options(parts), parts) for parts in divisions]
     keys = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes", "recompute_time")
     kept = _thin(_pareto(kept, lambda x: tuple(getattr(x[0], key) for key in keys)))
     everything, everything_flops = model.everything()
     block, flops_block = model.blocks()
-    saved = [LoopPlan(parts=tuple(LoopPart(lengths=p.lengths, body=p.plan.tree) for p in parts)) for *_, parts in kept]
+    saved = [LoopPlan(parts=tuple(part.choice for part in parts)) for *_, parts in kept]
     return Analysis(
         block=replace(block, options=(*(x[0] for x in kept), everything)),
         flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
@@ -175,6 +199,7 @@ class _Body:
             peak_bytes=judged.peak_bytes,
             again_time=again,
             again_flops=again_flops,
+            is_wrapped=is_wrapped,
         )
 
     def _stacked(self, blocks, nodes: Sequence[Node], saved: Sequence[Saved]) -> int:
@@ -224,10 +249,9 @@ class _LoopModel:
 
     def options(self, parts: Sequence[_Part], name: str = "") -> tuple[Option, Option]:
         """The option in units of the plan's cost, and in FLOPs."""
-        shown = " + ".join(" x ".join(map(str, part.lengths)) for part in parts)
+        shown = " + ".join(map(str, parts))
         saved = list(itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes))
-        # Slices that are cut off are copies, and the parts' results and cotangents are put together in the end.
-        copied = self.loop.length * self.sizes.slices if len(parts) > 1 else 0
+        # The parts' results and cotangents are put together in the end; slices of what is there are read in place.
         joined = self.loop.length * self.sizes.slice_cotangents if len(parts) > 1 else 0
         made = self.loop.length * self.sizes.stacked_outputs if len(parts) > 1 else 0
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
@@ -238,13 +262,13 @@ class _LoopModel:
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
         option = Option(
             name=name or f"scan {shown}",
-            saved_bytes=saved[-1] + copied,
+            saved_bytes=saved[-1],
             recompute_time=self._again(parts, self.body.forward_time, "again_time"),
             forward_times=self._option_times(self.body.forward_time),
             forward_peak_bytes=(
-                copied + made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes
+                made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes
             ),
-            backward_peak_bytes=copied + joined + moving + max(backward) + self.cotangent_bytes,
+            backward_peak_bytes=joined + moving + max(backward) + self.cotangent_bytes,
         )
         in_flops = replace(
             option,
@@ -282,11 +306,14 @@ class _LoopModel:
 
     def _saved(self, part: _Part) -> int:
         """What a part stacks during the forward: what starts its outermost iterations, or what each iteration keeps."""
+        if part.num_states is not None:
+            # One more for the state that is being worked on.
+            return (part.num_states + 1) * self.sizes.carry
         return part.lengths[0] * (self.sizes.carry if len(part.lengths) > 1 else part.plan.stacked_bytes)
 
     def _inner(self, part: _Part) -> int:
         """What the inner levels stack once they run again, with the chunks they read and those of the cotangents."""
-        if len(part.lengths) == 1:
+        if part.num_states is not None or len(part.lengths) == 1:
             return self.sizes.const_cotangents
         *outer, innermost = part.lengths[1:]
         stacks = sum(outer) * self.sizes.carry + innermost * part.plan.stacked_bytes
@@ -298,7 +325,7 @@ class _LoopModel:
         return math.prod(lengths[1:]) * (self.sizes.slices + self.sizes.stacked_outputs)
 
     def _again(self, parts: Sequence[_Part], forward: int, again: str) -> int:
-        return sum(p.length * (getattr(p.plan, again) + (len(p.lengths) - 1) * forward) for p in parts)
+        return sum(p.length * getattr(p.plan, again) + p.num_forwards_again * forward for p in parts)
 
     def _option_times(self, one: int) -> tuple[int, ...]:
         # What is stacked takes the whole loop to make, even where nobody wants its results.
@@ -375,6 +402,15 @@ def _divisions(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part
     for less, more in itertools.pairwise(plans):
         for first in sorted({length * i // _NUM_MIXES for i in range(1, _NUM_MIXES)} - {0}):
             yield _Part((first,), less), _Part((length - first,), more)
+
+
+def _binomial(length: int, plans: Iterable[_Iteration]) -> Iterator[tuple[_Part, ...]]:
+    """Binomial loops, where they hold far fewer states than there are iterations and do not run many times."""
+    counts = [c for c in sorted({1, *_grid(length)}) if 2 * c <= length and num_again(length, c) <= _MAX_AGAIN * length]
+    # Nothing of an iteration is held for another one, so what its plan saves does not matter.
+    for plan in _pareto((p for p in plans if not p.is_wrapped), lambda p: (p.peak_bytes, p.again_time)):
+        for count in counts:
+            yield (_Part((length,), plan, count),)
 
 
 def _grid(length: int) -> set[int]:

@@ -29,14 +29,14 @@ class Choice:
     studies: dict[tuple, Study] = field(default_factory=dict)
     chosen: Mapping[tuple, Candidate] = field(default_factory=dict)
 
-    def planned(self, program: Program, goal: Objective) -> Callable[..., list[Any]]:
+    def planned(self, program: Program, goal: Objective, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the program as it is chosen to run, and study it where it is new."""
         key = (program.fingerprint(), goal)
         if key not in self.studies:
             self.studies[key] = Study(program, goal, self.cost, "auto", self.target)
         if key not in self.chosen:
             return functools.partial(run, program)
-        return self.studies[key].planned(self.chosen[key].schedule)
+        return self.studies[key].planned(self.chosen[key].schedule, is_forward_mode=is_forward_mode)
 
 
 class Step:

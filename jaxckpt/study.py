@@ -88,10 +88,11 @@ class Study:
         assert self.blocks is not None
         return simulate(self.blocks.flops_problem, schedule).extra_work
 
-    def planned(self, schedule: Schedule) -> Callable[..., list[Any]]:
+    def planned(self, schedule: Schedule, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """The program under a schedule, as a function of flat inputs."""
         assert self.blocks is not None
-        return apply.planned(self.program, self.blocks.spans, schedule, self.saved(schedule))
+        saved = self.saved(schedule)
+        return apply.planned(self.program, self.blocks.spans, schedule, saved, is_forward_mode=is_forward_mode)
 
     def measure(self, schedule: Schedule | None, digest: str) -> Measurement:
         """Compile the differentiated program under a schedule, or without one; each is compiled once."""

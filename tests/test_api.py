@@ -217,7 +217,7 @@ def test_plans_are_kept_in_the_users_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda t: t[: len(t) // 2], lambda t: "{}", lambda t: t.replace('"schema": 1', '"schema": 9')]
+    "damage", [lambda t: t[: len(t) // 2], lambda t: "{}", lambda t: t.replace('"schema": 2', '"schema": 9')]
 )
 def test_a_damaged_plan_in_the_cache_is_made_again(tmp_path, damage, caplog):
     api._PLANS.clear()

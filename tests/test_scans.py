@@ -84,6 +84,11 @@ def shapes(args):
     return jax.eval_shape(lambda *a: a, *args)
 
 
+def has_binomial(saved):
+    parts = [part for plan in saved if isinstance(plan, LoopPlan) for part in plan.parts]
+    return any(part.num_states or has_binomial(part.body.saved) for part in parts)
+
+
 def some_candidates(s, most=5):
     step = max(1, len(s.candidates) // most)
     return s.candidates[::step]
@@ -111,6 +116,8 @@ def test_predicted_recomputation_is_what_jax_does(name):
     counted = lambda f: costs.gradient_cost(s.objective.differentiated(f), *specs).flops  # noqa: E731
     base = counted(lambda *x: run(s.program, *x))
     for candidate in some_candidates(s):
+        if has_binomial(s.saved(candidate.schedule)):
+            continue  # how often its loops run is in a table, not in the jaxpr: tests/test_binomial.py counts it
         extra = counted(s.planned(candidate.schedule)) - base
         assert s.recompute_flops(candidate.schedule) == pytest.approx(extra, abs=0.02 * base)
 
@@ -169,7 +176,7 @@ def test_parts_and_levels_run_every_iteration_in_order(lengths, reverse):
     program = trace(fun, args).program
     (eqn,) = [e for e in program.equations if loop_of(e)]
     body = functools.partial(run, loop_of(eqn).body)
-    found = run_loop(eqn, list(args), [Run(part, body) for part in lengths])
+    found = run_loop(eqn, list(args), [Run(lengths=part, body=body) for part in lengths])
     assert_close(found, jax.tree.leaves(fun(*args)), 0)
 
 
