@@ -44,12 +44,12 @@ def candidates(problem: Problem, solver: Any) -> list[Candidate]:
 
         schedules = list(revolve_schedules(problem))
     else:
-        from ckptsolvers import solve
+        from ckptsolvers.solve import SOLVERS as NAMED
 
         if isinstance(solver, str):
             # It is asked some forty times, so a proof of each answer would take too long.
             limit = {"time_limit_s": _ILP_TIME_S} if solver == "ilp" else {}
-            solver = functools.partial(solve.SOLVERS[solver], **limit)
+            solver = functools.partial(NAMED[solver], **limit)
         schedules = _called_schedules(problem, solver)
     judged = [Candidate(s, simulate(problem, s)) for s in schedules if s.depth <= _MAX_DEPTH]
     judged.sort(key=lambda c: (c.judgement.peak_bytes, c.judgement.work))
