@@ -50,7 +50,8 @@ class Ladder:
         It uses nine tenths of the budget, or the next one is measured not to fit, unless that takes too many compiles.
         It depends on what was expected, on the measurements it makes, and on nothing else.
         """
-        fits, over = -1, len(self.predicted_bytes)
+        fits = max((i for i, size in self.known.items() if size <= budget_bytes), default=-1)
+        over = min((i for i in self.known if i > fits), default=len(self.predicted_bytes))
         while over - fits > 1 and len(self.known) < _MAX_COMPILES:
             i = self._guess(fits, over, budget_bytes)
             if i is None or self._is_enough(fits, i, budget_bytes):

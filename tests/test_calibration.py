@@ -157,6 +157,13 @@ def test_a_smooth_error_takes_three_compiles_at_most(budget, slope, level):
         assert len(ladder.known) <= 3
 
 
+def test_what_is_known_already_is_where_the_climb_begins():
+    ladder, _ = climbed(lambda p: 1.0, 105)
+    assert ladder.known == {0: 100}
+    ladder.measured(100)
+    assert ladder.cheapest(104) == 0 and set(ladder.known) == {0, 100}
+
+
 def test_what_is_expected_saves_compiles():
     def ratios(p):
         return 1.4 - 0.4 * p / 1000
