@@ -89,9 +89,11 @@ def _headline(plan: Plan) -> str:
     if plan.schedule is None:
         return f"The program fits as it is on {plan.target}: no checkpoint is needed, and none is applied."
     share = plan.recompute_flops / max(1, plan.forward_flops)
+    # Where both are predicted the table says so; a measured number beside a predicted one needs a word at once.
+    guess = " (predicted)" if plan.measured_peak_bytes and not plan.is_unplanned_measured else ""
     return (
         f"Plan for {plan.target} by {plan.solver}: {short_bytes(plan.peak_bytes)} instead of "
-        f"{short_bytes(plan.unplanned_peak_bytes)}, {share:.1%} of the forward FLOPs recomputed."
+        f"{short_bytes(plan.unplanned_peak_bytes)}{guess}, {share:.1%} of the forward FLOPs recomputed."
     )
 
 
