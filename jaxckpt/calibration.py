@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxckpt import _compat
+from jaxckpt import _compat, keeping
 from jaxckpt.errors import PlanFileError
-from jaxckpt.files import cache_directory, write_text
+from jaxckpt.files import write_text
 from jaxckpt.trace import Program
 
 _LOG = logging.getLogger("jaxckpt")
@@ -194,7 +194,7 @@ def _label(target: str | None) -> str:
 def _path(record: Calibration, cache_dir: str | os.PathLike | None) -> Path:
     flags = os.environ.get("XLA_FLAGS", "")
     key = hashlib.sha256(repr((record.target, record.jaxlib_version, record.family, flags)).encode()).hexdigest()[:16]
-    return cache_directory(cache_dir) / "calibration" / f"{key}.json"
+    return keeping.folder(cache_dir) / "calibration" / f"{key}.json"
 
 
 def _is_near(sample: Sample, other: Sample) -> bool:

@@ -1,15 +1,9 @@
-"""Where things are kept, and how they are written: whole or not at all."""
+"""How files are written: whole or not at all."""
 
 import contextlib
 import os
 import tempfile
 from pathlib import Path
-
-
-def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The directory that was named, or the user's own."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir or Path(base) / "jaxckpt")
 
 
 def write_text(path: Path, text: str) -> None:

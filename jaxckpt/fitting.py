@@ -62,7 +62,8 @@ def fit(
     Args:
         step: a function that differentiates functions decorated with `auto_remat` without a budget. Those with a
             budget of their own keep their plans.
-        *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s.
+        *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices,
+            the budget is for each.
         budget: device bytes of the compiled step: an int, `"16GB"`, `"16GiB"`, or `"80%"` of its unplanned peak.
         cost: what is minimised: "time" or "flops".
         target: a chip's name; None is the default backend.
@@ -75,6 +76,8 @@ def fit(
     Raises:
         OptionError: the step differentiates no decorated function.
         InfeasibleBudgetError: no choice of plans fits.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxckpt

@@ -1,19 +1,21 @@
 """From a budget to a plan: choose a candidate, compile it, compare, correct the prediction, choose again."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from jaxckpt import shardings, targets
 from jaxckpt.calibration import Calibration, Sample, remember, remembered, short
 from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe, forced_by
-from jaxckpt.errors import BudgetError, InfeasibleBudgetError, OptionError
+from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning, OptionError
 from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan
 from jaxckpt.study import Study
-from jaxckpt.trace import Program, trace
+from jaxckpt.trace import Program
 from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 
 # Room left below the budget when nothing is compiled.
@@ -59,7 +61,7 @@ def plan(
 
     Args:
         fun: a function of pytrees; leaves that are not arrays are static.
-        *args: arrays or `ShapeDtypeStruct`s.
+        *args: arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices, sizes are those of each.
         budget: device bytes: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
         max_cost: instead of a budget, the most the step may cost as a fraction of the unplanned cost, such as 1.1.
         cost: what is minimised: "time", modelled for the target, or "flops".
@@ -81,7 +83,12 @@ def plan(
         BudgetError: a budget that cannot be read, or neither or both of `budget` and `max_cost`.
         InfeasibleBudgetError: no plan fits.
         NotDifferentiableError: nothing to differentiate.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target, or a topology that it does not have.
         UnsupportedProgramError: side effects inside the function.
+
+    Where the target's compiler is not installed or fails, a warning says so and the plan is predicted, as with
+    `verify=False`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -94,7 +101,7 @@ def plan(
         True
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration)
-    traced = trace(fun, args)
+    traced = shardings.trace_placed(fun, args)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
 
@@ -137,14 +144,24 @@ def make_request(
 
 
 def plan_program(program: Program, goal: Objective, request: Request, cache_dir: str | None = None) -> Plan:
-    """Plan a flat program, with the calibration record that is kept in this directory."""
+    """Plan a flat program, with the calibration record that is kept in this directory.
+
+    It is planned from prediction, with a warning, where its target cannot be compiled for.
+    """
     study = find_study(program, goal, request.cost, request.solver, request.target)
-    return _Search(study, request, cache_dir).run()
+    try:
+        return _Search(study, request, cache_dir).run()
+    except CompilerError as error:
+        if not request.verify:
+            raise
+        warnings.warn(f"{error}. Until then this plan is predicted, not measured", JaxckptWarning, stacklevel=3)
+        return _Search(study, replace(request, verify=False), cache_dir).run()
 
 
 def find_study(program: Program, goal: Objective, cost: str, solver: Any, target: str | None) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
-    key = (program.fingerprint(), goal, cost, solver, target)
+    chip = targets.find(target)  # a user's chip may be defined anew under its name
+    key = (program.fingerprint(), program.shardings, goal, cost, solver, target, chip)
     study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:

@@ -12,6 +12,7 @@ from jaxckpt import _compat
 from jaxckpt.candidates import Candidate
 from jaxckpt.errors import OptionError
 from jaxckpt.measurement import Measurement, Objective, compiled_bytes
+from jaxckpt.shardings import step_split
 from jaxckpt.sharing import Picks
 from jaxckpt.study import Study
 from jaxckpt.trace import Program, run, size_bytes
@@ -26,6 +27,7 @@ class Choice:
 
     cost: str
     target: str | None
+    split: int = 1
     studies: dict[tuple, Study] = field(default_factory=dict)
     chosen: Mapping[tuple, Candidate] = field(default_factory=dict)
 
@@ -33,7 +35,9 @@ class Choice:
         """Return the program as it is chosen to run, and study it where it is new."""
         key = (program.fingerprint(), goal)
         if key not in self.studies:
-            self.studies[key] = Study(program, goal, self.cost, "auto", self.target)
+            # Inside shard_map shapes are those of one device already.
+            split = 1 if jax.sharding.get_abstract_mesh().manual_axes else self.split
+            self.studies[key] = Study(program, goal, self.cost, "auto", self.target, split)
         if key not in self.chosen:
             return functools.partial(run, program)
         return self.studies[key].planned(self.chosen[key].schedule, is_forward_mode=is_forward_mode)
@@ -62,7 +66,7 @@ class Step:
         donate_argnums: int | Sequence[int],
     ):
         self.fun, self.args, self.target, self.donate_argnums = fun, args, target, donate_argnums
-        self.free = Choice(cost, target)
+        self.free = Choice(cost, target, step_split(args))
         self.results = jax.eval_shape(_under(self.free, fun), *args)
         if not self.free.studies:
             raise OptionError(
@@ -113,7 +117,7 @@ class Step:
     def choice(self, picks: Picks) -> Choice:
         """The choice that these picks are."""
         found = {key: c for key, row, i in zip(self.keys, self.options, picks, strict=True) if (c := row[i])}
-        return Choice(self.free.cost, self.target, self.free.studies, found)
+        return Choice(self.free.cost, self.target, self.free.split, self.free.studies, found)
 
     def measure(self, picks: Picks) -> Measurement:
         """Compile the step; each choice is compiled once."""

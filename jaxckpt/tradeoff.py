@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxckpt import shardings
 from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe
 from jaxckpt.errors import OptionError
@@ -19,7 +20,7 @@ from jaxckpt.planner import find_study
 from jaxckpt.plans import Plan
 from jaxckpt.policies import DifferentiatedCost, differentiated_cost, policy_functions
 from jaxckpt.study import Study
-from jaxckpt.trace import run, trace
+from jaxckpt.trace import run
 
 UNPLANNED = "unplanned"
 PLAN = "plan"
@@ -144,7 +145,7 @@ def frontier(
     """
     if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
         raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
-    traced = trace(fun, args)
+    traced = shardings.trace_placed(fun, args)
     study = find_study(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
     policies = _policy_points(study, verify)
     unplanned = next(point for point in policies if point.name == UNPLANNED)
