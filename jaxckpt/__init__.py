@@ -8,7 +8,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxckpt.api import auto_remat as auto_remat
     from jaxckpt.api import compiler_options as compiler_options
+    from jaxckpt.batches import largest_batch as largest_batch
     from jaxckpt.bounded import while_loop as while_loop
+    from jaxckpt.calibration import Calibration as Calibration
     from jaxckpt.chips import define_target as define_target
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import CompilerError as CompilerError
@@ -30,11 +32,15 @@ if TYPE_CHECKING:
     from jaxckpt.planner import plan as plan
     from jaxckpt.plans import Plan as Plan
     from jaxckpt.shardings import mesh as mesh
+    from jaxckpt.tradeoff import Frontier as Frontier
+    from jaxckpt.tradeoff import frontier as frontier
 
 # Importing JAX takes a second, and `jaxckpt --help` does not need it: names are found when they are first asked for.
 _HOMES = {
     "auto_remat": "api",
     "compiler_options": "api",
+    "largest_batch": "batches",
+    "Calibration": "calibration",
     "define_target": "chips",
     "BudgetError": "errors",
     "CompilerError": "errors",
@@ -55,6 +61,8 @@ _HOMES = {
     "mesh": "shardings",
     "Plan": "plans",
     "plan": "planner",
+    "Frontier": "tradeoff",
+    "frontier": "tradeoff",
     "scan": "loops",
     "while_loop": "bounded",
 }

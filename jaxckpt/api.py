@@ -269,7 +269,7 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
     path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
     found = _read(path, call.program)
     if found is None:
-        found = plan_program(call.program, goal, request)
+        found = plan_program(call.program, goal, request, call.cache_dir)
         _LOG.info(
             "planned %s: peak %s of budget %s, %sFLOP recomputed",
             call.label,

@@ -122,6 +122,8 @@ def _within(program: Program, loop: Equation, max_steps: int, budget: Budget) ->
     ladder = Ladder(
         fixed,
         [count * state for count in counts],
+        # How often a step runs again grows with the logarithm; a run is about a third of the step's cost.
+        [math.log2(max(1, max_steps / count)) / 3 for count in counts],
         lambda i: compiled_bytes(goal.differentiated(functions[i]), specs, None).device_bytes,
     )
     chosen = ladder.cheapest(budget_bytes)

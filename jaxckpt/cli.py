@@ -100,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     _takes_function(measure)
     measure.add_argument("--forward", action="store_true", help="measure the function itself, not its gradient")
 
+    curve = _command(commands, "frontier", _frontier, "print the trade-off of peak bytes against step cost")
+    _takes_function(curve)
+    curve.add_argument("--cost", choices=("time", "flops"), default="time", help="what a step's cost is counted in")
+    curve.add_argument("--num-points", type=int, default=12, help="how many plans at most")
+    curve.add_argument("--verify", action="store_true", help="compile every point and measure it")
+    curve.add_argument("--plot", type=Path, help="draw it into this file, such as frontier.png")
+
     show = _command(commands, "show", _show, "print a plan from a file")
     show.add_argument("plan", type=Path)
 
@@ -107,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("plan", type=Path)
     _takes_function(check)
 
+    cite = _command(commands, "cite", _cite, "print the BibTeX of the methods that a solver uses")
+    cite.add_argument("solver", nargs="?", default="auto", help="a solver's name, as in --solver, or all")
     targets = _command(commands, "targets", _targets, "list the chips that can be planned for, and their compilers")
     targets.add_argument("--install", metavar="TARGET", help="install the compiler for this chip into this environment")
     targets.add_argument("--dry-run", action="store_true", help="with --install: print the command, do not run it")
@@ -176,6 +185,38 @@ def _measure(options: argparse.Namespace) -> int:
     print(found)
     for part in ("argument", "output", "alias", "temp"):
         print(f"  {part:9}{getattr(found, part + '_bytes'):>18,} bytes")
+    return _YES
+
+
+def _frontier(options: argparse.Namespace) -> int:
+    import jaxckpt
+    from jaxckpt.report import show_frontier
+
+    fun, args = _function_and_args(options)
+    found = jaxckpt.frontier(
+        fun,
+        *args,
+        cost=options.cost,
+        target=options.target,
+        num_points=options.num_points,
+        verify=options.verify,
+        argnums=_argnums(options),
+        has_aux=options.has_aux,
+    )
+    if options.plot:
+        from jaxckpt.plotting import draw_frontier
+
+        draw_frontier(found, options.plot)
+        print(f"wrote {options.plot}", file=sys.stderr)
+    print(json.dumps(found.to_json(), indent=1) if options.json else show_frontier(found, color=_color()))
+    return _YES
+
+
+def _cite(options: argparse.Namespace) -> int:
+    from jaxckpt.citing import bibtex
+
+    text = bibtex(options.solver)
+    print(json.dumps({"solver": options.solver, "bibtex": text}, indent=1) if options.json else text)
     return _YES
 
 

@@ -40,8 +40,7 @@ def least_peak(config, solver="auto"):
 def next_cheaper_bytes(config, found):
     """Measured bytes of the candidate after the chosen one; None where there is none."""
     traced = trace(gpt.make_loss(config), gpt.specs(config))
-    request = planner.make_request("50%", None, "time", "auto", None, 0, True)
-    s = planner._study(traced.program, objective(traced, 0, False), request)
+    s = planner.find_study(traced.program, objective(traced, 0, False), "time", "auto", None)
     i = next(i for i, c in enumerate(s.candidates) if c.schedule == found.schedule)
     if i + 1 == len(s.candidates):
         return None
