@@ -17,6 +17,7 @@ from jaxckpt.errors import InfeasibleBudgetError, OptionError
 from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Measurement, Objective, compiled_bytes
 from jaxckpt.plans import Plan
+from jaxckpt.shardings import step_split
 from jaxckpt.study import Candidate, Study
 from jaxckpt.trace import Program, run
 from jaxckpt.units import parse_budget, show_bytes
@@ -51,13 +52,16 @@ class _Choice:
 
     cost: str
     target: str | None
+    split: int = 1
     studies: dict[tuple, Study] = field(default_factory=dict)
     limit_bytes: int | None = None
 
     def planned(self, program: Program, goal: Objective, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         key = (program.fingerprint(), goal)
         if key not in self.studies:
-            self.studies[key] = Study(program, goal, self.cost, "auto", self.target)
+            # Inside shard_map shapes are those of one device already.
+            split = 1 if jax.sharding.get_abstract_mesh().manual_axes else self.split
+            self.studies[key] = Study(program, goal, self.cost, "auto", self.target, split)
         study = self.studies[key]
         if self.limit_bytes is None or not study.candidates:
             return functools.partial(run, program)
@@ -65,7 +69,7 @@ class _Choice:
         return study.planned(schedule, is_forward_mode=is_forward_mode)
 
     def at(self, limit_bytes: int) -> "_Choice":
-        return _Choice(self.cost, self.target, self.studies, limit_bytes)
+        return _Choice(self.cost, self.target, self.split, self.studies, limit_bytes)
 
 
 def fit(
@@ -81,7 +85,8 @@ def fit(
     Args:
         step: a function that differentiates functions decorated with `auto_remat` without a budget. Those with a
             budget of their own keep their plans.
-        *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s.
+        *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices,
+            the budget is for each.
         budget: device bytes of the compiled step: an int, `"16GB"`, `"16GiB"`, or `"80%"` of its unplanned peak.
         cost: what is minimised: "time" or "flops".
         target: a chip's name; None is the default backend.
@@ -93,6 +98,8 @@ def fit(
     Raises:
         OptionError: the step differentiates no decorated function.
         InfeasibleBudgetError: no choice of plans fits.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxckpt
@@ -112,7 +119,7 @@ def fit(
     def compiled(choice: _Choice) -> Measurement:
         return compiled_bytes(_under(choice, step), args, target, donate_argnums)
 
-    free = _Choice(cost, target)
+    free = _Choice(cost, target, step_split(args))
     unplanned = compiled(free)
     studies = [study for study in free.studies.values() if study.candidates]
     if not free.studies:

@@ -1,20 +1,21 @@
 """From a budget to a plan: choose a candidate, compile it, compare, correct the prediction, choose again."""
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import jax
 
-from jaxckpt import _compat
-from jaxckpt.errors import BudgetError, InfeasibleBudgetError
+from jaxckpt import _compat, shardings, targets
+from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning
 from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan, SavedGroup, line_digests
 from jaxckpt.study import Candidate, Study
-from jaxckpt.trace import Program, show_aval, size_bytes, trace
+from jaxckpt.trace import Program, show_aval, size_bytes
 from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 
 # Room left below the budget when nothing is compiled.
@@ -55,7 +56,7 @@ def plan(
 
     Args:
         fun: a function of pytrees; leaves that are not arrays are static.
-        *args: arrays or `ShapeDtypeStruct`s.
+        *args: arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices, sizes are those of each.
         budget: device bytes: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
         max_cost: instead of a budget, the most the step may cost as a fraction of the unplanned cost, such as 1.1.
         cost: what is minimised: "time", modelled for the target, or "flops".
@@ -74,7 +75,12 @@ def plan(
         BudgetError: a budget that cannot be read, or neither or both of `budget` and `max_cost`.
         InfeasibleBudgetError: no plan fits.
         NotDifferentiableError: nothing to differentiate.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target, or a topology that it does not have.
         UnsupportedProgramError: side effects inside the function.
+
+    Where the target's compiler is not installed or fails, a warning says so and the plan is predicted, as with
+    `verify=False`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -87,7 +93,7 @@ def plan(
         True
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify)
-    traced = trace(fun, args)
+    traced = shardings.trace_placed(fun, args)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
 
@@ -117,13 +123,21 @@ def make_request(
 
 
 def plan_program(program: Program, goal: Objective, request: Request) -> Plan:
-    """Plan a flat program."""
-    return _Search(_study(program, goal, request), request).run()
+    """Plan a flat program; from prediction, with a warning, where its target cannot be compiled for."""
+    study = _study(program, goal, request)
+    try:
+        return _Search(study, request).run()
+    except CompilerError as error:
+        if not request.verify:
+            raise
+        warnings.warn(f"{error}. Until then this plan is predicted, not measured", JaxckptWarning, stacklevel=3)
+        return _Search(study, replace(request, verify=False)).run()
 
 
 def _study(program: Program, goal: Objective, request: Request) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
-    key = (program.fingerprint(), goal, request.cost, request.solver, request.target)
+    chip = targets.find(request.target)  # a user's chip may be defined anew under its name
+    key = (program.fingerprint(), program.shardings, goal, request.cost, request.solver, request.target, chip)
     study = _STUDIES.pop(key, None) or Study(program, goal, request.cost, request.solver, request.target)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ckptsolvers import Keep
 from ckptsolvers.schedule import Node
@@ -34,6 +35,42 @@ def show_plan(plan: Plan, *, color: bool = False, width: int = _WIDTH) -> str:
     for note in _notes(plan):
         console.print(note)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def show_targets(rows: Sequence[dict[str, Any]], *, color: bool = False, width: int = _WIDTH) -> str:
+    """Return the table of chips as text, and how to install the compilers that are not there.
+
+    Args:
+        rows: as `installs.describe` makes them.
+        color: with terminal colours.
+        width: columns.
+    """
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("target", "memory", "TB/s", "host GB/s", "TFLOP/s bf16", "f32", "compiler", "defined by"):
+        table.add_column(name, justify="left" if name in ("target", "compiler", "defined by") else "right")
+    for row in rows:
+        rates = row["matmul_flops"]
+        memory = "host's" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**30:.2f} GiB"
+        table.add_row(
+            row["name"],
+            memory,
+            f"{row['bandwidth'] / 1e12:.3g}",
+            f"{row['host_bandwidth'] / 1e9:.3g}",
+            f"{rates.get('bfloat16', rates['other']) / 1e12:.4g}",
+            f"{rates['other'] / 1e12:.4g}",
+            f"{row['platform']} {row['compiler']}" if row["usable"] else f"{row['platform']}, not usable here",
+            row["origin"],
+        )
+    console.print(table)
+    for platform, row in {row["platform"]: row for row in reversed(rows) if not row["usable"]}.items():
+        console.print(f"\n{platform}: {_after_colon(row)}", soft_wrap=True)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def _after_colon(row: dict[str, Any]) -> str:
+    return f"{row['problem']}\n  or run: jaxckpt targets --install {row['name']}"
 
 
 def _headline(plan: Plan) -> str:
