@@ -278,8 +278,8 @@ def _least(fun: Callable, specs: Any, target: str | None) -> int:
 
 
 def _is_beaten(policy: Row, plans: list[Row]) -> bool:
-    """Whether a plan takes no more bytes than the policy and recomputes no more; the unplanned program is its own."""
-    return policy.recompute_flops == 0 or any(
+    """Whether a plan takes no more bytes than the policy and recomputes no more; true where its peak was not asked."""
+    return policy.device_bytes not in {plan.budget_bytes for plan in plans} or any(
         plan.device_bytes <= policy.device_bytes and plan.recompute_flops <= policy.recompute_flops * (1 + _TOLERANCE)
         for plan in plans
     )

@@ -20,14 +20,18 @@ from jaxckpt.trace import run, trace
 LENGTH, ROWS, WIDTH = 12, 64, 16
 
 
-def decoder_loss(params, x, reverse=False):
+def checkpointed(layer):
+    return jax.checkpoint(layer, prevent_cse=False)
+
+
+def decoder_loss(params, x, reverse=False, wrap=lambda layer: layer):
     """Residual two-matmul layers by scan, with a stacked result that the loss reads too."""
 
     def layer(x, p):
         y = x + jnp.tanh(x @ p["up"]) @ p["down"]
         return y, jnp.mean(y**2)
 
-    x, norms = lax.scan(layer, x, params, reverse=reverse)
+    x, norms = lax.scan(wrap(layer), x, params, reverse=reverse)
     return jnp.sum(x**2) + jnp.sum(norms)
 
 
@@ -148,27 +152,18 @@ def test_predicted_recomputation_of_a_binomial_loop_counts_what_its_table_runs_a
 
 @pytest.mark.parametrize("length", [13, 24])
 def test_a_checkpointed_body_is_never_better(length):
-    params, x = shapes(decoder_args(length, rows=512))
-
-    def by_hand(params, x):
-        layer = lambda x, p: (x + jnp.tanh(x @ p["up"]) @ p["down"], None)  # noqa: E731
-        return jnp.sum(lax.scan(jax.checkpoint(layer, prevent_cse=False), x, params)[0] ** 2)
-
-    def plain(params, x):
-        layer = lambda x, p: (x + jnp.tanh(x @ p["up"]) @ p["down"], None)  # noqa: E731
-        return jnp.sum(lax.scan(layer, x, params)[0] ** 2)
-
-    flops = [costs.gradient_cost(jax.value_and_grad(f), params, x).flops for f in (by_hand, plain)]
-    budget = jaxckpt.measure(by_hand, params, x).device_bytes
-    plan = jaxckpt.plan(plain, params, x, budget=budget, cost="flops")
-    assert plan.measured_peak_bytes <= budget
-    assert plan.recompute_flops <= flops[0] - flops[1]
+    specs = shapes(decoder_args(length, rows=512))
+    by_hand = lambda params, x: decoder_loss(params, x, wrap=checkpointed)  # noqa: E731
+    flops = [costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
+    s = study(decoder_loss, *specs)
+    alike = next(c for c in s.candidates if s.recompute_flops(c.schedule) <= flops[0] - flops[1])
+    assert s.measure(alike.schedule, alike.digest).temp_bytes <= jaxckpt.measure(by_hand, *specs).temp_bytes
 
 
 def test_options_of_a_long_loop_stand_close_together():
     s = study(rnn_loss, *shapes(rnn_args(1000)))
     peaks = [c.judgement.peak_bytes for c in s.candidates]
-    assert max(b / a for a, b in itertools.pairwise(peaks)) < 1.35
+    assert max(b / a for a, b in itertools.pairwise(peaks)) < 1.25
     (options,) = [b.options for b in s.blocks.problem.blocks if len(b.options) > 20]
     assert len(options) <= 129
 
