@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ckptsolvers import ChainTable, InfeasibleError, Judgement, Keep, Problem, Schedule, simulate
@@ -22,19 +22,36 @@ SOLVERS = ("auto", "chain", "chen", "revolve", "lower_sets", "ilp")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A schedule with what the judge says of it."""
+    """A schedule with what the judge says of it, and the problem it is for."""
 
     schedule: Schedule
     judgement: Judgement
+    problem: Problem = field(compare=False, repr=False)
 
     @property
     def digest(self) -> str:
-        """A name for the schedule that is the same everywhere."""
-        return hashlib.sha256(json.dumps(self.schedule.to_json()).encode()).hexdigest()[:16]
+        """A name for the schedule, among those of one program, that is the same everywhere."""
+        shown = [self.problem.num_blocks, self.schedule.to_json()]
+        return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
-def candidates(problem: Problem, solver: Any) -> list[Candidate]:
-    """Candidates of a solver that no other one beats in both bytes and work, least bytes first."""
+def candidates(problems: Sequence[Problem], solver: Any) -> list[Candidate]:
+    """A solver's candidates that no other one beats in both bytes and work, least bytes first.
+
+    Args:
+        problems: the program's, one for each way to cut it into blocks.
+        solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
+    """
+    judged = [candidate for problem in problems for candidate in _judged(problem, solver)]
+    judged.sort(key=lambda c: (c.judgement.peak_bytes, c.judgement.extra_work))
+    best: list[Candidate] = []
+    for candidate in judged:
+        if not best or candidate.judgement.extra_work < best[-1].judgement.extra_work:
+            best.append(candidate)
+    return _spread(best)
+
+
+def _judged(problem: Problem, solver: Any) -> list[Candidate]:
     if solver in ("auto", "chain"):
         schedules = chain_schedules(problem)
     elif solver == "chen":
@@ -53,13 +70,7 @@ def candidates(problem: Problem, solver: Any) -> list[Candidate]:
             limit = {"time_limit_s": _ILP_TIME_S} if solver == "ilp" else {}
             solver = functools.partial(by_name[solver], **limit)
         schedules = _called_schedules(problem, solver)
-    judged = [Candidate(s, simulate(problem, s)) for s in schedules if s.depth <= _MAX_DEPTH]
-    judged.sort(key=lambda c: (c.judgement.peak_bytes, c.judgement.work))
-    best: list[Candidate] = []
-    for candidate in judged:
-        if not best or candidate.judgement.work < best[-1].judgement.work:
-            best.append(candidate)
-    return _spread(best)
+    return [Candidate(s, simulate(problem, s), problem) for s in schedules if s.depth <= _MAX_DEPTH]
 
 
 def _spread(candidates: list[Candidate]) -> list[Candidate]:
@@ -102,7 +113,7 @@ def _spread_schedules(table: ChainTable, above_bytes: int) -> list[Schedule]:
 def keep_all(problem: Problem) -> Candidate:
     """The schedule that leaves every block to JAX, as the program does without a plan."""
     keep_all = Schedule(tuple(Keep(k, len(b.options) - 1) for k, b in enumerate(problem.blocks)))
-    return Candidate(keep_all, simulate(problem, keep_all))
+    return Candidate(keep_all, simulate(problem, keep_all), problem)
 
 
 def _called_schedules(problem: Problem, solver: Callable[..., Any]) -> list[Schedule]:

@@ -37,14 +37,20 @@ class Span:
     outputs: tuple[int, ...]
 
 
-def cut(program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: int = 130) -> tuple[Span, ...]:
+def cut(
+    program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: int = 130, is_coarse: bool = False
+) -> tuple[Span, ...]:
     """Cut a program into blocks.
+
+    Fine cuts let a schedule drop and keep every costly operation on its own. Coarse ones stand where little is alive
+    only, so that what a block makes for itself is not held for others: a save set picks from all of it.
 
     Args:
         program: a flat program.
         graph: its graph, from `build_graph`.
         active: values that tangents flow through, from `active_values`.
         max_blocks: how many blocks at most; the solver's time grows with the cube of it.
+        is_coarse: cut at the lowest quarter of the places only.
 
     Returns:
         The blocks in order.
@@ -55,7 +61,11 @@ def cut(program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: in
         return ()
     alive = _alive_bytes(program, graph, order)
     around_loops = _around_loops(program, order, active)
-    borders = _thin(_borders(graph, order, alive, max_blocks), alive, max_blocks)
+    borders = _borders(graph, order, alive, max_blocks)
+    if is_coarse and borders:
+        level = sorted(alive[b - 1] for b in borders)[(len(borders) - 1) // 4]
+        borders = [b for b in borders if alive[b - 1] <= level]
+    borders = _thin(borders, alive, max_blocks)
     borders = sorted({*borders, *around_loops})
     starts, stops = [0, *borders], [*borders, len(order)]
     runs = [order[a:b] for a, b in zip(starts, stops, strict=True)]

@@ -14,7 +14,8 @@ from jaxckpt.trace import show_aval, size_bytes
 
 def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:
     """Put a plan together from a study, a candidate, and the numbers it was found with."""
-    blocks, program = study.blocks, study.program
+    program = study.program
+    blocks = None if candidate is None else study.blocks_of(candidate)
     chosen = (
         {"saved": (), "schedule": None, "blocks": (), "block_saves": (), "block_labels": ()}
         if candidate is None or blocks is None
@@ -22,13 +23,13 @@ def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:
             "saved": _saved_groups(study, candidate),
             "schedule": candidate.schedule,
             "blocks": tuple(span.positions for span in blocks.spans),
-            "block_saves": tuple(study.saved(candidate.schedule)),
+            "block_saves": tuple(study.saved(candidate)),
             "block_labels": tuple(map(_label, blocks.spans)),
         }
     )
     return Plan(
         forward_flops=study.forward_flops,
-        recompute_flops=0 if candidate is None else study.recompute_flops(candidate.schedule),
+        recompute_flops=0 if candidate is None else study.recompute_flops(candidate),
         recompute_cost=0 if candidate is None else candidate.judgement.extra_work,
         unplanned_cost=study.unplanned_cost,
         cost=study.cost,
@@ -56,11 +57,10 @@ def _label(span: Any) -> str:
 
 def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
     """What the schedule's outermost level holds from the forward pass to the backward, grouped by equal blocks."""
-    assert study.blocks is not None
-    program, blocks = study.program, study.blocks
+    program, blocks = study.program, study.blocks_of(candidate)
     maker = {v: eqn for eqn in program.equations for v in eqn.outputs}
     groups: dict[tuple, list[int]] = {}
-    saved = study.saved(candidate.schedule)
+    saved = study.saved(candidate)
     held: list[tuple[int, int]] = []  # block, value
     for node in candidate.schedule.nodes:
         last = node.stop - 1
@@ -92,9 +92,8 @@ def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
 
 def forced_by(study: Study, candidate: Candidate, most: int = 5) -> tuple[tuple[str, int, str], ...]:
     """The largest values at the schedule's peak: those held, and those of the block that runs there."""
-    assert study.blocks is not None
     program, judged = study.program, candidate.judgement
-    spans = study.blocks.spans
+    spans = study.blocks_of(candidate).spans
     crossing = [v for span in spans for v in span.outputs]
     span = spans[judged.peak_block]
     values = {crossing[i] for i in judged.peak_live} | {v for eqn in span.equations for v in eqn.outputs}

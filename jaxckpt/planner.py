@@ -23,7 +23,6 @@ _UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
 # The program is not compiled without a plan where the model expects it to take this many times the room there is,
 # unless what was measured then says that it may come near the budget after all.
 _FAR, _NEAR = 2.0, 1.3
-_UNPLANNED = "unplanned"
 
 _STUDIES: dict[tuple, Study] = {}
 _MAX_STUDIES = 4
@@ -252,7 +251,7 @@ class _Search:
         if not self.request.verify:
             return self._expected_unplanned()
         if self.unplanned is None:
-            self.unplanned = self.study.measure(None, _UNPLANNED).device_bytes
+            self.unplanned = self.study.measure(None).device_bytes
         return self.unplanned
 
     def _verified(self, budget: int) -> Plan:
@@ -269,7 +268,7 @@ class _Search:
 
     def _measure(self, i: int) -> int:
         candidate = self.candidates[i]
-        return self.study.measure(candidate.schedule, candidate.digest).device_bytes
+        return self.study.measure(candidate).device_bytes
 
     def _predicted(self, budget: int, unplanned: int) -> Plan:
         knows = self.record is not None and self.record.knows(self.program)

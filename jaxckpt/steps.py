@@ -40,7 +40,7 @@ class Choice:
             self.studies[key] = Study(program, goal, self.cost, "auto", self.target, split)
         if key not in self.chosen:
             return functools.partial(run, program)
-        return self.studies[key].planned(self.chosen[key].schedule, is_forward_mode=is_forward_mode)
+        return self.studies[key].planned(self.chosen[key], is_forward_mode=is_forward_mode)
 
 
 class Step:

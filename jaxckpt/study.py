@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ckptsolvers import Keep, Schedule, simulate
+from ckptsolvers import Keep, simulate
 
 from jaxckpt import apply, cuts, graph, shardings, targets
 from jaxckpt.blocks import Blocks, analyse
@@ -43,29 +43,41 @@ class Study:
         if not (callable(solver) or solver in SOLVERS):
             raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(SOLVERS)}, or a function")
         refuse_effects(program, "the planned function")
-        self._measured: dict[str, Measurement] = {}
+        self._measured: dict[str | None, Measurement] = {}
         wanted = [program.outputs[i] for i in objective.outputs]
         self.active = graph.active_values(
             program, {program.inputs[i] for i in objective.inputs}, {x for x in wanted if isinstance(x, int)}
         )
         dag = graph.build_graph(program)
-        spans = cuts.cut(program, dag, self.active)
-        self.blocks: Blocks | None = None
-        self.candidates: list[Candidate] = []
-        if spans and any(v in self.active for span in spans for v in span.outputs):
-            self.blocks = analyse(
-                program,
-                dag,
-                spans,
-                active=self.active,
-                arguments=set(program.inputs),
-                timer=targets.timer(cost, self.chip),
-                target=self.chip,
-            )
-            self.candidates = [self._per_device(c) for c in candidates(self.blocks.problem, solver)]
         self.graph = dag
+        fine = cuts.cut(program, dag, self.active)
+        coarse = cuts.cut(program, dag, self.active, is_coarse=True) if solver == "auto" else fine
+        self.cuts: list[Blocks] = []
+        if fine and any(v in self.active for span in fine for v in span.outputs):
+            self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
+        self.candidates = [self._per_device(c) for c in candidates([b.problem for b in self.cuts], solver)]
         self.forward_flops = sum(dag.nodes[i]["flops"] for i in dag)
         self.unplanned_cost = 0 if self.blocks is None else self.blocks.unplanned_cost
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The program cut as finely as it is; None where nothing in it is differentiated."""
+        return self.cuts[0] if self.cuts else None
+
+    def blocks_of(self, candidate: Candidate) -> Blocks:
+        """The blocks that a candidate is about."""
+        return next(blocks for blocks in self.cuts if blocks.problem is candidate.problem)
+
+    def _analysed(self, spans: tuple[cuts.Span, ...]) -> Blocks:
+        return analyse(
+            self.program,
+            self.graph,
+            spans,
+            active=self.active,
+            arguments=set(self.program.inputs),
+            timer=targets.timer(self.cost, self.chip),
+            target=self.chip,
+        )
 
     @property
     def fixed_bytes(self) -> int:
@@ -96,27 +108,26 @@ class Study:
         peak = -(-candidate.judgement.peak_bytes // self.split)
         return replace(candidate, judgement=replace(candidate.judgement, peak_bytes=peak))
 
-    def saved(self, schedule: Schedule) -> list[apply.Saved]:
+    def saved(self, candidate: Candidate) -> list[apply.Saved]:
         """What each block's chosen option saves, `[num_blocks]`."""
-        assert self.blocks is not None
-        keeps = [node for node, _ in schedule.walk() if isinstance(node, Keep)]
-        return [self.blocks.choices[node.block][node.option] for node in keeps]
+        choices = self.blocks_of(candidate).choices
+        keeps = [node for node, _ in candidate.schedule.walk() if isinstance(node, Keep)]
+        return [choices[node.block][node.option] for node in keeps]
 
-    def recompute_flops(self, schedule: Schedule) -> int:
+    def recompute_flops(self, candidate: Candidate) -> int:
         """FLOPs beyond the unplanned program's, whatever the plan's cost is counted in."""
-        assert self.blocks is not None
-        return simulate(self.blocks.flops_problem, schedule).extra_work
+        return simulate(self.blocks_of(candidate).flops_problem, candidate.schedule).extra_work
 
-    def planned(self, schedule: Schedule, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
-        """The program under a schedule, as a function of flat inputs."""
-        assert self.blocks is not None
-        saved = self.saved(schedule)
-        return apply.planned(self.program, self.blocks.spans, schedule, saved, is_forward_mode=is_forward_mode)
+    def planned(self, candidate: Candidate, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
+        """The program under a candidate, as a function of flat inputs."""
+        spans, saved = self.blocks_of(candidate).spans, self.saved(candidate)
+        return apply.planned(self.program, spans, candidate.schedule, saved, is_forward_mode=is_forward_mode)
 
-    def measure(self, schedule: Schedule | None, digest: str) -> Measurement:
-        """Compile the differentiated program under a schedule, or without one; each is compiled once."""
+    def measure(self, candidate: Candidate | None) -> Measurement:
+        """Compile the differentiated program under a candidate, or without a plan; each is compiled once."""
+        digest = None if candidate is None else candidate.digest
         if digest not in self._measured:
-            fun = functools.partial(run, self.program) if schedule is None else self.planned(schedule)
+            fun = functools.partial(run, self.program) if candidate is None else self.planned(candidate)
             specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
             self._measured[digest] = compiled_bytes(self.objective.differentiated(fun), specs, self.target)
         return self._measured[digest]

@@ -190,7 +190,7 @@ def _miss(xs: Sequence[float], ys: Sequence[float], chosen: Sequence[int], i: in
 
 
 def _plan_point(study: Study, candidate: Candidate, unplanned: Point, verify: bool) -> Point:
-    measured = study.measure(candidate.schedule, candidate.digest).device_bytes if verify else None
+    measured = study.measure(candidate).device_bytes if verify else None
     plan = describe(
         study,
         candidate,
@@ -221,7 +221,7 @@ def _policy_points(study: Study, verify: bool) -> list[Point]:
     plain = functools.partial(run, study.program)
     without = differentiated_cost(study, plain)
     peak = study.unplanned.judgement.peak_bytes if study.candidates else without.peak_bytes
-    measured = study.measure(None, UNPLANNED).device_bytes if verify else None
+    measured = study.measure(None).device_bytes if verify else None
     points = [_policy_point(study, UNPLANNED, without, without, peak, measured)]
     specs = [*input_specs(study.program), *cotangent_specs(study.program, study.objective)]
     for name, fun in policy_functions(plain).items():

@@ -13,12 +13,12 @@ from helpers import CASES, assert_close, count, jit, names, study, study_of, x64
 from zoo import gpt, models
 from zoo.models import MODELS
 
-from jaxckpt import apply, costs
+from jaxckpt import costs
 from jaxckpt.trace import run
 
 
-def planned(s, schedule):
-    return apply.planned(s.program, s.blocks.spans, schedule, s.saved(schedule))
+def planned(s, candidate):
+    return s.planned(candidate)
 
 
 def unplanned(s):
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_the_function(name):
     s, leaves, wanted = double(name)
     for candidate in s.candidates[:: len(s.candidates) // 2 + 1]:
         with x64():
-            got = jit(s.objective.differentiated(planned(s, candidate.schedule)))(*leaves)
+            got = jit(s.objective.differentiated(planned(s, candidate)))(*leaves)
         assert_close(got, wanted, 1e-10)
 
 
@@ -101,14 +101,14 @@ def test_recomputation_is_really_there(name):
     s, specs = study_of(name), jax.tree.leaves(CASES[name][1])
     heavy = MODELS[name].heavy if name in MODELS else "dot_general"
     base = count(s.objective.differentiated(unplanned(s)), *specs)
-    least = count(s.objective.differentiated(planned(s, s.candidates[0].schedule)), *specs)
+    least = count(s.objective.differentiated(planned(s, s.candidates[0])), *specs)
     assert least[heavy] > base[heavy]
     assert not base["checkpoint"] and least["checkpoint"]
 
 
 def test_a_plan_that_keeps_everything_has_no_checkpoint():
     s, specs = study_of("chain"), jax.tree.leaves(CASES["chain"][1])
-    fun = planned(s, s.unplanned.schedule)
+    fun = planned(s, s.unplanned)
     assert not count(fun, *specs)["checkpoint"]
     wanted = count(s.objective.differentiated(unplanned(s)), *specs)
     assert count(s.objective.differentiated(fun), *specs) == wanted
@@ -118,9 +118,9 @@ def test_a_plan_that_keeps_everything_has_no_checkpoint():
 def test_every_saved_name_occurs(name):
     s, specs = study_of(name), jax.tree.leaves(CASES[name][1])
     for candidate in s.candidates[:: max(1, len(s.candidates) // 4)]:
-        saved = s.saved(candidate.schedule)
+        saved = s.saved(candidate)
         wanted = {f"jaxckpt.{k}.{i}" for k, values in enumerate(saved) for i in range(len(values or ()))}
-        assert names(planned(s, candidate.schedule), *specs) >= wanted
+        assert names(planned(s, candidate), *specs) >= wanted
 
 
 def control_flow(w, x):
@@ -161,5 +161,5 @@ def test_a_result_that_is_also_used_inside_is_returned():
         s = study(fun, *args, has_aux=True)
         leaves = jax.tree.leaves(args)
         wanted = jit(s.objective.differentiated(unplanned(s)))(*leaves)
-        got = jit(s.objective.differentiated(planned(s, s.candidates[0].schedule)))(*leaves)
+        got = jit(s.objective.differentiated(planned(s, s.candidates[0])))(*leaves)
     assert_close(got, wanted, 1e-10)

@@ -44,7 +44,7 @@ def next_cheaper_bytes(config, found):
     i = next(i for i, c in enumerate(s.candidates) if c.schedule == found.schedule)
     if i + 1 == len(s.candidates):
         return None
-    return s.measure(s.candidates[i + 1].schedule, s.candidates[i + 1].digest).device_bytes
+    return s.measure(s.candidates[i + 1]).device_bytes
 
 
 def gradient_flops(config, found=None):

@@ -110,7 +110,7 @@ def test_gradients_are_those_of_the_plain_loop(name):
         flat = jax.tree.leaves(args)
         wanted = jit(s.objective.differentiated(lambda *x: run(s.program, *x)))(*flat)
         for candidate in some_candidates(s):
-            found = jit(s.objective.differentiated(s.planned(candidate.schedule)))(*flat)
+            found = jit(s.objective.differentiated(s.planned(candidate)))(*flat)
             assert_close(found, wanted, 1e-12)
 
 
@@ -122,10 +122,10 @@ def test_predicted_recomputation_is_what_jax_does(name):
     counted = lambda f: costs.gradient_cost(s.objective.differentiated(f), *specs).flops  # noqa: E731
     base = counted(lambda *x: run(s.program, *x))
     for candidate in some_candidates(s):
-        if has_binomial(s.saved(candidate.schedule)):
+        if has_binomial(s.saved(candidate)):
             continue  # how often its loops run is in a table, not in the jaxpr: tests/test_binomial.py counts it
-        extra = counted(s.planned(candidate.schedule)) - base
-        assert s.recompute_flops(candidate.schedule) == pytest.approx(extra, abs=0.02 * base)
+        extra = counted(s.planned(candidate)) - base
+        assert s.recompute_flops(candidate) == pytest.approx(extra, abs=0.02 * base)
 
 
 def test_predicted_recomputation_of_a_binomial_loop_counts_what_its_table_runs_again():
@@ -138,14 +138,14 @@ def test_predicted_recomputation_of_a_binomial_loop_counts_what_its_table_runs_a
     forward = costs.jaxpr_cost(eqn.params["jaxpr"].jaxpr).flops
     seen = 0
     for candidate in some_candidates(s, 20):
-        (loop,) = [saved for saved in s.saved(candidate.schedule) if isinstance(saved, LoopPlan)]
+        (loop,) = [saved for saved in s.saved(candidate) if isinstance(saved, LoopPlan)]
         if loop.parts[0].num_states is None:
             continue
         (part,) = loop.parts
         # The jaxpr counts one trip of the inner loop for every iteration of the outer one.
         missing = num_again(60, part.num_states) - 60
-        extra = counted(s.planned(candidate.schedule)) - base + missing * forward
-        assert s.recompute_flops(candidate.schedule) == pytest.approx(extra, abs=0.02 * base)
+        extra = counted(s.planned(candidate)) - base + missing * forward
+        assert s.recompute_flops(candidate) == pytest.approx(extra, abs=0.02 * base)
         seen += 1
     assert seen > 1
 
@@ -156,8 +156,8 @@ def test_a_checkpointed_body_is_never_better(length):
     by_hand = lambda params, x: decoder_loss(params, x, wrap=checkpointed)  # noqa: E731
     flops = [costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
     s = study(decoder_loss, *specs)
-    alike = next(c for c in s.candidates if s.recompute_flops(c.schedule) <= flops[0] - flops[1])
-    assert s.measure(alike.schedule, alike.digest).temp_bytes <= jaxckpt.measure(by_hand, *specs).temp_bytes
+    alike = next(c for c in s.candidates if s.recompute_flops(c) <= flops[0] - flops[1])
+    assert s.measure(alike).temp_bytes <= jaxckpt.measure(by_hand, *specs).temp_bytes
 
 
 def test_options_of_a_long_loop_stand_close_together():
@@ -172,7 +172,7 @@ def test_options_of_a_long_loop_stand_close_together():
 def test_predicted_bytes_are_those_that_xla_measures():
     s = study(decoder_loss, *shapes(decoder_args(64, rows=4096)))
     for candidate in some_candidates(s):
-        measured = s.measure(candidate.schedule, candidate.digest).temp_bytes
+        measured = s.measure(candidate).temp_bytes
         assert candidate.judgement.peak_bytes == pytest.approx(measured, rel=0.15)
 
 
@@ -186,7 +186,7 @@ def test_least_bytes_are_far_below_those_of_a_checkpointed_body():
     by_hand = jaxckpt.measure(checkpointed, params, x).temp_bytes
     floor = jaxckpt.measure(decoder_loss, *shapes(decoder_args(1, rows=4096))).temp_bytes
     s = study(decoder_loss, params, x)
-    least = min(s.measure(c.schedule, c.digest).temp_bytes for c in s.candidates[:3])
+    least = min(s.measure(c).temp_bytes for c in s.candidates[:3])
     assert least - floor <= 0.5 * (by_hand - floor)
 
 
@@ -207,7 +207,7 @@ def test_the_jaxpr_does_not_grow_with_the_length():
     for length in (16, 64):
         args = shapes(rnn_args(length))
         s = study(rnn_loss, *args)
-        least = s.planned(s.candidates[0].schedule)
+        least = s.planned(s.candidates[0])
         sizes.append(count(s.objective.differentiated(least), *jax.tree.leaves(args)).total())
     assert sizes[0] == pytest.approx(sizes[1], rel=0.5)
 
