@@ -6,14 +6,16 @@ STAMP := $(VENV)/.installed
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help plan test test-slow lint format bench clean
+.PHONY: help plan test test-slow test-targets lint format bench bench-targets clean
 
 help:
 	@echo "make plan    plan GPT-2 small from shapes and print the chosen checkpoint set"
 	@echo "make test    run the tests"
 	@echo "make test-slow  run the long ones too: real sizes, every budget"
+	@echo "make test-targets  install the TPU's and the GPU's compilers (no driver, no CUDA libraries), run their tests"
 	@echo "make lint    ruff, pyright"
 	@echo "make bench   the benchmarks, as tables"
+	@echo "make bench-targets  GPT-2 small planned for an H100 and a TPU v5e"
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +32,22 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'not targets'
 
+# The compilers go into an environment of their own: those who have them pay a second at every start of JAX.
+TARGETS_VENV ?= .venv-targets
+TARGETS_BIN := $(TARGETS_VENV)/bin
+TARGETS_STAMP := $(TARGETS_VENV)/.installed
+
+$(TARGETS_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(TARGETS_VENV)
+	$(TARGETS_BIN)/python -m pip install --quiet --upgrade pip
+	$(TARGETS_BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(TARGETS_BIN)/jaxckpt targets --install h100
+	$(TARGETS_BIN)/jaxckpt targets --install v5e
+	touch $@
+
+test-targets: $(TARGETS_STAMP)
+	$(TARGETS_BIN)/python -m pytest -m targets
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,5 +61,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/fidelity.py
 
+bench-targets: $(TARGETS_STAMP)
+	$(TARGETS_BIN)/python benchmarks/targets.py
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TARGETS_VENV) .pytest_cache .ruff_cache .hypothesis

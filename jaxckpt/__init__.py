@@ -8,7 +8,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxckpt.api import auto_remat as auto_remat
     from jaxckpt.api import compiler_options as compiler_options
+    from jaxckpt.batches import largest_batch as largest_batch
+    from jaxckpt.bounded import while_loop as while_loop
+    from jaxckpt.calibration import Calibration as Calibration
+    from jaxckpt.chips import define_target as define_target
     from jaxckpt.errors import BudgetError as BudgetError
+    from jaxckpt.errors import CompilerError as CompilerError
     from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
     from jaxckpt.errors import JaxckptError as JaxckptError
     from jaxckpt.errors import JaxckptWarning as JaxckptWarning
@@ -16,20 +21,29 @@ if TYPE_CHECKING:
     from jaxckpt.errors import OptionError as OptionError
     from jaxckpt.errors import PlanFileError as PlanFileError
     from jaxckpt.errors import PlanMismatchError as PlanMismatchError
+    from jaxckpt.errors import ShardingError as ShardingError
     from jaxckpt.errors import TargetError as TargetError
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
     from jaxckpt.fitting import Fitted as Fitted
     from jaxckpt.fitting import fit as fit
+    from jaxckpt.loops import scan as scan
     from jaxckpt.measurement import Measurement as Measurement
     from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
     from jaxckpt.plans import Plan as Plan
+    from jaxckpt.shardings import mesh as mesh
+    from jaxckpt.tradeoff import Frontier as Frontier
+    from jaxckpt.tradeoff import frontier as frontier
 
 # Importing JAX takes a second, and `jaxckpt --help` does not need it: names are found when they are first asked for.
 _HOMES = {
     "auto_remat": "api",
     "compiler_options": "api",
+    "largest_batch": "batches",
+    "Calibration": "calibration",
+    "define_target": "chips",
     "BudgetError": "errors",
+    "CompilerError": "errors",
     "InfeasibleBudgetError": "errors",
     "JaxckptError": "errors",
     "JaxckptWarning": "errors",
@@ -37,14 +51,20 @@ _HOMES = {
     "OptionError": "errors",
     "PlanFileError": "errors",
     "PlanMismatchError": "errors",
+    "ShardingError": "errors",
     "TargetError": "errors",
     "UnsupportedProgramError": "errors",
     "Fitted": "fitting",
     "fit": "fitting",
     "Measurement": "measurement",
     "measure": "measurement",
+    "mesh": "shardings",
     "Plan": "plans",
     "plan": "planner",
+    "Frontier": "tradeoff",
+    "frontier": "tradeoff",
+    "scan": "loops",
+    "while_loop": "bounded",
 }
 
 

@@ -4,6 +4,8 @@ Each entry says which public name it stands in for, so that it can go when JAX h
 """
 
 import contextlib
+import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -97,9 +99,42 @@ def cpu_option_is_set() -> bool:
     return "cse_barrier_expander" in os.environ.get("XLA_FLAGS", "")
 
 
+def register_cuda_plugin() -> None:
+    """Register the CUDA plugin that JAX left out when it found no driver (no public way to ask again)."""
+    import importlib
+
+    for number in (13, 12):
+        try:
+            plugin = importlib.import_module(f"jax_plugins.xla_cuda{number}")
+        except ImportError:
+            continue
+        plugin.initialize()
+        return
+
+
+def without_gradient(exported: Any) -> Any:
+    """An exported program that can be pickled (its own format needs flatbuffers, which JAX does not bring along)."""
+    return dataclasses.replace(exported, _get_vjp=None)
+
+
+@functools.cache
+def described_cpu_devices(number: int) -> tuple[Any, ...]:
+    """CPU devices to compile for, more than the process has (`topologies` has none for CPU)."""
+    from jaxlib import xla_client
+
+    return tuple(xla_client.make_cpu_client(num_devices=number).devices())
+
+
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carried; the rest are stacked."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def distributed_client() -> Any:
+    """The client of `jax.distributed`'s key-value store; None in a process of its own."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

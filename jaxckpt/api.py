@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
 import jaxckpt
-from jaxckpt import _compat
+from jaxckpt import _compat, keeping, targets
+from jaxckpt.agreement import agreed
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
 from jaxckpt.fitting import FITTING
 from jaxckpt.measurement import Objective, input_specs, output_objective
 from jaxckpt.planner import Request, make_request, plan_program
 from jaxckpt.plans import SCHEMA, Plan
-from jaxckpt.trace import PROGRAM_CALLS, Program, is_differentiable, refuse_effects, run, trace
+from jaxckpt.trace import PROGRAM_CALLS, Memory, Program, is_differentiable, is_settled, refuse_effects, run, trace
 from jaxckpt.units import short_bytes, short_count
 
 _LOG = logging.getLogger("jaxckpt")
@@ -65,7 +66,9 @@ def auto_remat(
         cache_dir: where plans are kept; None is the user's cache directory.
 
     Returns:
-        A function with the same arguments and results.
+        A function with the same arguments and results. As under `jax.jit`, equal calls are traced once: what `fun`
+        reads besides its arguments is fixed then. Calls with an object that is no array and no constant among their
+        leaves, such as the `self` of a method, are traced each time.
 
     Raises:
         BudgetError: a budget that cannot be read, at once.
@@ -95,18 +98,20 @@ def auto_remat(
     positions = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     label = getattr(fun, "__name__", type(fun).__name__)
+    memory, directory = Memory(), None if cache_dir is None else str(cache_dir)
+    # Equal calls are one program, and one program is one call: what is known of it is found again.
+    call_of = functools.lru_cache(maxsize=64)(lambda program: _Call(program, request, label, directory))
 
     @functools.wraps(fun)
     def with_plan(*args: Any, **kwargs: Any) -> Any:
         if request is None and FITTING.value is None:
             _warn_no_budget()
             return fun(*args, **kwargs)
-        inner, args, kwargs = _bind_static(fun, args, kwargs, positions, names)
-        traced = trace(inner, args, kwargs)
+        inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, positions, names)
+        traced = trace(inner, args, kwargs, memory if all(map(is_settled, fixed)) else None, fixed)
         refuse_effects(traced.program, label)
         leaves = [leaf for leaf, dyn in zip(jax.tree.leaves((args, kwargs)), traced.is_array, strict=True) if dyn]
-        call = _Call(traced.program, request, label, None if cache_dir is None else str(cache_dir))
-        results = auto_remat_p.bind(*traced.consts, *leaves, call=call)
+        results = auto_remat_p.bind(*traced.consts, *leaves, call=call_of(traced.program))
         return jax.tree.unflatten(traced.out_tree, results)
 
     return with_plan
@@ -128,6 +133,15 @@ class _Call:
     request: Request | None
     label: str
     cache_dir: str | None
+    _known: dict[Any, Any] = field(default_factory=dict, init=False)
+
+    def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made for this call before. In `fit` it depends on what is tried, so nothing is kept."""
+        if self.request is None:
+            return make()
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     def __repr__(self) -> str:
         return f"{self.label}:{self.program.fingerprint()[:8]}"
@@ -136,19 +150,20 @@ class _Call:
         """Run the program without a plan."""
         return run(self.program, *inputs)
 
-    def planned(self, active: tuple[int, ...]) -> Callable[..., list[Any]]:
+    def planned(self, active: tuple[int, ...], *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the program with the plan for these differentiated inputs."""
         try:
             goal = _objective(self.program, active)
         except NotDifferentiableError:
             return self.plain
         if self.request is None:
-            return FITTING.value.planned(self.program, goal) if FITTING.value else self.plain
+            fitting = FITTING.value
+            return fitting.planned(self.program, goal, is_forward_mode=is_forward_mode) if fitting else self.plain
         found = _find_plan(self, goal, self.request)
         if found.schedule is None:
             return self.plain
         _warn_on_old_cpu()
-        return found.flat(self.program)
+        return found.flat(self.program, is_forward_mode=is_forward_mode)
 
 
 auto_remat_p = jex.Primitive("auto_remat")
@@ -179,16 +194,20 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
     """Batch the whole program; it is planned at the batched shapes, should it be differentiated."""
     specs = [jax.ShapeDtypeStruct(jax.typeof(x).shape, jax.typeof(x).dtype) for x in args]
     in_axes = tuple(dims)  # None where not mapped
-    batched = jax.vmap(
-        call.plain,
-        in_axes=in_axes,
-        axis_name=axis.name,
-        axis_size=axis.size,
-        spmd_axis_name=axis.spmd_name or None,
-    )
-    traced = trace(batched, specs)
-    whole = _Call(traced.program, call.request, call.label, call.cache_dir)
-    results = auto_remat_p.bind(*traced.consts, *args, call=whole)
+
+    def make() -> tuple[tuple[Any, ...], _Call]:
+        batched = jax.vmap(
+            call.plain,
+            in_axes=in_axes,
+            axis_name=axis.name,
+            axis_size=axis.size,
+            spmd_axis_name=axis.spmd_name or None,
+        )
+        traced = trace(batched, specs)
+        return traced.consts, _Call(traced.program, call.request, call.label, call.cache_dir)
+
+    consts, whole = call.remembered(("vmap", axis, in_axes), make)
+    results = auto_remat_p.bind(*consts, *args, call=whole)
     return results, [0] * len(results)
 
 
@@ -198,7 +217,7 @@ batching.fancy_primitive_batchers[auto_remat_p] = _batch
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[Any]]:
     active = tuple(i for i, t in enumerate(tangents) if not _compat.is_zero(t))
     _warn_if_mapped(primals)
-    planned = call.planned(active)
+    planned = call.planned(active, is_forward_mode=True)
 
     def on_active(*values: Any) -> list[Any]:
         full = list(primals)
@@ -216,8 +235,8 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tup
 def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: _Call) -> Any:
     """Linearize as the planned program under `jit`: JAX's own rule for that keeps every kind of remat."""
     _warn_if_mapped(primals)
-    planned = call.planned(tuple(i for i, nonzero in enumerate(nonzeros) if nonzero))
-    closed = jax.make_jaxpr(jax.jit(planned))(*input_specs(call.program))
+    active = tuple(i for i, nonzero in enumerate(nonzeros) if nonzero)
+    closed = call.remembered(active, lambda: jax.make_jaxpr(jax.jit(call.planned(active)))(*input_specs(call.program)))
     (eqn,) = closed.jaxpr.eqns
     return _compat.linearize_jit(is_vjp, nonzeros, *primals, **eqn.params)
 
@@ -238,35 +257,39 @@ def _objective(program: Program, active: tuple[int, ...]) -> Objective:
 
 
 def _find_plan(call: _Call, goal: Objective, request: Request) -> Plan:
-    """The plan of this program for these inputs: from memory, from disk, or made now."""
+    """The plan of this program for these inputs: from memory, process 0, disk, or made now."""
     program = call.program
     key = _key(program, goal, request)
     if key not in _PLANS:
-        path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
-        found = _read(path, program)
-        if found is None:
-            found = plan_program(program, goal, request)
-            _LOG.info(
-                "planned %s: peak %s of budget %s, %sFLOP recomputed",
-                call.label,
-                short_bytes(found.peak_bytes),
-                short_bytes(found.budget_bytes or 0),
-                short_count(found.recompute_flops),
-            )
-            _write(path, found)
-        _PLANS[key] = found
+        _PLANS[key] = agreed(call.label, program, lambda: _kept_or_made(call, goal, request, key))
     return _PLANS[key]
+
+
+def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> Plan:
+    path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
+    found = _read(path, call.program)
+    if found is None:
+        found = plan_program(call.program, goal, request, call.cache_dir)
+        _LOG.info(
+            "planned %s: peak %s of budget %s, %sFLOP recomputed",
+            call.label,
+            short_bytes(found.peak_bytes),
+            short_bytes(found.budget_bytes or 0),
+            short_count(found.recompute_flops),
+        )
+        if found.is_unplanned_measured or not request.verify:
+            _write(path, found)  # a prediction for want of a compiler is made again once there is one
+    return found
 
 
 def _key(program: Program, goal: Any, request: Request) -> str:
     versions = (SCHEMA, jaxckpt.__version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
-    place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""))
+    place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""), targets.find(request.target))
     return hashlib.sha256(repr((program.fingerprint(), goal, request, versions, place)).encode()).hexdigest()[:32]
 
 
 def _path(cache_dir: str | None, key: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir or Path(base) / "jaxckpt") / f"{key}.json"
+    return keeping.folder(cache_dir) / f"{key}.json"
 
 
 def _read(path: Path | None, program: Program) -> Plan | None:
@@ -293,10 +316,10 @@ def _write(path: Path | None, found: Plan) -> None:
 
 def _bind_static(
     fun: Callable, args: tuple, kwargs: dict[str, Any], positions: tuple[int, ...], names: tuple[str, ...]
-) -> tuple[Callable, tuple, dict[str, Any]]:
+) -> tuple[Callable, tuple, dict[str, Any], tuple]:
     """Fix the static arguments, so that only the others are traced."""
     if not positions and not names:
-        return fun, args, kwargs
+        return fun, args, kwargs, ()
     fixed = {p % len(args): args[p] for p in positions if -len(args) <= p < len(args)}
     fixed_names = {name: kwargs[name] for name in names if name in kwargs}
 
@@ -306,7 +329,8 @@ def _bind_static(
         return fun(*full, **named, **fixed_names)
 
     rest = tuple(a for i, a in enumerate(args) if i not in fixed)
-    return inner, rest, {k: v for k, v in kwargs.items() if k not in fixed_names}
+    left = {k: v for k, v in kwargs.items() if k not in fixed_names}
+    return inner, rest, left, (tuple(fixed), *fixed.values(), tuple(fixed_names), *fixed_names.values())
 
 
 def _warn_if_mapped(primals: Sequence[Any]) -> None:

@@ -9,7 +9,7 @@ from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
 
 from jaxckpt.cuts import Span, spans_at
-from jaxckpt.regions import LoopPlan, Saved, Tree
+from jaxckpt.regions import LoopPart, LoopPlan, Saved
 from jaxckpt.scans import Loop, Run, loop_of, run_loop
 from jaxckpt.trace import Constant, Program, evaluate, outputs_of
 
@@ -26,7 +26,9 @@ def planned(
     schedule: Schedule,
     saved: Sequence[Saved],
     prefix: str = "jaxckpt",
+    *,
     is_body: bool = False,
+    is_forward_mode: bool = False,
 ) -> Callable[..., list[Any]]:
     """Return the program as a function that recomputes as scheduled when it is differentiated.
 
@@ -37,11 +39,13 @@ def planned(
         saved: `[n]`, what each kept block saves.
         prefix: what the names of saved values begin with, so that plans do not save each other's values.
         is_body: the program is a loop's body, whose forward and backward are loops of their own.
+        is_forward_mode: it must have a derivative in forward mode too, which binomial loops have not: they are run as
+            checkpointed ones.
 
     Returns:
         A function from the program's inputs to its outputs, both flat lists.
     """
-    runner = _Runner(program, spans, saved, prefix, is_body)
+    runner = _Runner(program, spans, saved, prefix, is_body, is_forward_mode)
 
     def fun(*inputs: Any) -> list[Any]:
         env = dict(zip(program.inputs, inputs, strict=True))
@@ -51,14 +55,17 @@ def planned(
     return fun
 
 
-def _body(loop: Loop | None, tree: Tree, prefix: str) -> Callable[..., list[Any]]:
-    assert loop is not None, "only a scan has a plan of its own"
-    return planned(loop.body, spans_at(loop.body, tree.blocks), tree.schedule, tree.saved, prefix, is_body=True)
-
-
 class _Runner:
-    def __init__(self, program: Program, spans: Sequence[Span], saved: Sequence[Saved], prefix: str, is_body: bool):
-        self.spans, self.saved, self.prefix = spans, saved, prefix
+    def __init__(
+        self,
+        program: Program,
+        spans: Sequence[Span],
+        saved: Sequence[Saved],
+        prefix: str,
+        is_body: bool,
+        is_forward_mode: bool,
+    ):
+        self.spans, self.saved, self.prefix, self.is_forward_mode = spans, saved, prefix, is_forward_mode
         # In a loop's body, nothing of an outermost region's recomputation can be merged with its first run.
         self.prevent_cse = not is_body
         self.last_reader: dict[int, int] = {}
@@ -89,11 +96,27 @@ class _Runner:
         *before, eqn = self.spans[block].equations
         evaluate(before, env)
         operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
-        runs = [
-            Run(part.lengths, _body(loop_of(eqn), part.body, f"{self.prefix}.{block}.{i}"))
-            for i, part in enumerate(plan.parts)
-        ]
+        runs = [self._run(loop_of(eqn), part, f"{self.prefix}.{block}.{i}") for i, part in enumerate(plan.parts)]
         env.update(zip(eqn.outputs, run_loop(eqn, operands, runs), strict=True))
+
+    def _run(self, loop: Loop | None, part: LoopPart, prefix: str) -> Run:
+        assert loop is not None, "only a scan has a plan of its own"
+        lengths, num_states = part.lengths, part.num_states
+        if num_states is not None and self.is_forward_mode:
+            # A binomial loop has a derivative of its own, and in reverse only.
+            num_states = None
+        tree = part.body
+        body = planned(
+            loop.body,
+            spans_at(loop.body, tree.blocks),
+            tree.schedule,
+            tree.saved,
+            prefix,
+            # A binomial loop runs an iteration's forward and backward together.
+            is_body=num_states is None,
+            is_forward_mode=self.is_forward_mode,
+        )
+        return Run(lengths=lengths, body=body, num_states=num_states)
 
     def _region(
         self, start: int, stop: int, body: Callable, names: tuple[str, ...], env: dict[int, Any], is_inner: bool

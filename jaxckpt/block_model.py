@@ -6,7 +6,7 @@ exactly what JAX is left with after its own dead-code elimination.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from ckptsolvers.mincut import Operation, save_sets
 
 from jaxckpt import costs, liveness
 from jaxckpt.cuts import Span
+from jaxckpt.habits import habits_of
 from jaxckpt.regions import Saved
 from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes
+from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes, spec_of
 
 EVERYTHING = "everything"
 
@@ -105,8 +106,9 @@ def differentiate(local: LocalBlock) -> Joint:
         _, pull, values = jax.vjp(forward, *(env[v] for v in local.active_inputs), has_aux=True)
         return values, pull(cotangents)
 
-    spec = lambda v: jax.ShapeDtypeStruct(program.avals[v].shape, program.avals[v].dtype)  # noqa: E731
-    closed = jax.make_jaxpr(joint)([spec(v) for v in span.inputs], [spec(v) for v in local.active_outputs])
+    inputs = [spec_of(program.avals[v]) for v in span.inputs]
+    cotangents = [spec_of(program.avals[v].to_ct_aval()) for v in local.active_outputs]
+    closed = jax.make_jaxpr(joint)(inputs, cotangents)
     flat = flatten(closed.jaxpr)
     inputs = flat.inputs[len(closed.consts) :]
     cotangents = inputs[len(span.inputs) :]
@@ -151,8 +153,7 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
-    everything = model.residuals_kept()
-    kept.append((replace(model.option(EVERYTHING, everything), recompute_time=0), everything))
+    kept.append(model.everything())
     choices.append(None)
     return Analysis(
         model.block(tuple(option for option, _ in kept), model.time),
@@ -174,12 +175,15 @@ class Model:
 
     def __init__(self, local: LocalBlock, joint: Joint, timer: Timer, target: Target):
         self.local, self.joint, self.target = local, joint, target
+        self.habits = habits_of(target, joint.avals)
         self.size = lambda v: size_bytes(joint.avals[v])
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
+        # On CPU that is what happens; elsewhere schedulers mind the memory.
+        self.early, self.late = (self._early(), self._late()) if target.platform == "cpu" else ([], [])
         # Several of the block's values may be one value of the joint program; the first stands for it.
         self.named: dict[int, int] = {}
         for position, v in enumerate(local.values):
@@ -198,23 +202,52 @@ class Model:
                 found.setdefault(saved)
         return list(found)
 
-    def residuals_kept(self) -> frozenset[int]:
+    def everything(self) -> tuple[Option, frozenset[int]]:
+        """The option that leaves the block to JAX, and what it holds."""
+        held = self._residuals_kept()
+        # What is fused is made from what is held wherever it is read.
+        fused = self._needed({v for eqn in self._backward_alone for v in eqn.reads}, held)
+        late = set(map(id, self.late))
+        peak = self._backward_peak([*(e for e in fused if id(e) not in late), *self._backward_alone], held)
+        return replace(self.option(EVERYTHING, held), recompute_time=0, backward_peak_bytes=peak), held
+
+    def _residuals_kept(self) -> frozenset[int]:
         """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
+        forward = [eqn for eqn in self.joint.forward if id(eqn) not in set(map(id, self.late))]
         held = liveness.buffers_across(
-            self.joint.forward,
-            self.joint.backward,
+            [*forward, *self.early],
+            self._backward_alone,
             self.size,
             kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients],
-            reductions_fuse_broadcasts=self.target.platform != "cpu",
+            habits=self.habits,
         )
         return frozenset(v for v in held if self.size(v))
+
+    @property
+    def _backward_alone(self) -> list[Equation]:
+        """What runs after the forward where no checkpoint separates the two."""
+        backward = [eqn for eqn in self.joint.backward if id(eqn) not in set(map(id, self.early))]
+        return [*backward, *self.late]
+
+    def _early(self) -> list[Equation]:
+        """What of the backward depends on no activation: next to the forward, a compiler may run it first."""
+        local, joint = self.local, self.joint
+        there = {joint.value[v] for v in local.span.inputs if v not in set(local.crossing)}
+        cotangents = zip(local.active_outputs, joint.cotangents, strict=True)
+        there.update(ct for v, ct in cotangents if v in set(local.results))
+        _following(joint.forward, there)
+        return _following(joint.backward, there)
+
+    def _late(self) -> list[Equation]:
+        """What leads to nothing but results of the program: a compiler may put it off until after the backward."""
+        results = {self.joint.value.get(v) for v in self.local.results}
+        needed = self._needed({*self.joint.residuals, *(v for v in self.outputs if v not in results)}, frozenset())
+        return [eqn for eqn in self.joint.forward if id(eqn) not in set(map(id, needed))]
 
     def residual_bytes(self) -> int:
         """What a loop stacks of the block, once per iteration; what is the same in each is made once, outside."""
         same = {self.joint.value[v] for v in self.local.invariant}
-        for eqn in self.joint.forward:
-            if same.issuperset(eqn.reads):
-                same.update(eqn.outputs)
+        _following(self.joint.forward, same)
         return sum(self.size(v) for v in self.joint.residuals if v not in same)
 
     def option(self, name: str, saved: frozenset[int]) -> Option:
@@ -227,7 +260,7 @@ class Model:
             recompute_time=sum(self.time[id(eqn)] for eqn in again),
             forward_times=self._forward_times(saved, self.time),
             forward_peak_bytes=self._forward_peak(saved),
-            backward_peak_bytes=self._backward_peak(again, saved),
+            backward_peak_bytes=self._backward_peak([*again, *self.joint.backward], saved),
             saved_outputs=tuple(self.outputs.index(v) for v in own),
         )
 
@@ -267,16 +300,17 @@ class Model:
         external = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
         kept = {*self.outputs, *saved} - external - {-1}
         needed = self._needed({*kept, *external}, frozenset())
-        return liveness.peak_bytes(needed, self.size, kept=kept, external=external)
+        return liveness.peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
 
-    def _backward_peak(self, again: list[Equation], saved: frozenset[int]) -> int:
+    def _backward_peak(self, equations: Sequence[Equation], saved: frozenset[int]) -> int:
         waiting = set(self.joint.waiting)
         return liveness.peak_bytes(
-            [*again, *self.joint.backward],
+            equations,
             self.size,
             held={*saved, *self.joint.cotangents},
             kept=waiting,
             external=set(self.joint.gradients) - waiting,
+            habits=self.habits,
         )
 
     def _operations(self, time: dict[int, int]) -> list[Operation]:
@@ -291,3 +325,13 @@ class Model:
                 found.append(eqn)
                 needed.update(v for v in eqn.reads if v not in there)
         return found[::-1]
+
+
+def _following(equations: Sequence[Equation], there: set[int]) -> list[Equation]:
+    """The equations that need nothing but what is there; what they make is there then."""
+    found = []
+    for eqn in equations:
+        if there.issuperset(eqn.reads):
+            there.update(eqn.outputs)
+            found.append(eqn)
+    return found

@@ -12,6 +12,8 @@ from ckptsolvers.chain import default_num_levels
 
 # Candidates stand this far apart in predicted bytes; finer ones differ by less than a compiler's own noise.
 _STEP = 1.01
+# From the most bytes of a table to the least for which its schedules are taken; below, its levels are too coarse.
+_RANGE = 8
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
 _MAX_DEPTH = 20
 _ILP_TIME_S = 3.0
@@ -44,12 +46,12 @@ def candidates(problem: Problem, solver: Any) -> list[Candidate]:
 
         schedules = list(revolve_schedules(problem))
     else:
-        from ckptsolvers import solve
+        from ckptsolvers.solve import SOLVERS as by_name
 
         if isinstance(solver, str):
             # It is asked some forty times, so a proof of each answer would take too long.
             limit = {"time_limit_s": _ILP_TIME_S} if solver == "ilp" else {}
-            solver = functools.partial(solve.SOLVERS[solver], **limit)
+            solver = functools.partial(by_name[solver], **limit)
         schedules = _called_schedules(problem, solver)
     judged = [Candidate(s, simulate(problem, s)) for s in schedules if s.depth <= _MAX_DEPTH]
     judged.sort(key=lambda c: (c.judgement.peak_bytes, c.judgement.work))
@@ -72,15 +74,20 @@ def _spread(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def chain_schedules(problem: Problem) -> Sequence[Schedule]:
-    """Schedules from the least bytes to keeping everything: two tables, the finer one where bytes are few."""
+    """Schedules from the least bytes to keeping everything: a table for all, and finer ones where bytes are fewer."""
     most = max(1, keep_all(problem).judgement.peak_bytes)
     num_levels = default_num_levels(problem.num_blocks) // 2
-    coarse = ChainTable(problem, max_bytes=most, num_levels=num_levels)
-    if not coarse.steps():
-        return []  # rounded up to the table's resolution, not even keeping everything fits
-    least = coarse.steps()[0] * coarse.unit_bytes
-    fine = ChainTable(problem, max_bytes=int(1.5 * least), num_levels=num_levels)
-    return [*_spread_schedules(fine, 0), *_spread_schedules(coarse, int(1.5 * least))]
+    schedules: list[Schedule] = []
+    while most:
+        table = ChainTable(problem, max_bytes=most, num_levels=num_levels)
+        if not table.steps():
+            break  # rounded up to the table's resolution, not even keeping everything fits
+        low = int(1.5 * table.steps()[0] * table.unit_bytes)
+        # A loop left to itself may keep a hundred times what it needs.
+        above = most // _RANGE if low * _RANGE < most else low if low < most else 0
+        schedules = [*_spread_schedules(table, above), *schedules]
+        most = above
+    return schedules
 
 
 def _spread_schedules(table: ChainTable, above_bytes: int) -> list[Schedule]:

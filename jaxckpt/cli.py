@@ -1,12 +1,15 @@
 """The command line: data to stdout, words to stderr; exit 0 yes, 1 a clear no, 2 a call that makes no sense."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser.print_help(sys.stderr)
         return _USAGE
+    if getattr(options, "target", None):
+        # A named chip is compiled for without any device, and looking for one takes time and prints warnings.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # JAX takes a second to import, and --help does not need it.
     from jaxckpt import errors
 
     try:
-        return options.run(options)
+        with _progress():
+            return options.run(options)
     except errors.InfeasibleBudgetError as error:
         print(f"jaxckpt: {error}", file=sys.stderr)
         if options.json:
@@ -40,6 +47,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (errors.JaxckptError, _UsageError, OSError) as error:
         print(f"jaxckpt: {error}", file=sys.stderr)
         return _USAGE
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """A line on the terminal while something compiles for more than a second; nowhere else."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    from jaxckpt.measurement import show_progress
+
+    console = Console(stderr=True)
+
+    @contextlib.contextmanager
+    def show(text: str) -> Iterator[None]:
+        status = console.status(text)
+        timer = threading.Timer(1.0, status.start)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            status.stop()
+
+    with show_progress(show):
+        yield
 
 
 class _UsageError(Exception):
@@ -65,12 +100,25 @@ def _parser() -> argparse.ArgumentParser:
     _takes_function(measure)
     measure.add_argument("--forward", action="store_true", help="measure the function itself, not its gradient")
 
+    curve = _command(commands, "frontier", _frontier, "print the trade-off of peak bytes against step cost")
+    _takes_function(curve)
+    curve.add_argument("--cost", choices=("time", "flops"), default="time", help="what a step's cost is counted in")
+    curve.add_argument("--num-points", type=int, default=12, help="how many plans at most")
+    curve.add_argument("--verify", action="store_true", help="compile every point and measure it")
+    curve.add_argument("--plot", type=Path, help="draw it into this file, such as frontier.png")
+
     show = _command(commands, "show", _show, "print a plan from a file")
     show.add_argument("plan", type=Path)
 
     check = _command(commands, "check", _check, "say whether a plan from a file is for this function")
     check.add_argument("plan", type=Path)
     _takes_function(check)
+
+    cite = _command(commands, "cite", _cite, "print the BibTeX of the methods that a solver uses")
+    cite.add_argument("solver", nargs="?", default="auto", help="a solver's name, as in --solver, or all")
+    targets = _command(commands, "targets", _targets, "list the chips that can be planned for, and their compilers")
+    targets.add_argument("--install", metavar="TARGET", help="install the compiler for this chip into this environment")
+    targets.add_argument("--dry-run", action="store_true", help="with --install: print the command, do not run it")
     return parser
 
 
@@ -140,6 +188,38 @@ def _measure(options: argparse.Namespace) -> int:
     return _YES
 
 
+def _frontier(options: argparse.Namespace) -> int:
+    import jaxckpt
+    from jaxckpt.report import show_frontier
+
+    fun, args = _function_and_args(options)
+    found = jaxckpt.frontier(
+        fun,
+        *args,
+        cost=options.cost,
+        target=options.target,
+        num_points=options.num_points,
+        verify=options.verify,
+        argnums=_argnums(options),
+        has_aux=options.has_aux,
+    )
+    if options.plot:
+        from jaxckpt.plotting import draw_frontier
+
+        draw_frontier(found, options.plot)
+        print(f"wrote {options.plot}", file=sys.stderr)
+    print(json.dumps(found.to_json(), indent=1) if options.json else show_frontier(found, color=_color()))
+    return _YES
+
+
+def _cite(options: argparse.Namespace) -> int:
+    from jaxckpt.citing import bibtex
+
+    text = bibtex(options.solver)
+    print(json.dumps({"solver": options.solver, "bibtex": text}, indent=1) if options.json else text)
+    return _YES
+
+
 def _show(options: argparse.Namespace) -> int:
     from jaxckpt.plans import Plan
 
@@ -158,13 +238,49 @@ def _check(options: argparse.Namespace) -> int:
     return _YES
 
 
+def _targets(options: argparse.Namespace) -> int:
+    from jaxckpt import chips, installs
+    from jaxckpt.report import show_targets
+
+    if options.dry_run and not options.install:
+        raise _UsageError("--dry-run goes with --install TARGET")
+    if options.install:
+        return _install(chips.find(options.install), options)
+    rows = [installs.describe(chip) for chip in chips.known().values()]
+    print(json.dumps(rows, indent=1) if options.json else show_targets(rows, color=_color()))
+    return _YES
+
+
+def _install(chip: Any, options: argparse.Namespace) -> int:
+    from jaxckpt import installs
+
+    wanted = installs.command(chip)
+    if options.json:
+        print(json.dumps({"target": chip.name, "command": wanted}))
+    elif options.dry_run:
+        print(shlex.join(wanted))
+    if not wanted:
+        print(f"{chip.name} needs nothing that JAX does not bring along", file=sys.stderr)
+    if options.dry_run or not wanted:
+        return _YES
+    if not installs.unusable(chip):
+        print(f"the compiler for {chip.name} is installed already", file=sys.stderr)
+        return _YES
+    print(shlex.join(wanted), file=sys.stderr)
+    return _YES if installs.install(chip) == 0 else _NO
+
+
+def _color() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
 def _print_plan(found: Any, as_json: bool) -> None:
     from jaxckpt.report import show_plan
 
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        print(show_plan(found, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        print(show_plan(found, color=_color()))
 
 
 def _infeasible(error: Any) -> dict[str, Any]:

@@ -1,56 +1,93 @@
 """Compilers of chips that are not here: a topology stands for the chip, and no driver or device is needed."""
 
+import contextlib
 import functools
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from jaxckpt.errors import TargetError
-from jaxckpt.targets import Target
+from jaxckpt import _compat, installs
+from jaxckpt.chips import Target
+from jaxckpt.errors import CompilerError, TargetError
 
-_INSTALL = {
-    "tpu": "pip install 'jaxckpt[tpu]'",
-    "cuda": "pip install --no-deps jax-cuda{cuda}-plugin=={jax} jax-cuda{cuda}-pjrt=={jax}",
-}
 # What the compiler says when a program needs more than the chip has: itself a measurement.
-_REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMG])\)|Used ([\d.]+)([KMG]) of", re.IGNORECASE)
-_SCALE = {"K": 2**10, "M": 2**20, "G": 2**30}
+_REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", re.IGNORECASE)
+_SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def device(target: Target, topology: str | None) -> Any:
-    """Return a device of the target to put arguments on, real or described.
+def devices(target: Target, topology: str | None) -> tuple[Any, ...]:
+    """Return the devices of a target to put arguments on, real or described.
 
     Args:
         target: the chip.
-        topology: what follows the colon of a target's name; None is the smallest there is.
+        topology: what follows the colon of a target's name: for a TPU its layout, such as "2x4", for others how many;
+            None is one device.
 
     Raises:
-        TargetError: its compiler is not installed, with the command that installs it, or has no such topology.
+        TargetError: its compiler is not installed or of another version, with the command that installs the right one,
+            or it has no such topology.
     """
+    if target.platform == "tpu":
+        found = _topology(target, topology)
+        return found if topology else found[:1]
+    number = int(topology or 1)
     if target.platform == "cpu":
-        return jax.local_devices(backend="cpu")[0]
-    return _topology(target, topology)[0]
+        here = _cpu_devices()
+        return here[:number] if len(here) >= number else _compat.described_cpu_devices(number)
+    return _topology(target, str(number))
+
+
+def _cpu_devices() -> tuple[Any, ...]:
+    try:
+        return tuple(jax.local_devices(backend="cpu"))
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out, and its compiler is needed all the same
+        return ()
 
 
 @functools.lru_cache(maxsize=32)
 def _topology(target: Target, topology: str | None) -> tuple[Any, ...]:
-    from jax.experimental import topologies
-
+    if problem := installs.unusable(target):
+        raise CompilerError(problem)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
-        if target.gpu is None:
-            name = f"{target.name}:{topology or target.topology}"
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-        else:
-            found = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=_gpu_config(target), topology=f"1x1x{topology or 1}"
-            )
+        if target.tpu is not None:
+            with _shared_libtpu():
+                return _describe(
+                    platform="tpu", topology_name=f"{target.tpu.compiler}:{topology or target.tpu.topology}"
+                )
+        asked = {"platform": "cuda", "topology_name": "", "target_config": _gpu_config(target)}
+        try:
+            return _describe(**asked, topology=f"1x1x{topology}")
+        except NotImplementedError:
+            # JAX looked for a GPU before, found no driver, and left the plugin out.
+            _compat.register_cuda_plugin()
+            return _describe(**asked, topology=f"1x1x{topology}")
     except Exception as error:  # every backend raises its own kind
-        raise TargetError(_why(target, topology, error)) from error
-    return tuple(found.devices)
+        raise _explained(target, topology, error) from error
+
+
+@contextlib.contextmanager
+def _shared_libtpu() -> Iterator[None]:
+    """Let several processes have libtpu: its lock guards chips, and a compiler uses none."""
+    name = "ALLOW_MULTIPLE_LIBTPU_LOAD"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _describe(**asked: str) -> tuple[Any, ...]:
+    from jax.experimental import topologies
+
+    return tuple(topologies.get_topology_desc(**asked).devices)
 
 
 def _gpu_config(target: Target) -> str:
@@ -62,7 +99,7 @@ def _gpu_config(target: Target) -> str:
         "threads_per_warp": 32,
         "shared_memory_per_block": 49152,
         "shared_memory_per_core": gpu.shared_bytes,
-        "threads_per_core_limit": 2048,
+        "threads_per_core_limit": gpu.threads,
         "core_count": gpu.num_cores,
         "fpus_per_core": gpu.fpus,
         "block_dim_limit_x": 2**31 - 1,
@@ -76,22 +113,25 @@ def _gpu_config(target: Target) -> str:
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
     }
+    major, minor = gpu.capability.split(".")
     fields = " ".join(f"{key}: {value}" for key, value in info.items())
     return (
-        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {gpu.capability} }} }} "
+        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
         f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }} '
         f'device_description_str: "{gpu.description}"'
     )
 
 
-def _why(target: Target, topology: str | None, error: Exception) -> str:
-    from jaxckpt import _compat
-
-    install = _INSTALL[target.platform].format(jax=_compat.JAX_VERSION, cuda=_compat.CUDA_PLUGIN)
-    where = f" with topology {topology!r}" if topology else ""
-    return (
-        f"the compiler for target={target.name!r}{where} cannot be used here ({str(error).splitlines()[0][:200]}). "
-        f"If it is not installed: {install}"
+def _explained(target: Target, topology: str | None, error: Exception) -> TargetError:
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if "opology" in said and topology and target.tpu is not None:
+        return TargetError(
+            f"target={target.name!r} has no topology {topology!r} ({said}). Layouts that exist are "
+            f"{' and '.join(target.layouts)}, for example"
+        )
+    return CompilerError(
+        f"the compiler for target={target.name!r} cannot be used here ({said}). If it is broken, install it "
+        f"again with: {installs.shown_command(target)}"
     )
 
 

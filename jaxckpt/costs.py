@@ -51,6 +51,10 @@ _REDUCES = _find(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor cumsum cummax cummin "
     "cumprod cumlogsumexp psum pmax pmin scatter_add scatter_mul scatter_min scatter_max scatter_sub reduce_scatter"
 )
+# These write into their first operand.
+IN_PLACE = _find(
+    "dynamic_update_slice scatter scatter_add scatter_apply scatter_max scatter_min scatter_mul scatter_sub"
+)
 _SOLVES = frozenset({lax.linear_solve_p})
 _RANDOM = _find(
     "random_bits random_fold_in random_seed random_split random_gamma rng_bit_generator rng_uniform threefry2x32"

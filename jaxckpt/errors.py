@@ -63,4 +63,12 @@ class UnsupportedProgramError(JaxckptError, NotImplementedError):
 
 
 class TargetError(JaxckptError, ValueError):
-    """A target that is unknown, or whose compiler is not installed."""
+    """A target that is unknown, has no such topology, or whose compiler cannot be used."""
+
+
+class CompilerError(TargetError):
+    """A target's compiler that is not installed, does not match this JAX, or failed: nothing can be measured."""
+
+
+class ShardingError(JaxckptError, ValueError):
+    """Arguments that lie on several devices in a way that cannot be compiled."""

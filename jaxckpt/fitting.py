@@ -2,27 +2,29 @@
 
 The gradients of a step are temporaries, its optimizer state is an argument, and donated arguments give their buffers
 back: only compiling the step says what it takes. The functions inside that `auto_remat` decorates without a budget
-share one limit on their temporaries, each takes its cheapest schedule below it, and the limit is searched for.
+share what is left. Where their peaks do not coincide they keep to one common limit; where what they hold adds up, bytes
+go where they save most. The unplanned step says which of the two it is, and in the end each gets what the others leave.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import jax
-
-from jaxckpt import _compat
-from jaxckpt.errors import InfeasibleBudgetError, OptionError
+from jaxckpt.candidates import Candidate
+from jaxckpt.description import describe
+from jaxckpt.errors import InfeasibleBudgetError
 from jaxckpt.ladder import Ladder
-from jaxckpt.measurement import Measurement, Objective, compiled_bytes
+from jaxckpt.measurement import Measurement
 from jaxckpt.plans import Plan
-from jaxckpt.study import Candidate, Study
-from jaxckpt.trace import Program, run
+from jaxckpt.sharing import Picks, apart, together
+from jaxckpt.steps import FITTING as FITTING
+from jaxckpt.steps import Step
+from jaxckpt.study import Study
 from jaxckpt.units import parse_budget, show_bytes
 
-# What decorated functions ask while a step is traced; jit traces again when it changes.
-FITTING = jax.make_user_context(None)
+# A function that could save less than this share of the cost is not worth a compile of its own.
+_WORTH = 0.005
+_MAX_RAISES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,37 +36,17 @@ class Fitted:
         plans: of the decorated functions, in the order they are differentiated. Their peaks are predicted: it is the
             step that was measured.
         measurement: of the whole step.
-        unplanned: the same without plans.
+        unplanned: the same without plans; None where `largest_batch` had no need to compile it.
         num_compiles: how many steps were compiled to find it.
+        batch: what `largest_batch` found; None from `fit`.
     """
 
     step: Callable
     plans: tuple[Plan, ...]
     measurement: Measurement
-    unplanned: Measurement
+    unplanned: Measurement | None
     num_compiles: int
-
-
-@dataclass(eq=False)
-class _Choice:
-    """What every decorated function does: its cheapest schedule below a limit, or no plan at all."""
-
-    cost: str
-    target: str | None
-    studies: dict[tuple, Study] = field(default_factory=dict)
-    limit_bytes: int | None = None
-
-    def planned(self, program: Program, goal: Objective) -> Callable[..., list[Any]]:
-        key = (program.fingerprint(), goal)
-        if key not in self.studies:
-            self.studies[key] = Study(program, goal, self.cost, "auto", self.target)
-        study = self.studies[key]
-        if self.limit_bytes is None or not study.candidates:
-            return functools.partial(run, program)
-        return study.planned(cheapest_below(study, self.limit_bytes).schedule)
-
-    def at(self, limit_bytes: int) -> "_Choice":
-        return _Choice(self.cost, self.target, self.studies, limit_bytes)
+    batch: int | None = None
 
 
 def fit(
@@ -80,18 +62,22 @@ def fit(
     Args:
         step: a function that differentiates functions decorated with `auto_remat` without a budget. Those with a
             budget of their own keep their plans.
-        *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s.
+        *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices,
+            the budget is for each.
         budget: device bytes of the compiled step: an int, `"16GB"`, `"16GiB"`, or `"80%"` of its unplanned peak.
         cost: what is minimised: "time" or "flops".
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
 
     Returns:
-        The jitted step with its plans and what it measured. It takes one compile without plans, and two to ten with.
+        The jitted step with its plans and what it measured. It takes one compile without plans, and some three with;
+        a few more where several functions share the budget.
 
     Raises:
         OptionError: the step differentiates no decorated function.
         InfeasibleBudgetError: no choice of plans fits.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxckpt
@@ -107,93 +93,117 @@ def fit(
         1
     """
     wanted = parse_budget(budget)
+    whole = Step(step, args, cost, target, donate_argnums)
+    return fitted(whole, wanted.resolve(whole.measure(whole.without).device_bytes))
 
-    def compiled(choice: _Choice) -> Measurement:
-        return compiled_bytes(_under(choice, step), args, target, donate_argnums)
 
-    free = _Choice(cost, target)
-    unplanned = compiled(free)
-    studies = [study for study in free.studies.values() if study.candidates]
-    if not free.studies:
-        raise OptionError(
-            f"{getattr(step, '__name__', 'the step')} differentiates no function that auto_remat decorates without a "
-            "budget, so there is nothing to plan; decorate the loss with @jaxckpt.auto_remat"
-        )
-    budget_bytes = wanted.resolve(unplanned.device_bytes)
-    if unplanned.device_bytes <= budget_bytes:
-        plans = tuple(_plan(study, None, unplanned) for study in free.studies.values())
-        return Fitted(
-            step=_jitted(free, step, donate_argnums),
-            plans=plans,
-            measurement=unplanned,
-            unplanned=unplanned,
-            num_compiles=1,
-        )
-    limits = sorted({c.judgement.peak_bytes for study in studies for c in study.candidates})
-    measured: dict[int, Measurement] = {}
+def fitted(step: Step, budget_bytes: int, batch: int | None = None) -> Fitted:
+    """Choose the cheapest plans that are measured to fit; whether they are needed is known if it was compiled without.
 
-    def measure(i: int) -> int:
-        measured[i] = compiled(free.at(limits[i]))
-        return measured[i].device_bytes
-
-    fixed = unplanned.device_bytes - unplanned.temp_bytes
-    ladder = Ladder(fixed, limits, measure)
-    chosen = ladder.cheapest(budget_bytes) if limits else None
-    if chosen is None:
-        least = ladder.known[ladder.least()] if limits else unplanned.device_bytes
-        _refuse(budget_bytes, min(least, unplanned.device_bytes), unplanned)
-    final = free.at(limits[chosen])
+    Raises:
+        InfeasibleBudgetError: no choice of plans fits.
+    """
+    unplanned = step.measured.get(step.without)
+    picks = step.without
+    if unplanned is None or unplanned.device_bytes > budget_bytes:
+        picks = _searched(step, budget_bytes) if step.keys else None
+        if picks is None:
+            refuse(step, budget_bytes)
     return Fitted(
-        step=_jitted(final, step, donate_argnums),
-        plans=tuple(_plan(study, cheapest_below(study, limits[chosen]), unplanned) for study in studies),
-        measurement=measured[chosen],
+        step=step.jitted(picks),
+        plans=tuple(_plans(step, picks)),
+        measurement=step.measured[picks],
         unplanned=unplanned,
-        num_compiles=1 + len(measured),
+        num_compiles=len(step.measured),
+        batch=batch,
     )
 
 
-def cheapest_below(study: Study, limit_bytes: int) -> Candidate:
-    """A study's cheapest candidate within a limit on temporaries, or the one with the least."""
-    inside = [c for c in study.candidates if c.judgement.peak_bytes <= limit_bytes]
-    return inside[-1] if inside else study.candidates[0]
+def _searched(step: Step, budget_bytes: int) -> Picks | None:
+    """The cheapest picks on one path from the least bytes to the least work that fit."""
+    adds_up = _adds_up(step)
+    path = (together if adds_up else apart)(step.peaks, step.costs)
+    combine = sum if adds_up else max
+    predicted = [combine(row[i] for row, i in zip(step.peaks, picks, strict=True)) for picks in path]
+    state, offset = _outside(step, predicted[0], predicted[-1])
+    costs = [step.cost(picks) for picks in path]
+    ladder = Ladder(state + offset, predicted, costs, lambda i: step.measure(path[i]).device_bytes, num_before=1)
+    ladder.known |= {i: step.measured[p].device_bytes for i, p in enumerate(path[:-1]) if p in step.measured}
+    chosen = ladder.cheapest(budget_bytes)
+    if chosen is None or adds_up:
+        return None if chosen is None else path[chosen]
+    return _raised(step, path[chosen], budget_bytes)
 
 
-def _under(choice: _Choice, step: Callable) -> Callable:
-    @functools.wraps(step)
-    def chosen(*args: Any) -> Any:
-        with FITTING(choice):
-            return step(*args)
-
-    return chosen
+def _adds_up(step: Step) -> bool:
+    """Whether the functions hold their bytes at the same time, as one does that reads the other's result."""
+    at_once, in_turn = sum(row[-1] for row in step.peaks), max(row[-1] for row in step.peaks)
+    unplanned = step.measured.get(step.without)
+    return len(step.peaks) > 1 and unplanned is not None and unplanned.temp_bytes > (at_once + in_turn) / 2
 
 
-def _jitted(choice: _Choice, step: Callable, donate_argnums: int | Sequence[int]) -> Callable:
-    options = dict(_compat.CPU_REMAT_OPTIONS) if jax.default_backend() == "cpu" else None
-    return jax.jit(_under(choice, step), donate_argnums=donate_argnums, compiler_options=options or None)
+def _outside(step: Step, least_bytes: int, unplanned_bytes: int) -> tuple[int, int]:
+    """Arguments and results, and what else is alive with the functions' temporaries: gradients, as far as measured."""
+    measured, predicted = step.measured.get(step.without), unplanned_bytes
+    if measured is None:
+        measured, predicted = step.measure(tuple(0 for _ in step.keys)), least_bytes
+    state = measured.device_bytes - measured.temp_bytes
+    return state, min(max(0, measured.temp_bytes - predicted), step.gradient_bytes)
 
 
-def _plan(study: Study, candidate: Candidate | None, unplanned: Measurement) -> Plan:
-    from jaxckpt.planner import describe
+def _raised(step: Step, picks: Picks, budget_bytes: int) -> Picks:
+    """Give each function what the others leave: those whose own peak is not the step's recompute less."""
+    left = _MAX_RAISES if len(picks) > 1 else 0
+    for f in sorted(range(len(picks)), key=lambda f: -step.costs[f][picks[f]]):
+        fits, over = picks[f], len(step.options[f])
+        while left and over - fits > 1 and step.costs[f][fits] - step.costs[f][over - 1] >= _WORTH:
+            # No plan at all first, then halfway.
+            i = over - 1 if over == len(step.options[f]) else (fits + over) // 2
+            tried = (*picks[:f], i, *picks[f + 1 :])
+            left -= tried not in step.measured
+            if step.measure(tried).device_bytes <= budget_bytes:
+                fits, picks = i, tried
+            else:
+                over = i
+    return picks
 
+
+def _plans(step: Step, picks: Picks) -> list[Plan]:
+    chosen = {key: row[i] for key, row, i in zip(step.keys, step.options, picks, strict=True)}
+    return [_plan(study, chosen.get(key)) for key, study in step.free.studies.items()]
+
+
+def _plan(study: Study, candidate: Candidate | None) -> Plan:
+    peak = lambda c: study.fixed_bytes + (c.judgement.peak_bytes if c else 0)  # noqa: E731
+    unplanned = peak(study.unplanned if study.candidates else None)
     return describe(
         study,
         candidate,
         budget_bytes=None,
         max_cost=None,
-        unplanned_peak_bytes=study.fixed_bytes + (study.unplanned.judgement.peak_bytes if study.candidates else 0),
+        unplanned_peak_bytes=unplanned,
+        predicted_peak_bytes=peak(candidate) if candidate else unplanned,
         measured_peak_bytes=None,
         next_peak_bytes=None,
-        least_peak_bytes=study.fixed_bytes + (study.candidates[0].judgement.peak_bytes if study.candidates else 0),
+        least_peak_bytes=peak(study.candidates[0] if study.candidates else None),
         is_unplanned_measured=False,
         is_least_measured=False,
         num_compiles=0,
+        calibration=None,
     )
 
 
-def _refuse(budget: int, least: int, unplanned: Measurement) -> NoReturn:
+def refuse(step: Step, budget: int, what: str = "the step") -> NoReturn:
+    """Say that no plans fit, with the least that was measured and what none of them changes.
+
+    Raises:
+        InfeasibleBudgetError: always.
+    """
+    unplanned = step.measure(step.without)
+    least = min(m.device_bytes for m in step.measured.values())
     state = unplanned.device_bytes - unplanned.temp_bytes
     raise InfeasibleBudgetError(
-        f"no plans fit the step into budget={show_bytes(budget)}. The least feasible peak is {show_bytes(least)} "
+        f"no plans fit {what} into budget={show_bytes(budget)}. The least feasible peak is {show_bytes(least)} "
         f"(measured); without plans it is {show_bytes(unplanned.device_bytes)} (measured). Arguments and results, such "
         f"as parameters and optimizer state, take {show_bytes(state)} of it, which no plan changes",
         budget_bytes=budget,

@@ -2,11 +2,17 @@
 
 from collections.abc import Callable, Sequence
 
-# A candidate that uses this share of its budget is not worth another compile.
-_ENOUGH = 0.99
+import numpy as np
+
+# A candidate that uses this share of its budget is not worth another compile, one below the other is.
+_ENOUGH, _TOO_LITTLE = 0.99, 0.9
+# Between the two, how much of the unplanned step's cost the next guess must save, by the compiles so far.
+_WORTH = (0.0, 0.005, 0.02)
 _MAX_COMPILES = 10
 # How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible.
-_NUM_LEAST = 4
+NUM_LEAST = 4
+# Room left when the guess before was too large: the next one should fit.
+_AFTER_MISS = 0.01
 
 
 class Ladder:
@@ -15,28 +21,43 @@ class Ladder:
     Args:
         fixed_bytes: what every candidate takes.
         predicted_bytes: `[num_candidates]` beyond that, ascending.
+        costs: `[num_candidates]` work beyond the unplanned program's, as a fraction of that, descending.
         measure: compiles a candidate and returns its device bytes.
+        expected: measured over predicted bytes to expect at a candidate before anything is measured.
+        spread: how far from that the first one may be.
+        num_before: compiles that were made already, such as that of the program without a plan.
     """
 
-    def __init__(self, fixed_bytes: int, predicted_bytes: Sequence[int], measure: Callable[[int], int]):
-        self.fixed_bytes, self.predicted_bytes = fixed_bytes, predicted_bytes
+    def __init__(
+        self,
+        fixed_bytes: int,
+        predicted_bytes: Sequence[int],
+        costs: Sequence[float],
+        measure: Callable[[int], int],
+        *,
+        expected: Callable[[int], float] = lambda predicted_bytes: 1.0,
+        spread: float = 0.0,
+        num_before: int = 0,
+    ):
+        self.fixed_bytes, self.predicted_bytes, self.costs = fixed_bytes, predicted_bytes, costs
+        self.expected, self.spread, self.num_before = expected, spread, num_before
         self.known: dict[int, int] = {}  # candidate -> measured device bytes
         self._measure = measure
 
     def cheapest(self, budget_bytes: int) -> int | None:
-        """Find the last candidate before one that is measured not to fit, or the least one; None if that is too large.
+        """Find the last candidate worth compiling that is measured to fit; None if none does.
 
-        It depends on the measurements it makes and on nothing else.
+        It uses nine tenths of the budget, or the next one is measured not to fit, unless that takes too many compiles.
+        It depends on what was expected, on the measurements it makes, and on nothing else.
         """
-        fits, over = -1, len(self.predicted_bytes)
+        fits = max((i for i, size in self.known.items() if size <= budget_bytes), default=-1)
+        over = min((i for i in self.known if i > fits), default=len(self.predicted_bytes))
         while over - fits > 1 and len(self.known) < _MAX_COMPILES:
             i = self._guess(fits, over, budget_bytes)
-            if i is None:
+            if i is None or self._is_enough(fits, i, budget_bytes):
                 break
             if self.measured(i) <= budget_bytes:
                 fits = i
-                if self.known[i] >= _ENOUGH * budget_bytes:
-                    break
             else:
                 over = i
         if fits < 0:
@@ -45,7 +66,7 @@ class Ladder:
 
     def least(self) -> int:
         """Of the candidates with the least predicted bytes, the one measured least; the same ones every time."""
-        return min(range(min(_NUM_LEAST, len(self.predicted_bytes))), key=lambda i: (self.measured(i), i))
+        return min(range(min(NUM_LEAST, len(self.predicted_bytes))), key=lambda i: (self.measured(i), i))
 
     def measured(self, i: int) -> int:
         """Device bytes of a candidate; each is compiled once."""
@@ -54,29 +75,40 @@ class Ladder:
         return self.known[i]
 
     def corrected(self, i: int) -> float:
-        """Predicted device bytes, temporaries scaled as those of the nearest measured candidates were."""
-        predicted = self.predicted_bytes[i]
-        if not self.known:
-            return self.fixed_bytes + predicted
-        below = max((k for k in self.known if k <= i), default=None)
-        above = min((k for k in self.known if k >= i), default=None)
-        if below is None or above is None or below == above:
-            nearest = above if below is None else below
-            assert nearest is not None
-            return self.fixed_bytes + predicted * self._ratio(nearest)
-        low, high = self.predicted_bytes[below], self.predicted_bytes[above]
-        share = (predicted - low) / max(1, high - low)
-        return self.fixed_bytes + predicted * (self._ratio(below) * (1 - share) + self._ratio(above) * share)
+        """Device bytes to expect of a candidate, from what is expected of all and was measured of its neighbours."""
+        return self.corrected_bytes(self.predicted_bytes[i])
 
-    def _ratio(self, i: int) -> float:
+    def corrected_bytes(self, predicted_bytes: int) -> float:
+        """The same of a schedule with these predicted bytes."""
+        ratio = self.expected(predicted_bytes)
+        if self.known:
+            known = sorted(self.known)
+            ratio *= np.interp(predicted_bytes, [self.predicted_bytes[k] for k in known], list(map(self._off, known)))
+        return self.fixed_bytes + predicted_bytes * float(ratio)
+
+    def ratio(self, i: int) -> float:
+        """Measured over predicted bytes of a candidate that was measured."""
         return (self.known[i] - self.fixed_bytes) / max(1, self.predicted_bytes[i])
 
+    def _off(self, i: int) -> float:
+        return self.ratio(i) / self.expected(self.predicted_bytes[i])
+
     def _guess(self, fits: int, over: int, budget_bytes: int) -> int | None:
-        """The cheapest candidate between the two that should fit, by the prediction corrected by what was measured."""
-        inside = [i for i in range(fits + 1, over) if self.corrected(i) <= budget_bytes]
+        """The cheapest candidate between the two that should fit; None where none is worth trying."""
+        margin = self.spread if not self.known else _AFTER_MISS if fits < 0 else 0.0
+        room = budget_bytes - self.fixed_bytes
+        inside = [i for i in range(fits + 1, over) if (self.corrected(i) - self.fixed_bytes) * (1 + margin) <= room]
         if inside:
             return inside[-1]
-        # The correction says that nothing more fits: one step further shows it, or the least one does.
+        # The correction says that nothing more fits. Where much is left, one step further shows it.
         if fits >= 0:
-            return fits + 1
+            return fits + 1 if self.known[fits] < _TOO_LITTLE * budget_bytes else None
         return None if 0 in self.known else 0
+
+    def _is_enough(self, fits: int, following: int, budget_bytes: int) -> bool:
+        """Whether the candidate that fits is so good that the following one is not worth a compile."""
+        if fits < 0 or self.known[fits] < _TOO_LITTLE * budget_bytes:
+            return False
+        saved = self.costs[fits] - self.costs[following]
+        is_late = len(self.known) + self.num_before >= len(_WORTH)
+        return is_late or self.known[fits] >= _ENOUGH * budget_bytes or saved < _WORTH[len(self.known)]

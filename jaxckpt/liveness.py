@@ -3,6 +3,9 @@
 Elementwise, layout and broadcast results fuse into what reads them: they are no buffers, unless an operation that
 needs a buffer reads them (a dot, a convolution, a gather, a loop), they must outlive the run, or they are costly and
 read more than once. A fused result's readers read its operands instead, which live that much longer.
+
+A compiler may copy an operand into another layout first. The copy is a buffer of its own, made of what the operand is
+fused from.
 """
 
 from collections import Counter
@@ -22,6 +25,33 @@ class _Run:
     is_fused: bool
     reads_fused: bool
     is_expensive: bool
+    overwrites: int | None = None  # the operand whose buffer becomes the result's, if nothing else reads it
+    scratch_bytes: int = 0
+
+
+def _nothing(eqn: Equation) -> tuple[()]:
+    del eqn
+    return ()
+
+
+def _no_bytes(eqn: Equation) -> int:
+    del eqn
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """What a compiler does beyond what the program says.
+
+    Attributes:
+        copies: operands of an equation that it copies into another layout first.
+        scratch_bytes: what it needs while an equation runs.
+        reductions_fuse_broadcasts: whether it fuses a broadcast into a reduction that reads it.
+    """
+
+    copies: Callable[[Equation], Collection[int]] = _nothing
+    scratch_bytes: Callable[[Equation], int] = _no_bytes
+    reductions_fuse_broadcasts: bool = True
 
 
 def peak_bytes(
@@ -31,6 +61,7 @@ def peak_bytes(
     kept: Collection[int] = (),
     held: Collection[int] = (),
     external: Collection[int] = (),
+    habits: Habits = Habits(),
 ) -> int:
     """Most bytes alive at once while equations run in order.
 
@@ -40,12 +71,14 @@ def peak_bytes(
         kept: values that must be there at the end.
         held: values that are there at the start and count until their last reader is done.
         external: results whose storage is counted elsewhere, such as outputs of the whole program.
+        habits: what the compiler does of its own accord.
 
     Returns:
         The peak. Values that are read but neither made nor held are free.
     """
     same: dict[int, int] = {}
-    runs = _resolve(equations, same)
+    copied: dict[int, int] = {}
+    runs = _resolve(equations, same, habits, copied)
     at_end, at_start = _find(kept, same), _find(held, same)
     elsewhere = _find(external, same) - at_end
     buffers = _materialised(runs, at_end | elsewhere)
@@ -63,14 +96,17 @@ def peak_bytes(
         if v not in elsewhere:
             ends.setdefault(i, []).append(v)
 
-    total = lambda values: sum(map(size, values))  # noqa: E731
+    def total(values: Iterable[int]) -> int:
+        return sum(size(copied.get(v, v)) for v in values)
+
     live = peak = total(at_start)
     live -= total(ends.get(-1, ()))
     for i, run in enumerate(runs):
         made = [v for v in run.makes if v in buffers and v not in elsewhere]
         grown, shrunk = total(made), total(ends.get(i, ()))
-        # A fused loop writes over an operand that dies with it.
-        peak = max(peak, live + grown - (min(grown, shrunk) if run.is_fused else 0))
+        # A fused loop writes over an operand that dies with it, a scatter over the array it changes.
+        reused = shrunk if run.is_fused else total(v for v in ends.get(i, ()) if v == run.overwrites)
+        peak = max(peak, live + grown - min(grown, reused) + run.scratch_bytes)
         live += grown - shrunk - total(v for v in made if v not in last)
     return peak
 
@@ -108,7 +144,7 @@ def buffers_across(
     size: Callable[[int], int],
     *,
     kept: Collection[int],
-    reductions_fuse_broadcasts: bool,
+    habits: Habits,
 ) -> set[int]:
     """The buffers that the forward makes and the backward reads, when one compiler sees both.
 
@@ -117,8 +153,7 @@ def buffers_across(
         backward: in order.
         size: bytes of a value.
         kept: values that outlive both.
-        reductions_fuse_broadcasts: whether the compiler fuses a broadcast into a reduction that reads it, as it does
-            everywhere but on CPU.
+        habits: what the compiler does of its own accord.
 
     Returns:
         Values that the forward makes. One that is fused is made again from the buffers it is fused from.
@@ -127,7 +162,7 @@ def buffers_across(
     runs = _resolve([*forward, *backward], same)
     made = {v for eqn in forward for v in eqn.outputs}
     buffers = _materialised(runs, _find(kept, same))
-    if not reductions_fuse_broadcasts:
+    if not habits.reductions_fuse_broadcasts:
         buffers |= _broadcasts_reduced(runs, buffers, size)
     roots = _roots(runs, buffers, ())
     late = _find((v for eqn in backward for v in eqn.reads), same)
@@ -151,13 +186,32 @@ def _find(values: Iterable[int], same: dict[int, int]) -> set[int]:
     return {same.get(v, v) for v in values}
 
 
-def _resolve(equations: Iterable[Equation], same: dict[int, int]) -> list[_Run]:
-    runs = []
+def _resolve(
+    equations: Iterable[Equation],
+    same: dict[int, int],
+    habits: Habits = Habits(),
+    copied: dict[int, int] | None = None,
+) -> list[_Run]:
+    runs: list[_Run] = []
+    maker: dict[int, int] = {}
+    after: dict[int, list[_Run]] = {}  # copies, behind the run whose result they are of
     for eqn in equations:
         reads = tuple(dict.fromkeys(same.get(v, v) for v in eqn.reads))
+        for v in _find(habits.copies(eqn), same):
+            assert copied is not None
+            copy = -1 - len(copied)  # no value has a negative number
+            copied[copy] = v
+            place = maker.get(v, len(runs) - 1)
+            # A copy of what is fused is fused from the same, once more.
+            is_of_fused = v in maker and runs[place].is_fused
+            after.setdefault(place, []).append(
+                _Run(runs[place].reads if is_of_fused else (v,), (copy,), False, True, False)
+            )
+            reads = tuple(copy if u == v else u for u in reads)
         if eqn.primitive in costs.ALIAS and len(reads) == 1:
             same[eqn.outputs[0]] = reads[0]
             continue
+        maker.update(dict.fromkeys(eqn.outputs, len(runs)))
         runs.append(
             _Run(
                 reads,
@@ -165,9 +219,11 @@ def _resolve(equations: Iterable[Equation], same: dict[int, int]) -> list[_Run]:
                 eqn.primitive in costs.FUSIBLE,
                 eqn.primitive in costs.READS_FUSED,
                 eqn.primitive in costs.EXPENSIVE,
+                reads[0] if eqn.primitive in costs.IN_PLACE and reads else None,
+                habits.scratch_bytes(eqn),
             )
         )
-    return runs
+    return [*after.get(-1, ()), *(r for i, run in enumerate(runs) for r in (run, *after.get(i, ())))]
 
 
 def _materialised(runs: Sequence[_Run], kept: Collection[int]) -> set[int]:

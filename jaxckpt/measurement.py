@@ -1,22 +1,27 @@
 """Device bytes, as the target's own compiler counts them."""
 
+import contextlib
+import contextvars
 import functools
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxckpt import _compat, compilers, targets
-from jaxckpt.errors import NotDifferentiableError
-from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, trace
+from jaxckpt import _compat, compilers, installs, isolated, keeping, shardings, targets
+from jaxckpt.errors import CompilerError, NotDifferentiableError
+from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, spec_of
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
 _SLOW_S = 2.0
+# Quicker ones are made again.
+_WORTH_KEEPING_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +36,7 @@ class Measurement:
         temp_bytes: of everything in between.
         code_bytes: of the program itself; not counted.
         target: for which chip.
-        compile_s: how long the compiler took.
+        compile_s: how long the compiler took, when it did: what took more than a second is kept on disk.
     """
 
     device_bytes: int
@@ -143,7 +148,7 @@ def measure(
 
     Args:
         fun: a function of pytrees.
-        *args: arrays or `ShapeDtypeStruct`s.
+        *args: arrays or `ShapeDtypeStruct`s. Shardings on a mesh of several devices make the bytes those of each.
         target: a chip's name; None is the default backend.
         differentiate: measure value and gradient (for a result that is not scalar, the vjp) and not `fun` itself.
         argnums: as in `jax.grad`.
@@ -154,7 +159,9 @@ def measure(
 
     Raises:
         NotDifferentiableError: nothing to differentiate.
-        TargetError: the target's compiler is not here.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        CompilerError: the target's compiler is not here, or failed.
+        TargetError: an unknown target, or a topology that it does not have.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -162,9 +169,8 @@ def measure(
         >>> measure(lambda x: jnp.sum(jnp.tanh(x) ** 2), x).argument_bytes
         262144
     """
-    traced = trace(fun, args)
+    traced = shardings.trace_placed(fun, args)
     program = traced.program
-
     plain = functools.partial(run, program)
     specs = input_specs(program)
     if not differentiate:
@@ -175,7 +181,10 @@ def measure(
 
 def input_specs(program: Any) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a program's inputs, `[num_inputs]`."""
-    return [_spec(program.avals[v]) for v in program.inputs]
+    specs = [spec_of(program.avals[v]) for v in program.inputs]
+    if not program.shardings:
+        return specs
+    return [s.update(sharding=sharding) for s, sharding in zip(specs, program.shardings, strict=True)]
 
 
 def cotangent_specs(program: Any, goal: Objective) -> list[jax.ShapeDtypeStruct]:
@@ -183,11 +192,7 @@ def cotangent_specs(program: Any, goal: Objective) -> list[jax.ShapeDtypeStruct]
     if goal.is_scalar:
         return []
     outputs = [program.outputs[i] for i in goal.outputs]
-    return [_spec(program.avals[x] if isinstance(x, int) else x.aval) for x in outputs]
-
-
-def _spec(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return [spec_of((program.avals[x] if isinstance(x, int) else x.aval).to_ct_aval()) for x in outputs]
 
 
 def compiled_bytes(
@@ -202,28 +207,61 @@ def compiled_bytes(
         donate_argnums: as in `jax.jit`.
 
     Raises:
-        TargetError: the target's compiler is not here.
+        CompilerError: the target's compiler is not here, or failed.
     """
     chip = targets.find(target)
-    label = target or jax.default_backend()
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        raise CompilerError(
+            "inside shard_map a part of a program cannot be compiled on its own; decorate it without a budget and let "
+            "jaxckpt.fit measure the whole step"
+        )
+    placed, num_devices = shardings.place(specs, target)
+    label = target or jax.default_backend() + (f":{num_devices}" if num_devices > 1 else "")
     started = time.perf_counter()
-    if target is None:
-        lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*specs).lower()
+    traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
+    lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
+    options = _options(chip.platform)
+    name = keeping.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
+    kept = keeping.read(name)
+    if kept is not None:
+        return Measurement(**{**kept, "target": label})
+    if target is not None and isolated.SWITCH in os.environ:
+        compiled = functools.partial(isolated.compiled_sizes, fun, placed, donate_argnums, target, options)
     else:
-        place = jax.sharding.SingleDeviceSharding(compilers.device(chip, target.partition(":")[2] or None))
-        placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), list(specs))
-        lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed).lower(lowering_platforms=(chip.platform,))
+        compiled = lambda: lowered.compile(compiler_options=options).memory_analysis()  # noqa: E731
+    found = _compiled(compiled, chip, label, lambda needed: _refusal(fun, placed, needed, label))
+    found = replace(found, compile_s=time.perf_counter() - started)
+    if found.compile_s > _WORTH_KEEPING_S:
+        keeping.write(name, asdict(found))
+    return found
+
+
+def _versions(chip: targets.Target) -> tuple[Any, ...]:
+    """What else than its text decides how a program is compiled."""
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    return _compat.JAXLIB_VERSION, installs.installed(chip), *flags
+
+
+def _compiled(
+    compiled: Callable[[], Any], chip: targets.Target, label: str, refusal: Callable[[int], Measurement]
+) -> Measurement:
+    """Compile and read the sizes; a refusal that says how much the program takes is a measurement too."""
+    started = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=_options(chip.platform))
+        with watched(label):
+            stats = compiled()
+    except CompilerError:
+        raise
     except Exception as error:  # every backend raises its own kind
         needed = compilers.refused_bytes(error)
         if needed is None:
-            raise
-        return _refusal(fun, specs, needed, label, time.perf_counter() - started)
-    took = time.perf_counter() - started
-    if took > _SLOW_S:
+            said = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            needs = any(word in said for word in ("ptxas", "PTX", "libdevice"))
+            advice = f". Its assembler comes with: {installs.shown_command(chip)}" if needs else ""
+            raise CompilerError(f"the compiler for target={label!r} failed: {said}{advice}") from error
+        return refusal(needed)
+    if time.perf_counter() - started > _SLOW_S:
         _log_slow(label)
-    stats = compiled.memory_analysis()
     assert stats is not None, "every backend that jaxckpt plans for reports its memory"
     device = (
         stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
@@ -238,8 +276,28 @@ def compiled_bytes(
         temp_bytes=stats.temp_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
         target=label,
-        compile_s=took,
+        compile_s=0.0,
     )
+
+
+@contextlib.contextmanager
+def show_progress(show: Callable[[str], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Enter what `show` makes of a line of text around every compile inside."""
+    token = _SHOW.set(show)
+    try:
+        yield
+    finally:
+        _SHOW.reset(token)
+
+
+_SHOW: contextvars.ContextVar[Callable[[str], contextlib.AbstractContextManager]] = contextvars.ContextVar(
+    "show", default=lambda text: contextlib.nullcontext()
+)
+
+
+def watched(label: str) -> contextlib.AbstractContextManager:
+    """What shows that a compile is under way."""
+    return _SHOW.get()(f"compiling for {label}")
 
 
 def _options(platform: str) -> dict[str, Any] | None:
@@ -249,10 +307,12 @@ def _options(platform: str) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
 
 
-def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str, took: float) -> Measurement:
+def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str) -> Measurement:
     """The compiler will not build a program of this size for the chip, which says how large it is."""
-    arguments = sum(map(size_bytes, jax.tree.leaves(list(specs))))
-    outputs = sum(map(size_bytes, jax.tree.leaves(jax.eval_shape(fun, *specs))))
+    leaves = jax.tree.leaves(list(specs))
+    arguments = sum(shardings.local_bytes(leaf, getattr(leaf, "sharding", None)) for leaf in leaves)
+    split = shardings.step_split(leaves)
+    outputs = sum(-(-size_bytes(x) // split) for x in jax.tree.leaves(jax.eval_shape(fun, *specs)))
     return Measurement(
         device_bytes=arguments + outputs + needed,
         argument_bytes=arguments,
@@ -261,7 +321,7 @@ def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str, took
         temp_bytes=needed,
         code_bytes=0,
         target=target,
-        compile_s=took,
+        compile_s=0.0,
     )
 
 

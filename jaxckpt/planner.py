@@ -1,24 +1,28 @@
 """From a budget to a plan: choose a candidate, compile it, compare, correct the prediction, choose again."""
 
 import math
-from collections import Counter
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-import jax
-
-from jaxckpt import _compat
-from jaxckpt.errors import BudgetError, InfeasibleBudgetError
+from jaxckpt import shardings, targets
+from jaxckpt.calibration import Calibration, Sample, remember, remembered, short
+from jaxckpt.candidates import Candidate
+from jaxckpt.description import describe, forced_by
+from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning, OptionError
 from jaxckpt.ladder import Ladder
 from jaxckpt.measurement import Objective, objective
-from jaxckpt.plans import Plan, SavedGroup, line_digests
-from jaxckpt.study import Candidate, Study
-from jaxckpt.trace import Program, show_aval, size_bytes, trace
+from jaxckpt.plans import Plan
+from jaxckpt.study import Study
+from jaxckpt.trace import Program
 from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 
 # Room left below the budget when nothing is compiled.
-_UNVERIFIED_MARGIN = 0.1
+_UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
+# The program is not compiled without a plan where the model expects it to take this many times the room there is,
+# unless what was measured then says that it may come near the budget after all.
+_FAR, _NEAR = 2.0, 1.3
 _UNPLANNED = "unplanned"
 
 _STUDIES: dict[tuple, Study] = {}
@@ -36,6 +40,7 @@ class Request:
     target: str | None = None
     reserve_bytes: int = 0
     verify: bool = True
+    calibration: Calibration | str | None = "auto"
 
 
 def plan(
@@ -50,12 +55,13 @@ def plan(
     verify: bool = True,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    calibration: Calibration | str | None = "auto",
 ) -> Plan:
     """Find the cheapest recomputation plan of a function's value and gradient within a budget.
 
     Args:
         fun: a function of pytrees; leaves that are not arrays are static.
-        *args: arrays or `ShapeDtypeStruct`s.
+        *args: arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices, sizes are those of each.
         budget: device bytes: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
         max_cost: instead of a budget, the most the step may cost as a fraction of the unplanned cost, such as 1.1.
         cost: what is minimised: "time", modelled for the target, or "flops".
@@ -66,6 +72,9 @@ def plan(
         verify: compile the plan and measure it; otherwise it is predicted, and a margin is left.
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
+        calibration: a record of how far predictions are off; "auto" is what earlier plans left in the user's cache, and
+            None uses and keeps nothing. The plan is a function of the program, the target, the versions and the record,
+            whose hash it carries.
 
     Returns:
         The plan. Its `str` is the report.
@@ -74,7 +83,12 @@ def plan(
         BudgetError: a budget that cannot be read, or neither or both of `budget` and `max_cost`.
         InfeasibleBudgetError: no plan fits.
         NotDifferentiableError: nothing to differentiate.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target, or a topology that it does not have.
         UnsupportedProgramError: side effects inside the function.
+
+    Where the target's compiler is not installed or fails, a warning says so and the plan is predicted, as with
+    `verify=False`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -86,19 +100,31 @@ def plan(
         >>> plan(loss, w, x, budget="80%").measured_peak_bytes is not None
         True
     """
-    request = make_request(budget, max_cost, cost, solver, target, reserve, verify)
-    traced = trace(fun, args)
+    request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration)
+    traced = shardings.trace_placed(fun, args)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
 
 def make_request(
-    budget: Any, max_cost: Any, cost: str, solver: Any, target: str | None, reserve: Any, verify: bool
+    budget: Any,
+    max_cost: Any,
+    cost: str,
+    solver: Any,
+    target: str | None,
+    reserve: Any,
+    verify: bool,
+    calibration: Any = "auto",
 ) -> Request:
     """Check the arguments that do not depend on the program.
 
     Raises:
         BudgetError: with what is accepted.
+        OptionError: a calibration that is none.
     """
+    if not (calibration is None or calibration == "auto" or isinstance(calibration, Calibration)):
+        raise OptionError(
+            f'calibration={calibration!r} is not accepted; write "auto", None, or a record: Calibration.load(path)'
+        )
     if (budget is None) == (max_cost is None):
         raise BudgetError("give exactly one of budget (bytes) and max_cost (a fraction of the unplanned cost)")
     if max_cost is not None and (isinstance(max_cost, bool) or not isinstance(max_cost, int | float)):
@@ -113,18 +139,30 @@ def make_request(
         target=target,
         reserve_bytes=parse_bytes(reserve, "reserve", least=0),
         verify=verify,
+        calibration=calibration,
     )
 
 
-def plan_program(program: Program, goal: Objective, request: Request) -> Plan:
-    """Plan a flat program."""
-    return _Search(_study(program, goal, request), request).run()
+def plan_program(program: Program, goal: Objective, request: Request, cache_dir: str | None = None) -> Plan:
+    """Plan a flat program, with the calibration record that is kept in this directory.
+
+    It is planned from prediction, with a warning, where its target cannot be compiled for.
+    """
+    study = find_study(program, goal, request.cost, request.solver, request.target)
+    try:
+        return _Search(study, request, cache_dir).run()
+    except CompilerError as error:
+        if not request.verify:
+            raise
+        warnings.warn(f"{error}. Until then this plan is predicted, not measured", JaxckptWarning, stacklevel=3)
+        return _Search(study, replace(request, verify=False), cache_dir).run()
 
 
-def _study(program: Program, goal: Objective, request: Request) -> Study:
+def find_study(program: Program, goal: Objective, cost: str, solver: Any, target: str | None) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
-    key = (program.fingerprint(), goal, request.cost, request.solver, request.target)
-    study = _STUDIES.pop(key, None) or Study(program, goal, request.cost, request.solver, request.target)
+    chip = targets.find(target)  # a user's chip may be defined anew under its name
+    key = (program.fingerprint(), program.shardings, goal, cost, solver, target, chip)
+    study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:
         _STUDIES.pop(next(iter(_STUDIES)))
@@ -132,49 +170,117 @@ def _study(program: Program, goal: Objective, request: Request) -> Study:
 
 
 class _Search:
-    """One request on one study, with measurements of its own, so that a plan depends on nothing else."""
+    """One request on one study, with measurements of its own, so that a plan depends on nothing but its record."""
 
-    def __init__(self, study: Study, request: Request):
-        self.study, self.request = study, request
+    def __init__(self, study: Study, request: Request, cache_dir: str | None):
+        self.study, self.request, self.cache_dir = study, request, cache_dir
         self.candidates = study.candidates
-        self.ladder = Ladder(study.fixed_bytes, [c.judgement.peak_bytes for c in self.candidates], self._measure)
+        self.program = study.program.fingerprint()
+        self.record = self._record()
+        self.all_bytes = study.unplanned.judgement.peak_bytes if self.candidates else 0
+        self.unplanned: int | None = None  # measured device bytes
+        self.ladder = Ladder(
+            study.fixed_bytes,
+            [c.judgement.peak_bytes for c in self.candidates],
+            [c.judgement.extra_work / max(1, study.unplanned_cost) for c in self.candidates],
+            self._measure,
+            expected=self._expected,
+            spread=self.record.spread(self.program) if self.record else 0.0,
+        )
 
     def run(self) -> Plan:
-        unplanned = self._unplanned_bytes()
         if self.request.budget is None:
-            return self._within_cost(unplanned)
-        budget = self.request.budget.resolve(unplanned) - self.request.reserve_bytes
+            found = self._within_cost(self._unplanned_bytes())
+        else:
+            found = self._within_budget(self.request.budget)
+        self._remember()
+        return found
+
+    def _within_budget(self, wanted: Budget) -> Plan:
+        certain = self.request.verify and not self._may_wait(wanted)
+        unplanned = self._unplanned_bytes() if certain else self._expected_unplanned()
+        budget = wanted.resolve(unplanned) - self.request.reserve_bytes
         if budget <= 0:
             raise BudgetError(f"reserve={self.request.reserve_bytes:,} leaves nothing of the budget")
         if unplanned <= budget:
             return self._plan(None, budget, unplanned)
         if not self.candidates:
             self._refuse(budget, unplanned, unplanned, None)
-        return self._verified(budget, unplanned) if self.request.verify else self._predicted(budget, unplanned)
+        return self._verified(budget) if self.request.verify else self._predicted(budget, unplanned)
+
+    def _record(self) -> Calibration | None:
+        """The record to plan with; None where there is none, or an empty one."""
+        chosen = self.request.calibration
+        if chosen == "auto" and self.study.solver == "auto":
+            chosen = remembered(self.study.program, self.request.target, self.cache_dir)
+        return chosen if isinstance(chosen, Calibration) and chosen.samples else None
+
+    def _expected(self, predicted_bytes: int) -> float:
+        """Measured over predicted temporaries, as the record has it."""
+        if self.record is None:
+            return 1.0
+        return self.record.ratio(self.program, max(1, predicted_bytes) / max(1, self.all_bytes))
+
+    def _remember(self) -> None:
+        """Add what was measured to the record on disk."""
+        if self.request.calibration is None or not self.ladder.known or self.study.solver != "auto":
+            return
+        samples = [
+            Sample(
+                program=short(self.program),
+                fraction=self.ladder.predicted_bytes[i] / max(1, self.all_bytes),
+                ratio=self.ladder.ratio(i),
+            )
+            for i in sorted(self.ladder.known)
+        ]
+        old = remembered(self.study.program, self.request.target, self.cache_dir)
+        new = old.with_samples(samples)
+        if new != old:
+            remember(new, self.cache_dir)
+
+    def _may_wait(self, wanted: Budget) -> bool:
+        """Whether the budget is so far below what the model expects without a plan that nobody need compile that."""
+        if wanted.size_bytes is None or not self.candidates:
+            return False
+        room = wanted.size_bytes - self.request.reserve_bytes - self.study.fixed_bytes
+        return self._expected_unplanned() - self.study.fixed_bytes > _FAR * max(0, room)
+
+    def _expected_unplanned(self) -> int:
+        return math.ceil(self.ladder.corrected_bytes(self.all_bytes))
 
     def _unplanned_bytes(self) -> int:
-        if self.request.verify:
-            return self.study.measure(None, _UNPLANNED).device_bytes
-        peak = self.study.unplanned.judgement.peak_bytes if self.candidates else 0
-        return self.study.fixed_bytes + peak
+        if not self.request.verify:
+            return self._expected_unplanned()
+        if self.unplanned is None:
+            self.unplanned = self.study.measure(None, _UNPLANNED).device_bytes
+        return self.unplanned
 
-    def _verified(self, budget: int, unplanned: int) -> Plan:
+    def _verified(self, budget: int) -> Plan:
+        self.ladder.num_before = int(self.unplanned is not None)
         chosen = self.ladder.cheapest(budget)
+        # The model may have been too high by so much that no plan is needed.
+        is_in_doubt = self.unplanned is None and (chosen is None or self._expected_unplanned() <= _NEAR * budget)
+        if is_in_doubt and self._unplanned_bytes() <= budget:
+            return self._plan(None, budget, self._unplanned_bytes())
         if chosen is None:
             least = self.ladder.least()
-            self._refuse(budget, unplanned, self.ladder.known[least], self.candidates[least])
-        return self._plan(chosen, budget, unplanned)
+            self._refuse(budget, self._unplanned_bytes(), self.ladder.known[least], self.candidates[least])
+        return self._plan(chosen, budget, self.unplanned or self._expected_unplanned())
 
     def _measure(self, i: int) -> int:
         candidate = self.candidates[i]
         return self.study.measure(candidate.schedule, candidate.digest).device_bytes
 
     def _predicted(self, budget: int, unplanned: int) -> Plan:
+        knows = self.record is not None and self.record.knows(self.program)
+        margin = 1 + (_KNOWN_MARGIN if knows else _UNVERIFIED_MARGIN)
+        sizes = [self.ladder.corrected(i) - self.study.fixed_bytes for i in range(len(self.candidates))]
         room = budget - self.study.fixed_bytes
-        inside = [i for i, c in enumerate(self.candidates) if c.judgement.peak_bytes * (1 + _UNVERIFIED_MARGIN) <= room]
+        inside = [i for i, size in enumerate(sizes) if size * margin <= room]
         if not inside:
-            least = math.ceil(self.candidates[0].judgement.peak_bytes * (1 + _UNVERIFIED_MARGIN))
-            self._refuse(budget, unplanned, self.study.fixed_bytes + least, self.candidates[0])
+            at = min(range(len(sizes)), key=lambda i: sizes[i])
+            least = self.study.fixed_bytes + math.ceil(sizes[at] * margin)
+            self._refuse(budget, unplanned, least, self.candidates[at])
         return self._plan(inside[-1], budget, unplanned)
 
     def _within_cost(self, unplanned: int) -> Plan:
@@ -188,7 +294,8 @@ class _Search:
         return self._plan(inside[0], None, unplanned)
 
     def _refuse(self, budget: int, unplanned: int, least: int, candidate: Candidate | None) -> NoReturn:
-        forced = _forced_by(self.study, candidate) if candidate else ()
+        self._remember()
+        forced = forced_by(self.study, candidate) if candidate else ()
         label = "measured" if self.request.verify else "predicted"
         least = min(least, unplanned)
         at = "".join(f"\n  {what}: {show_bytes(size)}{' at ' + line if line else ''}" for what, size, line in forced)
@@ -206,120 +313,24 @@ class _Search:
         known = self.ladder.known
         # The candidate with the least predicted bytes may have been measured on the way.
         least = math.ceil(self.ladder.corrected(0)) if self.candidates else unplanned
-        measured = unplanned if self.request.verify else None
+        measured = self.unplanned
         return describe(
             self.study,
             None if chosen is None else self.candidates[chosen],
             budget_bytes=budget,
             max_cost=self.request.max_cost,
             unplanned_peak_bytes=unplanned,
+            predicted_peak_bytes=unplanned if chosen is None else self._modelled(chosen),
             measured_peak_bytes=measured if chosen is None else known.get(chosen),
             next_peak_bytes=None if chosen is None else known.get(chosen + 1),
             least_peak_bytes=min(unplanned, known.get(0, least)),
-            is_unplanned_measured=self.request.verify,
+            is_unplanned_measured=self.unplanned is not None,
             is_least_measured=0 in known,
-            num_compiles=len(known) + self.request.verify,
+            num_compiles=len(known) + (self.unplanned is not None),
+            calibration=self.record.hash if self.record else None,
         )
 
-
-def describe(study: Study, candidate: Candidate | None, *, unplanned_peak_bytes: int, **found: Any) -> Plan:
-    """Put a plan together from a study, a candidate, and the numbers it was found with."""
-    blocks, program = study.blocks, study.program
-    predicted = unplanned_peak_bytes if candidate is None else study.fixed_bytes + candidate.judgement.peak_bytes
-    chosen = (
-        {"saved": (), "schedule": None, "blocks": (), "block_saves": (), "block_labels": ()}
-        if candidate is None or blocks is None
-        else {
-            "saved": _saved_groups(study, candidate),
-            "schedule": candidate.schedule,
-            "blocks": tuple(span.positions for span in blocks.spans),
-            "block_saves": tuple(study.saved(candidate.schedule)),
-            "block_labels": tuple(map(_label, blocks.spans)),
-        }
-    )
-    return Plan(
-        unplanned_peak_bytes=unplanned_peak_bytes,
-        predicted_peak_bytes=predicted,
-        forward_flops=study.forward_flops,
-        recompute_flops=0 if candidate is None else study.recompute_flops(candidate.schedule),
-        recompute_cost=0 if candidate is None else candidate.judgement.extra_work,
-        unplanned_cost=study.unplanned_cost,
-        cost=study.cost,
-        solver=study.solver if isinstance(study.solver, str) else getattr(study.solver, "__name__", "custom"),
-        target=study.target or jax.default_backend(),
-        fingerprint=program.fingerprint(),
-        jax_version=_compat.JAX_VERSION,
-        parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in study.objective.inputs),
-        lines=line_digests(program),
-        unknown=tuple(sorted(set().union(*(study.graph.nodes[i]["unknown"] for i in study.graph)))),
-        **chosen,
-        **found,
-    )
-
-
-def _label(span: Any) -> str:
-    """The scope and the operations that tell a block from others."""
-    eqn = max(
-        span.equations, key=lambda e: (e.primitive.name in ("dot_general", "conv_general_dilated"), e.scope != "")
-    )
-    heavy = Counter(e.primitive.name for e in span.equations).most_common(1)[0][0]
-    name = eqn.primitive.name if eqn.primitive.name in ("dot_general", "conv_general_dilated") else heavy
-    return f"{eqn.scope} {name}".strip()
-
-
-def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
-    """What the schedule's outermost level holds from the forward pass to the backward, grouped by equal blocks."""
-    assert study.blocks is not None
-    program, blocks = study.program, study.blocks
-    maker = {v: eqn for eqn in program.equations for v in eqn.outputs}
-    groups: dict[tuple, list[int]] = {}
-    saved = study.saved(candidate.schedule)
-    held: list[tuple[int, int]] = []  # block, value
-    for node in candidate.schedule.nodes:
-        last = node.stop - 1
-        crossing = {v for span in blocks.spans[node.stop :] for v in span.inputs}
-        made = [(k, v) for k in range(node.start, node.stop) for v in blocks.spans[k].outputs if v in crossing]
-        held += made
-        if node.start == last and hasattr(node, "option"):
-            names = saved[last]
-            held += [(last, v) for v in names if (last, v) not in made] if isinstance(names, tuple) else []
-    for k, v in dict.fromkeys(held):
-        position = blocks.spans[k].positions
-        index = next(i for i, eqn in enumerate(blocks.spans[k].equations) if v in eqn.outputs)
-        groups.setdefault((blocks.classes[k], index, len(position)), []).append(v)
-    found = []
-    for values in groups.values():
-        eqn = maker[values[0]]
-        found.append(
-            SavedGroup(
-                source=eqn.source,
-                primitive=eqn.primitive.name,
-                scope=eqn.scope,
-                shape_dtype=show_aval(program.avals[values[0]]),
-                count=len(values),
-                size_bytes=sum(size_bytes(program.avals[v]) for v in values),
-            )
-        )
-    return tuple(sorted(found, key=lambda g: -g.size_bytes))
-
-
-def _forced_by(study: Study, candidate: Candidate, most: int = 5) -> tuple[tuple[str, int, str], ...]:
-    """The largest values at the schedule's peak: those held, and those of the block that runs there."""
-    assert study.blocks is not None
-    program, judged = study.program, candidate.judgement
-    spans = study.blocks.spans
-    crossing = [v for span in spans for v in span.outputs]
-    span = spans[judged.peak_block]
-    values = {crossing[i] for i in judged.peak_live} | {v for eqn in span.equations for v in eqn.outputs}
-    maker = {v: eqn for eqn in program.equations for v in eqn.outputs}
-    largest = sorted(values, key=lambda v: (-size_bytes(program.avals[v]), v))[:most]
-    shown = [
-        (
-            f"{show_aval(program.avals[v])} of {maker[v].primitive.name}",
-            size_bytes(program.avals[v]),
-            maker[v].source,
-        )
-        for v in largest
-    ]
-    fixed = ("arguments, results and gradients", study.fixed_bytes, "")
-    return (fixed, *shown)
+    def _modelled(self, i: int) -> int:
+        """Device bytes of a candidate as they were expected before anything was compiled."""
+        predicted = self.ladder.predicted_bytes[i]
+        return self.study.fixed_bytes + math.ceil(predicted * self._expected(predicted))

@@ -1,10 +1,8 @@
 """A plan: what to save and what to recompute, with the numbers it was chosen by. Frozen, printable, saved as JSON."""
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +17,7 @@ from jaxckpt import _compat
 from jaxckpt.apply import planned
 from jaxckpt.cuts import spans_at
 from jaxckpt.errors import PlanFileError, PlanMismatchError
+from jaxckpt.files import write_text
 from jaxckpt.regions import Saved, blocks_from_json, check_cover, saved_from_json, saved_to_json
 from jaxckpt.trace import Program, trace
 
@@ -69,6 +68,7 @@ class Plan:
         solver: which solver chose.
         target: for which chip.
         num_compiles: how many programs were compiled to find it.
+        calibration: hash of the calibration record it was made with; None where there was none.
         fingerprint: of the program it was made for.
         jax_version: under which JAX.
         parameter_bytes: of what is differentiated.
@@ -98,6 +98,7 @@ class Plan:
     solver: str
     target: str
     num_compiles: int
+    calibration: str | None
     fingerprint: str
     jax_version: str
     parameter_bytes: int
@@ -144,8 +145,12 @@ class Plan:
 
         return with_plan
 
-    def flat(self, program: Program) -> Callable[..., list[Any]]:
+    def flat(self, program: Program, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the planned program as a function of flat inputs.
+
+        Args:
+            program: the program it was made for.
+            is_forward_mode: it is differentiated in forward mode, which binomial loops do not support.
 
         Raises:
             PlanFileError: the plan's blocks are not the program's equations.
@@ -155,7 +160,7 @@ class Plan:
             raise PlanFileError("the plan is damaged: its blocks are not the program's equations; plan again")
         spans = spans_at(program, self.blocks)
         prefix = f"jaxckpt.{self.fingerprint[:8]}"
-        return planned(program, spans, self.schedule, self.block_saves, prefix)
+        return planned(program, spans, self.schedule, self.block_saves, prefix, is_forward_mode=is_forward_mode)
 
     def check(self, program: Program) -> None:
         """Refuse a program that is not the plan's.
@@ -223,16 +228,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON; the file is there whole or not at all."""
-        path = Path(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(self.to_json(), file, indent=1)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
+        write_text(Path(path), json.dumps(self.to_json(), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":

@@ -15,10 +15,12 @@ class LoopPart:
         lengths: iterations of each level of scans of checkpointed scans, outermost first; their product is the number
             of iterations.
         body: the plan of one iteration, over the body's equations as flattening it numbers them.
+        num_states: instead of levels, binomial checkpointing with this many carries held; None for levels.
     """
 
     lengths: tuple[int, ...]
     body: "Tree"
+    num_states: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ def saved_to_json(saved: Saved) -> Any:
         "parts": [
             {
                 "lengths": part.lengths,
+                "num_states": part.num_states,
                 "blocks": part.body.blocks,
                 "schedule": part.body.schedule.to_json(),
                 "saved": [saved_to_json(s) for s in part.body.saved],
@@ -83,15 +86,16 @@ def saved_from_json(data: Any) -> Saved:
 
 def _part_from_json(data: dict[str, Any]) -> LoopPart:
     lengths = tuple(map(int, data["lengths"]))
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"a loop's lengths are {lengths}")
+    num_states = None if data["num_states"] is None else int(data["num_states"])
+    if not lengths or min(lengths) < 1 or (num_states is not None and (num_states < 1 or len(lengths) > 1)):
+        raise ValueError(f"a loop's lengths are {lengths}, the states it holds {num_states}")
     body = Tree(
         blocks=blocks_from_json(data["blocks"]),
         schedule=Schedule.from_json(data["schedule"]),
         saved=tuple(map(saved_from_json, data["saved"])),
     )
     check_cover(body.schedule, len(body.blocks))
-    return LoopPart(lengths=lengths, body=body)
+    return LoopPart(lengths=lengths, body=body, num_states=num_states)
 
 
 def blocks_from_json(data: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

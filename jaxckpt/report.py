@@ -1,15 +1,18 @@
 """What a person reads of a plan: sizes with their labels, the tree of regions, what is saved, what is not counted."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from ckptsolvers import Keep
 from ckptsolvers.schedule import Node
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from jaxckpt.plans import Plan, SavedGroup
+from jaxckpt.tradeoff import Frontier, Point
 from jaxckpt.units import short_bytes, short_count, show_bytes
 
 _WIDTH = 118
@@ -24,25 +27,109 @@ def show_plan(plan: Plan, *, color: bool = False, width: int = _WIDTH) -> str:
         color: with terminal colours.
         width: columns.
     """
+    parts = [Text(_headline(plan), style="bold"), _sizes(plan)]
+    if plan.schedule is not None:
+        parts += [_tree(plan), _saved(plan.saved)]
+    return _rendered([*parts, *_notes(plan)], color, width)
+
+
+def show_frontier(frontier: Frontier, *, color: bool = False, width: int = _WIDTH) -> str:
+    """Return the frontier as a table.
+
+    Args:
+        frontier: what to report.
+        color: with terminal colours.
+        width: columns.
+    """
+    label = _label(frontier.is_measured)
+    headline = (
+        f"Peak bytes against step {'time' if frontier.cost == 'time' else 'FLOPs'} on {frontier.target}: "
+        f"{len(frontier.plans)} of {frontier.num_candidates} plans, and policies written around the whole function."
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in (f"peak, {label}", "of unplanned", "step cost", "recomputed", ""):
+        table.add_column(name, justify="left" if not name else "right")
+    unplanned = next(p.peak_bytes for p in frontier.points if p.name == "unplanned")
+    for point in frontier.points:
+        table.add_row(
+            show_bytes(point.peak_bytes),
+            f"{point.peak_bytes / unplanned:.1%}",
+            f"{point.cost_ratio:.4f}",
+            f"{point.recompute_flops / max(1, frontier.forward_flops):.2%}",
+            _point_name(point),
+            style=None if point.plan else "dim",
+        )
+    cost = "modelled" if frontier.cost == "time" else "counted"
+    note = (
+        f"Step cost is {cost}, as a fraction of the unplanned step's; recomputed FLOPs are counted, of the forward's. "
+        f"Peaks are {label}."
+    )
+    if not frontier.is_measured:
+        note += " verify=True compiles every point and measures it."
+    return _rendered([Text(headline, style="bold"), table, note], color, width)
+
+
+def _point_name(point: Point) -> str:
+    if point.plan is None or point.plan.schedule is None:
+        return point.name
+    schedule = point.plan.schedule
+    saved = short_bytes(sum(g.size_bytes for g in point.plan.saved))
+    return f"plan: {schedule.num_regions} regions, {schedule.depth} deep, {saved} saved"
+
+
+def _rendered(parts: Iterable[Any], color: bool, width: int) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False)
-    console.print(_headline(plan), style="bold")
-    console.print(_sizes(plan))
-    if plan.schedule is not None:
-        console.print(_tree(plan))
-        console.print(_saved(plan.saved))
-    for note in _notes(plan):
-        console.print(note)
+    for part in parts:
+        console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def show_targets(rows: Sequence[dict[str, Any]], *, color: bool = False, width: int = _WIDTH) -> str:
+    """Return the table of chips as text, and how to install the compilers that are not there.
+
+    Args:
+        rows: as `installs.describe` makes them.
+        color: with terminal colours.
+        width: columns.
+    """
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("target", "memory", "TB/s", "host GB/s", "TFLOP/s bf16", "f32", "compiler", "defined by"):
+        table.add_column(name, justify="left" if name in ("target", "compiler", "defined by") else "right")
+    for row in rows:
+        rates = row["matmul_flops"]
+        memory = "host's" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**30:.2f} GiB"
+        table.add_row(
+            row["name"],
+            memory,
+            f"{row['bandwidth'] / 1e12:.3g}",
+            f"{row['host_bandwidth'] / 1e9:.3g}",
+            f"{rates.get('bfloat16', rates['other']) / 1e12:.4g}",
+            f"{rates['other'] / 1e12:.4g}",
+            f"{row['platform']} {row['compiler']}" if row["usable"] else f"{row['platform']}, not usable here",
+            row["origin"],
+        )
+    console.print(table)
+    for platform, row in {row["platform"]: row for row in reversed(rows) if not row["usable"]}.items():
+        console.print(f"\n{platform}: {_after_colon(row)}", soft_wrap=True)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def _after_colon(row: dict[str, Any]) -> str:
+    return f"{row['problem']}\n  or run: jaxckpt targets --install {row['name']}"
 
 
 def _headline(plan: Plan) -> str:
     if plan.schedule is None:
         return f"The program fits as it is on {plan.target}: no checkpoint is needed, and none is applied."
     share = plan.recompute_flops / max(1, plan.forward_flops)
+    # Where both are predicted the table says so; a measured number beside a predicted one needs a word at once.
+    guess = " (predicted)" if plan.measured_peak_bytes and not plan.is_unplanned_measured else ""
     return (
         f"Plan for {plan.target} by {plan.solver}: {short_bytes(plan.peak_bytes)} instead of "
-        f"{short_bytes(plan.unplanned_peak_bytes)}, {share:.1%} of the forward FLOPs recomputed."
+        f"{short_bytes(plan.unplanned_peak_bytes)}{guess}, {share:.1%} of the forward FLOPs recomputed."
     )
 
 
@@ -56,7 +143,7 @@ def _sizes(plan: Plan) -> Table:
         table.add_column()
     if plan.budget_bytes is not None:
         table.add_row("budget", show_bytes(plan.budget_bytes), "given")
-    else:
+    elif plan.max_cost is not None:
         table.add_row("max cost", f"{plan.max_cost:g} x unplanned", "given")
     table.add_row("unplanned peak", show_bytes(plan.unplanned_peak_bytes), _label(plan.is_unplanned_measured))
     if plan.measured_peak_bytes is not None:
@@ -71,7 +158,7 @@ def _sizes(plan: Plan) -> Table:
     if plan.cost == "time":
         step = plan.recompute_cost / max(1, plan.unplanned_cost)
         table.add_row("", f"{step:.2%} of the unplanned step's time", "modelled")
-    table.add_row("compiles", str(plan.num_compiles), "")
+    table.add_row("compiles", str(plan.num_compiles), f"calibrated by {plan.calibration}" if plan.calibration else "")
     return table
 
 

@@ -7,13 +7,16 @@ inner loop runs again when its backward is due; XLA then copies the chunk of eve
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 from ckptsolvers import Block, Keep, Option, Problem, Schedule, simulate
 from ckptsolvers.schedule import Node, region
 
 from jaxckpt import cuts, graph
+from jaxckpt.binomial import num_again
 from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock
 from jaxckpt.candidates import chain_schedules
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
@@ -21,11 +24,18 @@ from jaxckpt.scans import Loop, loop_of
 from jaxckpt.targets import Target, Timer
 from jaxckpt.trace import is_differentiable, size_bytes
 
-# Beyond this many the solver gains nothing from more, so only every so many bytes one is kept.
-_MAX_OPTIONS = 64
-_MAX_LEVELS = 3
-# In how many places a loop is divided between two plans of its body.
-_NUM_MIXES = 8
+_T = TypeVar("_T")
+
+# Beyond this many the solver gains nothing from more, so they stand further apart.
+_MAX_OPTIONS = 128
+# Three levels are tried with this many lengths each: how they are cut matters little where there are so many.
+_MAX_LENGTHS = 8
+# Divisions between two plans, and numbers of states, stand so far apart in bytes.
+_GROWTH = 1.03
+# Outer loops up to this length are given chunks of any size, longer ones of the sizes on a grid.
+_MAX_OUTER = 16
+# Binomial loops run each iteration again this often at most, on average.
+_MAX_AGAIN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +48,9 @@ class _Iteration:
         peak_bytes: most alive at once in its backward.
         again_time: what it makes again.
         again_flops: the same in FLOPs.
+        whole_time: what it makes again where nothing of its forward is there, its results left out.
+        whole_flops: the same in FLOPs.
+        is_wrapped: one checkpoint stands around the whole.
     """
 
     tree: Tree
@@ -45,6 +58,9 @@ class _Iteration:
     peak_bytes: int
     again_time: int
     again_flops: int
+    whole_time: int
+    whole_flops: int
+    is_wrapped: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +75,43 @@ class _Sizes:
     stacked_outputs: int
 
 
+class _Numbers(NamedTuple):
+    """Bytes and time of a loop divided into parts."""
+
+    saved: int
+    forward_peak: int
+    backward_peak: int
+    again: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Iterations run alike: levels and the plan of one iteration."""
 
     lengths: tuple[int, ...]
     plan: _Iteration
+    num_states: int | None = None
 
     @property
     def length(self) -> int:
         return math.prod(self.lengths)
+
+    def __str__(self) -> str:
+        levels = " x ".join(map(str, self.lengths))
+        return levels if self.num_states is None else f"{levels}, {self.num_states} states"
+
+    @property
+    def choice(self) -> LoopPart:
+        """What the plan says of it."""
+        return LoopPart(lengths=self.lengths, body=self.plan.tree, num_states=self.num_states)
+
+    def again(self, forward: int, unit: str) -> int:
+        """What runs again, in a unit of `_Iteration`, of which one iteration's forward takes so much."""
+        if self.num_states is not None:
+            # An iteration's backward begins with as much of its forward as that needs.
+            whole = self.length * getattr(self.plan, f"whole_{unit}")
+            return whole + num_again(self.length, self.num_states) * forward
+        return self.length * (getattr(self.plan, f"again_{unit}") + (len(self.lengths) - 1) * forward)
 
 
 def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> Analysis:
@@ -88,13 +131,18 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
     active = _active(loop, local)
     body = _Body(loop, active, timer, target, analyse)
     model = _LoopModel(local, loop, body, active)
-    plans = _pareto(body.iterations(), lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
-    kept = [(*model.options(parts), parts) for parts in _divisions(loop.length, plans)]
-    keys = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes", "recompute_time")
-    kept = _thin(_pareto(kept, lambda x: tuple(getattr(x[0], key) for key in keys)))
+    iterations = list(body.iterations())
+    plans = _pareto(iterations, lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
+    divisions = itertools.chain(
+        _levels(loop.length, plans),
+        _mixes(loop.length, plans),
+        _binomial(loop.length, iterations, model.sizes.carry),
+    )
+    chosen = _thin([(model.numbers(parts), parts) for parts in divisions])
+    kept = [(*model.options(parts), parts) for _, parts in chosen]
     everything, everything_flops = model.everything()
     block, flops_block = model.blocks()
-    saved = [LoopPlan(parts=tuple(LoopPart(lengths=p.lengths, body=p.plan.tree) for p in parts)) for *_, parts in kept]
+    saved = [LoopPlan(parts=tuple(part.choice for part in parts)) for *_, parts in kept]
     return Analysis(
         block=replace(block, options=(*(x[0] for x in kept), everything)),
         flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
@@ -144,7 +192,7 @@ class _Body:
 
     def everything(self) -> _Iteration:
         """What JAX does without a plan."""
-        return self._iteration(self.whole, (Keep(0, len(self.whole.problem.blocks[0].options) - 1),), False)
+        return next(self._iterations(self.whole, Schedule((Keep(0, len(self.whole.problem.blocks[0].options) - 1),))))
 
     def iterations(self) -> Iterator[_Iteration]:
         """The plans: schedules of the blocks as they are, and inside one checkpoint around the body."""
@@ -154,28 +202,25 @@ class _Body:
             else:
                 schedules = chain_schedules(blocks.problem)
             for schedule in schedules:
-                for is_wrapped in (False, True):
-                    yield self._iteration(blocks, schedule.nodes, is_wrapped)
+                yield from self._iterations(blocks, schedule)
 
-    def _iteration(self, blocks, nodes: tuple[Node, ...], is_wrapped: bool) -> _Iteration:
-        inside = Schedule(nodes)
-        schedule = Schedule((region(nodes),)) if is_wrapped else inside
-        if is_wrapped:
-            # What is run again makes no results: they went to the next iteration long ago.
-            problems = [_without_results(p) for p in (blocks.problem, blocks.flops_problem)]
-            judged, in_flops = (simulate(p, inside) for p in problems)
-            again, again_flops = judged.work, in_flops.work
-        else:
-            judged, in_flops = simulate(blocks.problem, inside), simulate(blocks.flops_problem, inside)
-            again, again_flops = judged.extra_work, in_flops.extra_work
+    def _iterations(self, blocks, inside: Schedule) -> Iterator[_Iteration]:
+        judged, in_flops = simulate(blocks.problem, inside), simulate(blocks.flops_problem, inside)
+        # What is run again makes no results: they went to the next iteration long ago.
+        whole, whole_in_flops = (simulate(_without_results(p), inside) for p in (blocks.problem, blocks.flops_problem))
         saved = tuple(blocks.choices[n.block][n.option] for n, _ in inside.walk() if isinstance(n, Keep))
-        return _Iteration(
-            tree=Tree(blocks=tuple(s.positions for s in blocks.spans), schedule=schedule, saved=saved),
-            stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
-            peak_bytes=judged.peak_bytes,
-            again_time=again,
-            again_flops=again_flops,
-        )
+        for is_wrapped in (False, True):
+            schedule = Schedule((region(inside.nodes),)) if is_wrapped else inside
+            yield _Iteration(
+                tree=Tree(blocks=tuple(s.positions for s in blocks.spans), schedule=schedule, saved=saved),
+                stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
+                peak_bytes=(whole if is_wrapped else judged).peak_bytes,
+                again_time=whole.work if is_wrapped else judged.extra_work,
+                again_flops=whole_in_flops.work if is_wrapped else in_flops.extra_work,
+                whole_time=whole.work,
+                whole_flops=whole_in_flops.work,
+                is_wrapped=is_wrapped,
+            )
 
     def _stacked(self, blocks, nodes: Sequence[Node], saved: Sequence[Saved]) -> int:
         """What an iteration hands from its forward to its backward: what regions read, and what is saved."""
@@ -222,12 +267,10 @@ class _LoopModel:
         self.cotangent_bytes = outer([*local.active_outputs, *waiting, *made.intersection(local.active)])
         self.result_bytes = outer(v for v in local.outputs if v not in local.results)
 
-    def options(self, parts: Sequence[_Part], name: str = "") -> tuple[Option, Option]:
-        """The option in units of the plan's cost, and in FLOPs."""
-        shown = " + ".join(" x ".join(map(str, part.lengths)) for part in parts)
+    def numbers(self, parts: Sequence[_Part]) -> _Numbers:
+        """What parts take, in bytes and in units of the plan's cost."""
         saved = list(itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes))
-        # Slices that are cut off are copies, and the parts' results and cotangents are put together in the end.
-        copied = self.loop.length * self.sizes.slices if len(parts) > 1 else 0
+        # The parts' results and cotangents are put together in the end; slices of what is there are read in place.
         joined = self.loop.length * self.sizes.slice_cotangents if len(parts) > 1 else 0
         made = self.loop.length * self.sizes.stacked_outputs if len(parts) > 1 else 0
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
@@ -236,19 +279,27 @@ class _LoopModel:
         ]
         forward = [held + self._chunk(part.lengths) for held, part in zip(saved[1:], parts, strict=True)]
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
+        return _Numbers(
+            saved[-1],
+            made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
+            joined + moving + max(backward) + self.cotangent_bytes,
+            sum(part.again(self.body.forward_time, "time") for part in parts),
+        )
+
+    def options(self, parts: Sequence[_Part], name: str = "") -> tuple[Option, Option]:
+        """The option in units of the plan's cost, and in FLOPs."""
+        numbers = self.numbers(parts)
         option = Option(
-            name=name or f"scan {shown}",
-            saved_bytes=saved[-1] + copied,
-            recompute_time=self._again(parts, self.body.forward_time, "again_time"),
+            name=name or f"scan {' + '.join(map(str, parts))}",
+            saved_bytes=numbers.saved,
+            recompute_time=numbers.again,
             forward_times=self._option_times(self.body.forward_time),
-            forward_peak_bytes=(
-                copied + made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes
-            ),
-            backward_peak_bytes=copied + joined + moving + max(backward) + self.cotangent_bytes,
+            forward_peak_bytes=numbers.forward_peak,
+            backward_peak_bytes=numbers.backward_peak,
         )
         in_flops = replace(
             option,
-            recompute_time=self._again(parts, self.body.forward_flops, "again_flops"),
+            recompute_time=sum(part.again(self.body.forward_flops, "flops") for part in parts),
             forward_times=self._option_times(self.body.forward_flops),
         )
         return option, in_flops
@@ -282,11 +333,14 @@ class _LoopModel:
 
     def _saved(self, part: _Part) -> int:
         """What a part stacks during the forward: what starts its outermost iterations, or what each iteration keeps."""
+        if part.num_states is not None:
+            # One more for the state that is being worked on.
+            return (part.num_states + 1) * self.sizes.carry
         return part.lengths[0] * (self.sizes.carry if len(part.lengths) > 1 else part.plan.stacked_bytes)
 
     def _inner(self, part: _Part) -> int:
         """What the inner levels stack once they run again, with the chunks they read and those of the cotangents."""
-        if len(part.lengths) == 1:
+        if part.num_states is not None or len(part.lengths) == 1:
             return self.sizes.const_cotangents
         *outer, innermost = part.lengths[1:]
         stacks = sum(outer) * self.sizes.carry + innermost * part.plan.stacked_bytes
@@ -296,9 +350,6 @@ class _LoopModel:
 
     def _chunk(self, lengths: tuple[int, ...]) -> int:
         return math.prod(lengths[1:]) * (self.sizes.slices + self.sizes.stacked_outputs)
-
-    def _again(self, parts: Sequence[_Part], forward: int, again: str) -> int:
-        return sum(p.length * (getattr(p.plan, again) + (len(p.lengths) - 1) * forward) for p in parts)
 
     def _option_times(self, one: int) -> tuple[int, ...]:
         # What is stacked takes the whole loop to make, even where nobody wants its results.
@@ -357,14 +408,15 @@ def _without_results(problem: Problem) -> Problem:
     return Problem(blocks=tuple(blocks), values=tuple(values))
 
 
-def _divisions(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part, ...]]:
-    """Ways to run a loop: every plan at one to three levels, and two plans side by side.
+def _levels(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part, ...]]:
+    """Every plan at one to three levels.
 
     Levels are divisors of the length, and a grid where those are few; what is left over runs last, at one level. It
     need not run twice, so the last chunk is left over even where the length divides.
     """
     sizes = sorted({d for d in range(2, length) if length % d == 0} | {g for g in _grid(length) if g < length})
-    inners = [inner for num in range(1, _MAX_LEVELS) for inner in itertools.product(sizes, repeat=num)]
+    few = sizes[:: -(-len(sizes) // _MAX_LENGTHS)]
+    inners = [*((size,) for size in sizes), *itertools.product(few, repeat=2)]
     for plan in plans:
         yield (_Part((length,), plan),)
         for inner in inners:
@@ -372,30 +424,88 @@ def _divisions(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part
             for outer, rest in ((num, left), (num - 1, left + math.prod(inner))):
                 if outer > 1:
                     yield (_Part((outer, *inner), plan), *([_Part((rest,), plan)] if rest else []))
-    for less, more in itertools.pairwise(plans):
-        for first in sorted({length * i // _NUM_MIXES for i in range(1, _NUM_MIXES)} - {0}):
-            yield _Part((first,), less), _Part((length - first,), more)
+        for outer, size in _few_chunks(length):
+            yield _Part((outer, size), plan), _Part((length - outer * size,), plan)
+
+
+def _few_chunks(length: int) -> Iterator[tuple[int, int]]:
+    """Two levels whose outer one is short: chunks no longer than what is left over, which takes most of the bytes."""
+    for outer in range(2, min(_MAX_OUTER, math.isqrt(length)) + 1):
+        rest, most = -(-length // (outer + 1)), -(-length // outer) if outer > 2 else length
+        while rest < most and length - rest >= outer:
+            yield outer, (length - rest) // outer
+            rest = max(rest + 1, math.ceil(rest * _GROWTH))
+
+
+def _mixes(length: int, plans: Iterable[_Iteration]) -> Iterator[tuple[_Part, ...]]:
+    """Two plans side by side, those that are neighbours on the convex hull of bytes against time."""
+    size = lambda plan: length * plan.stacked_bytes + plan.peak_bytes  # noqa: E731
+    hull: list[_Iteration] = []
+    for plan in _pareto(plans, lambda p: (size(p), p.again_time)):
+        while len(hull) > 1 and _is_above(hull[-1], hull[-2], plan, size):
+            hull.pop()
+        hull.append(plan)
+    for less, more in itertools.pairwise(hull):
+        # The one that holds more comes last: its backward is over before the other one's needs room.
+        for num in _counts(size(less), more.stacked_bytes - less.stacked_bytes, length - 1):
+            yield _Part((length - num,), less), _Part((num,), more)
+
+
+def _is_above(plan: _Iteration, left: _Iteration, right: _Iteration, size: Callable[[_Iteration], int]) -> bool:
+    """Whether a plan lies on or above the line between two others."""
+    bytes_left, bytes_right = size(plan) - size(left), size(right) - size(left)
+    return (left.again_time - plan.again_time) * bytes_right <= (left.again_time - right.again_time) * bytes_left
+
+
+def _counts(base_bytes: int, each_bytes: int, most: int) -> Iterator[int]:
+    """Numbers of things, each of which makes the whole so much larger than the one before."""
+    num = 1
+    while num <= most:
+        yield num
+        enough = ((base_bytes + num * each_bytes) * _GROWTH - base_bytes) / each_bytes if each_bytes > 0 else 2 * num
+        num = max(num + 1, math.ceil(enough))
+
+
+def _binomial(length: int, plans: Iterable[_Iteration], carry_bytes: int) -> Iterator[tuple[_Part, ...]]:
+    """Binomial loops, where they do not run iterations again too many times."""
+    # Nothing of an iteration is held for another one, so what its plan saves does not matter.
+    for plan in _pareto((p for p in plans if not p.is_wrapped), lambda p: (p.peak_bytes, p.whole_time)):
+        for count in _counts(plan.peak_bytes, carry_bytes, length - 1):
+            if num_again(length, count) <= _MAX_AGAIN * length:
+                yield (_Part((length,), plan, count),)
 
 
 def _grid(length: int) -> set[int]:
     return {round(2 ** (i / 2)) for i in range(2, 2 * length.bit_length())}
 
 
-def _pareto(items, key: Callable) -> list:
+def _pareto(items: Iterable[_T], key: Callable[[_T], tuple[int, ...]]) -> list[_T]:
     """Items that no other one beats in everything, in the order of their keys."""
-    best: list = []
-    seen: set = set()
-    for k, item in sorted(((key(x), x) for x in items), key=lambda pair: pair[0]):
-        if k not in seen and not any(all(a <= b for a, b in zip(other, k, strict=True)) for other, _ in best):
-            seen.add(k)
-            best.append((k, item))
-    return [item for _, item in best]
+    pairs = sorted(((key(x), x) for x in items), key=lambda pair: pair[0])
+    keys = np.array([k for k, _ in pairs], np.float64)
+    best: list[int] = []
+    for i in range(len(pairs)):
+        if not (keys[best] <= keys[i]).all(axis=1).any():
+            best.append(i)
+    return [pairs[i][1] for i in best]
 
 
-def _thin(kept: list) -> list:
+def _thin(items: Sequence[tuple[_Numbers, _T]]) -> list[tuple[_Numbers, _T]]:
     """Those that are best by what they save or by their peak, for the time they take; of these, not too many."""
-    time = lambda x: x[0].recompute_time  # noqa: E731
-    by_peak = _pareto(kept, lambda x: (max(x[0].backward_peak_bytes, x[0].forward_peak_bytes), time(x)))
-    by_saved = _pareto(kept, lambda x: (x[0].saved_bytes, time(x)))
-    chosen = [x for x in kept if any(x is y for y in (*by_peak, *by_saved))]
-    return chosen[:: -(-len(chosen) // _MAX_OPTIONS)] if len(chosen) > _MAX_OPTIONS else chosen
+    by_saved = lambda x: (x[0].saved, x[0].again)  # noqa: E731
+    by_peak = lambda x: (max(x[0].forward_peak, x[0].backward_peak), x[0].again)  # noqa: E731
+    chosen = {id(x): x for by in (by_saved, by_peak) for x in _spread(_pareto(items, by), lambda x, by=by: by(x)[0])}
+    return _pareto(chosen.values(), lambda x: x[0])
+
+
+def _spread(items: Sequence[_T], size: Callable[[_T], int]) -> list[_T]:
+    """At most so many, as evenly as may be: of those that lie close together, the one that takes most bytes."""
+    step = 1.0
+    while True:
+        spread: list[_T] = []
+        for item in reversed(items):
+            if not spread or size(item) * step <= size(spread[-1]) or item is items[0]:
+                spread.append(item)
+        if len(spread) <= _MAX_OPTIONS // 2:
+            return spread
+        step = 1.5 * step - 0.5 if step > 1 else 1.002

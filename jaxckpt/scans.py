@@ -1,4 +1,7 @@
-"""Loops of known length: what `lax.scan` repeats, and running it as levels of scans of checkpointed scans."""
+"""Loops of known length: what `lax.scan` repeats, and running it in parts.
+
+A part is levels of scans of checkpointed scans, or a binomial loop.
+"""
 
 import functools
 import math
@@ -12,7 +15,9 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from jaxckpt import _compat
+from jaxckpt.binomial import binomial_loop
 from jaxckpt.trace import Constant, Equation, Program, flatten
+from jaxckpt.trace import run as run_program
 
 # One iteration: carry and slices to carry and slices, flat lists all.
 Step = Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]]
@@ -75,12 +80,24 @@ def _body(jaxpr: Any) -> Program:
     return flatten(jaxpr)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Consecutive iterations, run as levels of scans of checkpointed scans: their lengths, outermost first."""
+    """Consecutive iterations.
+
+    Attributes:
+        lengths: iterations of each level of scans of checkpointed scans, outermost first.
+        body: one iteration, from its flat inputs to its flat outputs.
+        num_states: instead of levels, binomial checkpointing with this many carries held.
+    """
 
     lengths: tuple[int, ...]
     body: Callable[..., list[Any]]
+    num_states: int | None = None
+
+    @property
+    def length(self) -> int:
+        """How many iterations."""
+        return math.prod(self.lengths)
 
 
 def run_loop(eqn: Equation, operands: Sequence[Any], runs: Sequence[Run]) -> list[Any]:
@@ -89,7 +106,7 @@ def run_loop(eqn: Equation, operands: Sequence[Any], runs: Sequence[Run]) -> lis
     Args:
         eqn: the scan.
         operands: its operands.
-        runs: its iterations in the order they run; a body goes from the flat inputs of one to its flat outputs.
+        runs: its iterations in the order they run.
 
     Returns:
         The scan's results.
@@ -101,25 +118,36 @@ def run_loop(eqn: Equation, operands: Sequence[Any], runs: Sequence[Run]) -> lis
     made, done = [], 0
     with _compat.source_context(eqn.source_info, eqn.name_stacks, eqn.ctx):
         for run in runs:
-            length = math.prod(run.lengths)
-            start = loop.length - done - length if loop.reverse else done
-            part = stacked if length == loop.length else [x[start : start + length] for x in stacked]
-            carry, results = _run_levels(_step(loop, consts, run.body), carry, part, run.lengths, loop)
+            start = loop.length - done - run.length if loop.reverse else done
+            part = stacked if run.length == loop.length else [x[start : start + run.length] for x in stacked]
+            carry, results = _run_part(loop, run, consts, carry, part)
             made.append(results)
-            done += length
+            done += run.length
         parts = zip(*(reversed(made) if loop.reverse else made), strict=True)
         return [*carry, *(part[0] if len(part) == 1 else jnp.concatenate(part) for part in parts)]
 
 
-def _step(loop: Loop, consts: list[Any], body: Callable[..., list[Any]]) -> Step:
-    def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs = [
-            jnp.asarray(y, x.aval.dtype) if isinstance(x, Constant) else y
-            for x, y in zip(loop.body.outputs, body(*consts, *carry, *slices), strict=True)
-        ]
-        return outputs[: loop.num_carry], outputs[loop.num_carry :]
+def _run_part(loop: Loop, run: Run, consts: list, carry: list, stacked: list) -> tuple[list, list]:
+    if run.num_states is None:
+        return _run_levels(functools.partial(_iterate, loop, run.body, consts), carry, stacked, run.lengths, loop)
+    return binomial_loop(
+        functools.partial(_iterate, loop, functools.partial(run_program, loop.body)),
+        functools.partial(_iterate, loop, run.body),
+        consts,
+        carry,
+        stacked,
+        length=run.length,
+        num_states=run.num_states,
+        reverse=loop.reverse,
+    )
 
-    return step
+
+def _iterate(loop: Loop, body: Callable, consts: list, carry: list, slices: list) -> tuple[list, list]:
+    outputs = [
+        jnp.asarray(y, x.aval.dtype) if isinstance(x, Constant) else y
+        for x, y in zip(loop.body.outputs, body(*consts, *carry, *slices), strict=True)
+    ]
+    return outputs[: loop.num_carry], outputs[loop.num_carry :]
 
 
 def _run_levels(step: Step, carry: list, stacked: list, lengths: Sequence[int], loop: Loop) -> tuple[list, list]:

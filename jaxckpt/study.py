@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ckptsolvers import Keep, Schedule, simulate
 
-from jaxckpt import apply, cuts, graph, targets
+from jaxckpt import apply, cuts, graph, shardings, targets
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import SOLVERS, Candidate, candidates, keep_all
 from jaxckpt.errors import OptionError
@@ -23,9 +24,19 @@ class Study:
         cost: "time" or "flops".
         solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
         target: the chip's name, None for the default backend.
+        split: over how many devices its values are cut; None is as its most finely cut argument is.
     """
 
-    def __init__(self, program: Program, objective: Objective, cost: str, solver: Any, target: str | None):
+    def __init__(
+        self,
+        program: Program,
+        objective: Objective,
+        cost: str,
+        solver: Any,
+        target: str | None,
+        split: int | None = None,
+    ):
+        self.split = shardings.split(program) if split is None else split
         self.program, self.objective, self.target = program, objective, target
         self.chip = targets.find(target)
         self.cost, self.solver = cost, solver
@@ -51,15 +62,18 @@ class Study:
                 timer=targets.timer(cost, self.chip),
                 target=self.chip,
             )
-            self.candidates = candidates(self.blocks.problem, solver)
+            self.candidates = [self._per_device(c) for c in candidates(self.blocks.problem, solver)]
         self.graph = dag
         self.forward_flops = sum(dag.nodes[i]["flops"] for i in dag)
         self.unplanned_cost = 0 if self.blocks is None else self.blocks.unplanned_cost
 
     @property
     def fixed_bytes(self) -> int:
-        """Arguments, results and gradients: what every plan of the program takes."""
-        program, sizes = self.program, [size_bytes(a) for a in self.program.avals]
+        """Arguments, results and gradients: what every plan of the program takes on each device."""
+        program, sizes = self.program, [-(-size_bytes(a) // self.split) for a in self.program.avals]
+        if program.shardings:
+            for v, sharding in zip(program.inputs, program.shardings, strict=True):
+                sizes[v] = shardings.local_bytes(program.avals[v], sharding)
         read = {v for eqn in program.equations for v in eqn.reads} | set(program.outputs)
         arguments = sum(sizes[v] for v in program.inputs if v in read)
         results = sum(sizes[x] for x in program.outputs if isinstance(x, int))
@@ -75,7 +89,12 @@ class Study:
     def unplanned(self) -> Candidate:
         """The schedule that keeps everything, as the program does without a plan."""
         assert self.blocks is not None
-        return keep_all(self.blocks.problem)
+        return self._per_device(keep_all(self.blocks.problem))
+
+    def _per_device(self, candidate: Candidate) -> Candidate:
+        """What lies between arguments and results is taken to be cut alike; measuring corrects it."""
+        peak = -(-candidate.judgement.peak_bytes // self.split)
+        return replace(candidate, judgement=replace(candidate.judgement, peak_bytes=peak))
 
     def saved(self, schedule: Schedule) -> list[apply.Saved]:
         """What each block's chosen option saves, `[num_blocks]`."""
@@ -88,10 +107,11 @@ class Study:
         assert self.blocks is not None
         return simulate(self.blocks.flops_problem, schedule).extra_work
 
-    def planned(self, schedule: Schedule) -> Callable[..., list[Any]]:
+    def planned(self, schedule: Schedule, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """The program under a schedule, as a function of flat inputs."""
         assert self.blocks is not None
-        return apply.planned(self.program, self.blocks.spans, schedule, self.saved(schedule))
+        saved = self.saved(schedule)
+        return apply.planned(self.program, self.blocks.spans, schedule, saved, is_forward_mode=is_forward_mode)
 
     def measure(self, schedule: Schedule | None, digest: str) -> Measurement:
         """Compile the differentiated program under a schedule, or without one; each is compiled once."""

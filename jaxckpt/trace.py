@@ -1,9 +1,12 @@
 """A function of pytrees as a flat program: one list of equations, nested calls inlined, every value numbered."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import jax
@@ -11,7 +14,9 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.extend.core import primitives as prims
+from jax.sharding import AxisType
 
 from jaxckpt import _compat
 from jaxckpt.errors import UnsupportedProgramError
@@ -76,7 +81,7 @@ class Equation:
         return "/".join(filter(None, (str(s) for s in self.name_stacks)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
     """A flat program.
 
@@ -85,12 +90,15 @@ class Program:
         inputs: the values it starts from: closed-over constants first, then the arguments' array leaves.
         equations: in order.
         outputs: values or constants returned.
+        shardings: on which devices each input lies; empty where all are on one. No part of the fingerprint, since
+            arguments inside `jit` do not show theirs.
     """
 
     avals: list[Any]
     inputs: tuple[int, ...]
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
+    shardings: tuple[Any, ...] = ()
     _lines: tuple[str, ...] | None = field(default=None, init=False, repr=False)
 
     def lines(self) -> tuple[str, ...]:
@@ -142,40 +150,105 @@ def is_array_like(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def trace(fun: Callable, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Traced:
+class Memory:
+    """What a function was traced to, so that equal calls are traced once, as under `jax.jit`.
+
+    JAX's own cache decides what equal calls are, given the same function object for them: that object is kept here.
+    A call with static leaves whose state may change, such as instances of a class, is traced each time.
+    """
+
+    _MOST = 64
+
+    def __init__(self) -> None:
+        self._functions: dict[Any, _Flat] = {}
+        self._traced: dict[int, tuple[Any, Traced]] = {}  # by identity of the jaxpr, which is kept alive
+
+    def function(self, key: Any, static: Sequence[Any], flat: "_Flat") -> "_Flat":
+        """The first flat function of equal calls."""
+        try:
+            return self._keep(self._functions, key, flat) if all(map(is_settled, static)) else flat
+        except TypeError:  # equal by values that cannot be hashed
+            return flat
+
+    def traced(self, closed: Any, make: Callable[[], Traced]) -> Traced:
+        """What a jaxpr was made into before."""
+        if any(isinstance(const, Tracer) for const in closed.consts):
+            return make()  # it ends with the trace that is under way
+        if id(closed) not in self._traced:
+            self._keep(self._traced, id(closed), (closed, make()))
+        return self._traced[id(closed)][1]
+
+    def _keep(self, kept: dict, key: Any, value: Any) -> Any:
+        value = kept.setdefault(key, value)
+        while len(kept) > self._MOST:
+            kept.pop(next(iter(kept)))
+        return value
+
+
+_SETTLED = (NoneType, str, bytes, bool, type, Enum, FunctionType, BuiltinFunctionType, np.ufunc, np.dtype)
+_SETTLED += (jax.custom_jvp, jax.custom_vjp, type(jax.jit(len)))
+
+
+def is_settled(leaf: Any) -> bool:
+    """Whether a static value is the same as long as it is equal: a constant or a function, not an object with state."""
+    if isinstance(leaf, _SETTLED):
+        return True
+    return not isinstance(leaf, MethodType) and type(leaf).__hash__ not in (None, object.__hash__)
+
+
+def trace(
+    fun: Callable,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    memory: Memory | None = None,
+    key: Any = None,
+) -> Traced:
     """Trace a function to a flat program.
 
     Args:
         fun: a function of pytrees.
         args: arrays, `ShapeDtypeStruct`s or pytrees of them; leaves that are not arrays are static.
         kwargs: likewise.
+        memory: of earlier calls; equal ones give the same object.
+        key: stands for `fun` among the functions that share the memory.
 
     Returns:
         The program and its trees. What `fun` raises while it is traced is raised unchanged.
     """
-    paths, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs or {})))
-    leaves = [leaf for _, leaf in paths]
+    whole = (tuple(args), dict(kwargs or {}))
+    leaves, in_tree = jax.tree.flatten(whole)
     is_array = tuple(map(is_array_like, leaves))
     static = tuple(None if dyn else leaf for leaf, dyn in zip(leaves, is_array, strict=True))
-    out_trees = []
+    memory = memory or Memory()
+    flat = memory.function((key, in_tree, static, is_array), static, _Flat(fun, in_tree, static, is_array))
+    closed = jax.make_jaxpr(flat)(*(leaf for leaf, dyn in zip(leaves, is_array, strict=True) if dyn))
 
-    def flat(*dynamic: Any) -> list[Any]:
-        out = call_with_leaves(fun, in_tree, static, is_array, dynamic)
-        out_leaves, out_tree = jax.tree.flatten(out)
-        out_trees.append(out_tree)
-        return out_leaves
+    def make() -> Traced:
+        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
+        return Traced(
+            program=flatten(closed.jaxpr),
+            consts=tuple(closed.consts),
+            in_tree=in_tree,
+            is_array=is_array,
+            static_leaves=static,
+            out_tree=flat.out_tree,
+            arg_names=tuple(_show_path(path) for path, dyn in zip(paths, is_array, strict=True) if dyn),
+        )
 
-    dynamic = [leaf for leaf, dyn in zip(leaves, is_array, strict=True) if dyn]
-    closed = jax.make_jaxpr(flat)(*dynamic)
-    return Traced(
-        program=flatten(closed.jaxpr),
-        consts=tuple(closed.consts),
-        in_tree=in_tree,
-        is_array=is_array,
-        static_leaves=static,
-        out_tree=out_trees[-1],
-        arg_names=tuple(_show_path(path) for (path, _), dyn in zip(paths, is_array, strict=True) if dyn),
-    )
+    return memory.traced(closed, make)
+
+
+class _Flat:
+    """A function of its traced leaves, which remembers the tree of its latest result."""
+
+    def __init__(self, fun: Callable, in_tree: Any, static: Sequence[Any], is_array: Sequence[bool]):
+        self._call = functools.partial(call_with_leaves, fun, in_tree, static, is_array)
+        self.out_tree: Any = None
+        self.__name__ = getattr(fun, "__name__", "fun")
+
+    def __call__(self, *dynamic: Any) -> list[Any]:
+        leaves, self.out_tree = jax.tree.flatten(self._call(dynamic))
+        return leaves
 
 
 def call_with_leaves(fun: Callable, in_tree: Any, static: Sequence[Any], is_array: Sequence[bool], dynamic: Any) -> Any:
@@ -313,6 +386,16 @@ def run(program: Program, *inputs: Any) -> list[Any]:
     env = dict(zip(program.inputs, inputs, strict=True))
     evaluate(program.equations, env)
     return outputs_of(program, env)
+
+
+def spec_of(aval: Any) -> jax.ShapeDtypeStruct:
+    """What JAX traces to a value like this one: more than a shape inside `shard_map` and on explicit meshes."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, sharding=sharding, manual_axis_type=getattr(aval, "manual_axis_type", None)
+    )
 
 
 def size_bytes(aval: Any) -> int:

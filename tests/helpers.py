@@ -24,9 +24,10 @@ def x64() -> contextlib.AbstractContextManager:
     return jax.enable_x64(True)
 
 
-def jit(fun: Callable) -> Callable:
+def jit(fun: Callable, **options: Any) -> Callable:
     """Compile fast, and keep recomputation on every CPU."""
-    return jax.jit(fun, compiler_options={"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS})
+    compiler_options = {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
+    return jax.jit(fun, compiler_options=compiler_options, **options)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

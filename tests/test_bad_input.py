@@ -144,8 +144,8 @@ def test_unknown_names_are_refused_with_what_is_known():
         jaxckpt.plan(chain_loss, *ARGS, budget="1GB", cost="money")
     with pytest.raises(TargetError, match="'h100'"):
         jaxckpt.plan(chain_loss, *ARGS, budget="1GB", target="h10")
-    with pytest.raises(TargetError, match="compiler"):
-        jaxckpt.plan(chain_loss, *ARGS, budget="1GB", target="v5e")
+    with pytest.raises(TargetError, match="'v5e:2x4'"):
+        jaxckpt.plan(chain_loss, *ARGS, budget="1GB", target="v5e:8")
 
 
 def test_side_effects_are_refused_with_their_line():

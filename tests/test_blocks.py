@@ -69,9 +69,7 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_predicted_bytes_are_near_those_measured(name, request):
-    if name == "conv":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="on CPU a convolution copies its operands"))
+def test_predicted_bytes_are_near_those_measured(name):
     fun, args = MEASURED[name]
     s = study(fun, *args)
     for candidate in (s.unplanned, *spread(s.candidates, 2)):

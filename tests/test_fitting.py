@@ -7,6 +7,7 @@ import pytest
 from helpers import count
 
 import jaxckpt
+from jaxckpt.sharing import apart, together
 
 X = jax.ShapeDtypeStruct((2048, 64), jnp.float32)
 WS = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 12
@@ -89,3 +90,95 @@ def test_a_budget_below_the_state_says_what_no_plan_changes():
     with pytest.raises(jaxckpt.InfeasibleBudgetError, match="which no plan changes") as caught:
         jaxckpt.fit(make_step(jaxckpt.auto_remat(chain)), WS, WS, X, budget=1000)
     assert 1000 < caught.value.least_peak_bytes <= caught.value.unplanned_peak_bytes
+
+
+def test_microbatches_accumulated_in_a_scan_are_planned_inside_it():
+    loss = jaxckpt.auto_remat(chain)
+
+    def make(loss):
+        def step(ws, xs):
+            def one(total, x):
+                value, grads = jax.value_and_grad(loss)(ws, x)
+                return jax.tree.map(jnp.add, total, grads), value
+
+            total, values = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, ws), xs)
+            return [w - 0.1 * g for w, g in zip(ws, total, strict=True)], values
+
+        return step
+
+    xs = jax.ShapeDtypeStruct((4, *X.shape), X.dtype)
+    fitted = jaxckpt.fit(make(loss), WS, xs, budget="60%", donate_argnums=0)
+    assert fitted.measurement.device_bytes <= 0.6 * fitted.unplanned.device_bytes
+    ws, _, x = arrays()
+    xs = jnp.stack([x * (i + 1.0) for i in range(4)])
+    wanted = jax.jit(make(chain))(ws, xs)
+    for ours, theirs in zip(jax.tree.leaves(fitted.step(ws, xs)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision_with_donated_state_is_planned_in_half_the_bytes():
+    @jaxckpt.auto_remat
+    def loss(ws, x):
+        half = [w.astype(jnp.bfloat16) for w in ws]
+        return chain(half, x.astype(jnp.bfloat16)).astype(jnp.float32)
+
+    fitted = jaxckpt.fit(make_step(loss), WS, WS, X, budget="60%", donate_argnums=(0, 1))
+    assert fitted.measurement.device_bytes <= 0.6 * fitted.unplanned.device_bytes
+    assert fitted.measurement.alias_bytes >= 2 * 12 * 64 * 64 * 4
+    assert {g.shape_dtype.split("[")[0] for g in fitted.plans[0].saved} == {"bfloat16"}
+
+
+def cost(fitted):
+    return sum(plan.recompute_cost for plan in fitted.plans)
+
+
+def test_functions_that_are_differentiated_in_turn_get_what_the_others_leave():
+    wide, narrow = jaxckpt.auto_remat(chain), jaxckpt.auto_remat(lambda ws, x: chain(ws[:5], x[:512]))
+
+    def step(ws, x):
+        grads = jax.grad(wide)(ws, x)
+        # The second starts when the first is done.
+        moved = [w - 0.1 * g for w, g in zip(ws, grads, strict=True)]
+        return jax.grad(narrow)(moved, x)
+
+    fitted = jaxckpt.fit(step, WS, X, budget="60%", cost="flops")
+    assert fitted.measurement.device_bytes <= 0.6 * fitted.unplanned.device_bytes
+    first, second = fitted.plans
+    assert first.recompute_cost > 0 and second.schedule is None
+
+
+def test_bytes_that_add_up_go_where_they_save_most():
+    # Both halves hold the same bytes, and those of the second take five times the work to make again.
+    mix = jnp.eye(64)
+
+    def dear(ws, x):
+        for w in ws:
+            for _ in range(4):
+                x = x @ mix
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def cheap(ws, x):
+        for w in ws:
+            x = jnp.tanh(x @ w)
+        return x
+
+    first, second = jaxckpt.auto_remat(cheap), jaxckpt.auto_remat(dear)
+
+    def step(ws, x):
+        return jax.grad(lambda ws: second(ws, first(ws, x)))(ws)
+
+    fitted = jaxckpt.fit(step, WS, X, budget="75%", cost="flops")
+    assert fitted.measurement.device_bytes <= 0.75 * fitted.unplanned.device_bytes
+    recomputed = {plan.forward_flops: plan.recompute_flops / plan.forward_flops for plan in fitted.plans}
+    assert 0 < recomputed[max(recomputed)] < 0.5 * recomputed[min(recomputed)]
+
+
+def test_paths_lead_from_the_least_bytes_to_the_least_work():
+    peaks, costs = [[100, 400, 900], [200, 300, 2000]], [[0.8, 0.3, 0.0], [0.5, 0.1, 0.0]]
+    assert apart(peaks, costs) == [(0, 0), (0, 1), (1, 1), (2, 1), (2, 2)]
+    # By the sum, (1, 0) takes as many bytes as (0, 1) and two hundred more, and less work than neither.
+    assert together(peaks, costs) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (2, 2)]
+    assert together([[0, 50, 100]], [[1.0, 0.9, 0.0]]) == [(0,), (1,), (2,)]
+    # What lies between two that are all but equal in bytes is left out.
+    assert together([[1000, 5000, 5001, 5002]], [[1.0, 0.9, 0.8, 0.0]]) == [(0,), (1,), (3,)]

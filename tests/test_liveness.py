@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from jaxckpt.liveness import buffers_across, peak_bytes
+from jaxckpt.habits import habits_of
+from jaxckpt.liveness import Habits, buffers_across, peak_bytes
+from jaxckpt.targets import find
 from jaxckpt.trace import size_bytes, trace
 
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
@@ -107,7 +109,7 @@ def across(fun, *args, num_forward, reductions_fuse_broadcasts=True):
         program.equations[num_forward:],
         lambda v: size_bytes(program.avals[v]),
         kept=(),
-        reductions_fuse_broadcasts=reductions_fuse_broadcasts,
+        habits=Habits(reductions_fuse_broadcasts=reductions_fuse_broadcasts),
     )
     return program, found
 
@@ -120,3 +122,42 @@ def test_buffers_across_are_what_the_backward_reads_of_the_forward():
 def test_a_fused_value_across_is_made_again_from_its_buffer():
     program, found = across(lambda x, w: jnp.sum((x @ w) * 2 + 1), X, X, num_forward=2)
     assert found == set(program.equations[0].outputs)
+
+
+def test_a_scatter_writes_over_the_array_it_changes():
+    def fun(x, i):
+        return jnp.sum(jnp.zeros((64, 64)).at[i].add(x @ x)) + 0 * jnp.sum(x)
+
+    program = trace(fun, (jnp.ones((64, 64)), jnp.zeros(64, int))).program
+    size = 64 * 64 * 4
+    # The product and the array, which is not there twice.
+    assert 2 * size <= peak_bytes(program.equations, lambda v: size_bytes(program.avals[v])) < 3 * size
+
+
+def test_on_cpu_an_operand_in_another_layout_is_a_buffer_more():
+    def fun(x, y):
+        return jnp.einsum("btd,bte->de", jnp.tanh(x), y)
+
+    x = jnp.ones((4, 32, 16))
+    program = trace(fun, (x, x)).program
+    peaks = [
+        peak_bytes(
+            program.equations, lambda v: size_bytes(program.avals[v]), habits=habits_of(find(name), program.avals)
+        )
+        for name in ("h100", "cpu")
+    ]
+    assert peaks[1] - peaks[0] in (0, x.nbytes)
+    dot = next(e for e in program.equations if e.primitive.name == "dot_general")
+    assert len(habits_of(find("cpu"), program.avals).copies(dot)) == 1
+    assert not habits_of(find("h100"), program.avals).copies(dot)
+
+
+def test_on_cpu_a_poolings_derivative_holds_four_indices_an_element():
+    def fun(x):
+        return jnp.sum(jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"))
+
+    program = trace(jax.grad(fun), (jnp.ones((2, 8, 8, 4)),)).program
+    (pool,) = [e for e in program.equations if e.primitive.name == "select_and_scatter_add"]
+    scratch = habits_of(find("cpu"), program.avals).scratch_bytes(pool)
+    assert scratch == 4 * 4 * (2 * 8 * 8 * 4 + 2 * 4 * 4 * 4)
+    assert not habits_of(find("v5e"), program.avals).scratch_bytes(pool)

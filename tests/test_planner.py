@@ -1,5 +1,6 @@
 """From a budget to a plan, measured at every step."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -44,7 +45,11 @@ def test_a_budget_is_kept_and_measured_however_it_is_written(unplanned, share):
     plans = [jaxckpt.plan(chain_loss, *ARGS, budget=budget) for budget in budgets]
     for plan in plans:
         assert plan.measured_peak_bytes <= plan.budget_bytes and abs(plan.budget_bytes - size) <= 1
-        assert plan.unplanned_peak_bytes == unplanned
+        # A budget in bytes that is far below needs no compile without a plan.
+        assert plan.is_unplanned_measured == (share > 50 or plan is plans[1])
+        assert plan.unplanned_peak_bytes == (
+            unplanned if plan.is_unplanned_measured else pytest.approx(unplanned, 0.01)
+        )
         assert plan.schedule == plans[0].schedule
         again = jaxckpt.measure(plan.apply(chain_loss), *ARGS).device_bytes
         assert again == plan.measured_peak_bytes
@@ -131,7 +136,9 @@ def test_textbook_solvers_fit_and_do_no_better_than_auto(case, solver):
     auto = jaxckpt.plan(fun, *args, budget=budget, cost="flops")
     assert book.solver == solver and book.schedule is not None
     assert max(book.measured_peak_bytes, auto.measured_peak_bytes) <= budget
-    assert book.measured_peak_bytes > auto.measured_peak_bytes or book.recompute_cost >= auto.recompute_cost
+    # Half a percent of the step is not worth another compile.
+    least_work = auto.recompute_cost - 0.005 * auto.unplanned_cost
+    assert book.measured_peak_bytes > auto.measured_peak_bytes or book.recompute_cost >= least_work
     wanted, got = (jit(jax.grad(f))(*args) for f in (fun, book.apply(fun)))
     assert_close(got, wanted, 1e-4)
     assert least(fun, *args, cost="flops") <= least(fun, *args, solver=solver, cost="flops")
@@ -203,7 +210,8 @@ import jaxckpt
 from zoo import gpt
 from zoo.models import MODELS
 cases = [(m.fun, m.specs(), m.has_aux) for m in (MODELS["unet"], MODELS["dropout"])]
-print(json.dumps([jaxckpt.plan(f, *a, has_aux=x, budget="70%", verify={verify}).to_json() for f, a, x in cases]))
+options = dict(budget="70%", verify={verify}, calibration=None)
+print(json.dumps([jaxckpt.plan(f, *a, has_aux=x, **options).to_json() for f, a, x in cases]))
 """
 
 
@@ -216,10 +224,10 @@ def test_a_plan_is_the_same_in_every_process(verify):
 
 
 def test_a_plan_does_not_depend_on_what_was_planned_before():
-    low, high = (jaxckpt.plan(unet_loss, *UNET, budget=b) for b in ("65%", "80%"))
+    make = functools.partial(jaxckpt.plan, unet_loss, *UNET, calibration=None)
+    low, high = make(budget="65%"), make(budget="80%")
     planner._STUDIES.clear()
-    again = [jaxckpt.plan(unet_loss, *UNET, budget=b) for b in ("80%", "65%")]
-    assert [low, high] == again[::-1]
+    assert [make(budget="80%"), make(budget="65%")] == [high, low]
 
 
 @pytest.mark.parametrize("solver", ["lower_sets", pytest.param("ilp", marks=pytest.mark.slow)])

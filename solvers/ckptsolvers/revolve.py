@@ -102,7 +102,7 @@ def revolve_schedule(num_blocks: int, num_states: int, *, options: tuple[int, ..
         elif length == 1:
             out[-1].append(Keep(start, picked[start]))
         else:
-            m = _split(length, c, r)
+            m = split_length(length, c, r)
             tasks.append((start + m, length - m, c - 1, r))
             tasks.append((-1, 0, 0, 0))
             tasks.append((start, m, c, r - 1))
@@ -133,7 +133,7 @@ def revolve_actions(num_steps: int, num_states: int) -> Iterator[Action]:
         elif length == 1:
             yield Action("turn", start, start + 1)
         else:
-            m = _split(length, c, r)
+            m = split_length(length, c, r)
             yield Action("advance", start, start + m)
             tasks.append((start, m, c, r - 1))
             tasks.append((start, 0, 0, 0))
@@ -217,7 +217,8 @@ def _solve_uniform(problem: Problem, budget_bytes: int) -> Solution:
     )
 
 
-def _split(length: int, c: int, r: int) -> int:
+def split_length(length: int, c: int, r: int) -> int:
+    """Where to split `length` steps with c states, none to run more than r times: the length of the left part."""
     # Optimal when the left part's repeats are r - 1 and the right part's r: m <= beta(c, r - 1) and
     # length - m >= beta(c - 1, r - 1). Of the optimal splits this is the last one.
     return max(1, min(comb(c + r - 1, c), length - comb(c + r - 2, c - 1)))

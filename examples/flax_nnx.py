@@ -1,0 +1,72 @@
+"""flax nnx: modules hold their state, so the loss is a pure function of the module's split parts.
+
+    python examples/flax_nnx.py --budget 70%
+
+`nnx.split` turns a module into its structure, its parameters and the rest of its state; the decorated function merges
+them, and returns the state that the call has changed beside its value. `nnx.value_and_grad` of the module works around
+it, as around any function.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: make the repository importable
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "solvers")]
+
+import jax
+import optax
+from flax import nnx
+
+from examples import digits
+
+
+class Net(nnx.Module):
+    """Dense layers, each normalised over the batch."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        """Make the layers."""
+        widths = [64] + [128] * 6
+        self.layers = nnx.List(nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths))
+        self.norms = nnx.List(nnx.BatchNorm(width, rngs=rngs) for width in widths[1:])
+        self.out = nnx.Linear(widths[-1], 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map images `[batch, 64]` to logits `[batch, 10]`."""
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = nnx.gelu(norm(layer(x)))
+        return self.out(x)
+
+
+def train(decorate: Callable, num_steps: int) -> list[float]:
+    """Train from the same start on the same batches and return the losses."""
+    model = Net(nnx.Rngs(0))
+    structure = nnx.split(model, nnx.Param, ...)[0]
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+
+    @decorate
+    def loss(params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        merged = nnx.merge(structure, params, rest)
+        value = optax.softmax_cross_entropy_with_integer_labels(merged(images), labels).mean()
+        return value, nnx.split(merged, nnx.Param, ...)[2]
+
+    def module_loss(model: Net, *batch: Any) -> jax.Array:
+        _, params, rest = nnx.split(model, nnx.Param, ...)
+        value, rest = loss(params, rest, *batch)
+        nnx.update(model, rest)
+        return value
+
+    # nnx.jit takes no compiler options: on CPU with jaxlib before 0.12, XLA_FLAGS must keep the recomputation.
+    @nnx.jit
+    def step(model: Net, optimizer: nnx.Optimizer, *batch: Any) -> jax.Array:
+        value, grads = nnx.value_and_grad(module_loss)(model, *batch)
+        optimizer.update(model, grads)
+        return value
+
+    return [float(step(model, optimizer, *batch)) for batch in digits.batches(num_steps)]
+
+
+if __name__ == "__main__":
+    sys.exit(digits.main(train, "Train a flax nnx model with and without a plan."))

@@ -1,0 +1,95 @@
+"""One plan for all processes: the first one plans, the others take its plan and check that it is for their program.
+
+Processes that compile different programs wait for each other in the first collective for ever. Plans are exchanged
+through the coordinator's key-value store, which takes no collective and may be used while a function is traced.
+"""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxckpt import _compat
+from jaxckpt.errors import InfeasibleBudgetError, JaxckptError, PlanMismatchError
+from jaxckpt.plans import Plan
+from jaxckpt.trace import Program
+
+# Planning takes a dozen compiles of the whole program.
+_WAIT_S = 3600
+
+_ERROR_FIELDS = ("budget_bytes", "least_peak_bytes", "unplanned_peak_bytes", "measured", "forced_by")
+_SEEN: Counter = Counter()
+
+
+def agreed(label: str, program: Program, make: Callable[[], Plan]) -> Plan:
+    """Make a plan, or take the one that process 0 made for the same call.
+
+    Args:
+        label: the function's name; the plans of one function are exchanged in the order they are asked for.
+        program: this process's program.
+        make: plans it.
+
+    Returns:
+        The plan, the same one in all processes.
+
+    Raises:
+        PlanMismatchError: process 0 planned another program.
+        InfeasibleBudgetError: process 0 found no plan that fits.
+    """
+    client = _compat.distributed_client()
+    if client is None or jax.process_count() == 1:
+        return make()
+    key = f"jaxckpt/plans/{label}/{_SEEN[label]}"
+    _SEEN[label] += 1
+    if jax.process_index() != 0:
+        return _taken(client, key, label, program)
+    try:
+        found = make()
+    except Exception as error:
+        _publish(client, key, {"error": _described(error)})
+        raise
+    _publish(client, key, {"plan": found.to_json()})
+    return found
+
+
+def _publish(client: Any, key: str, data: dict[str, Any]) -> None:
+    client.key_value_set_bytes(key, zlib.compress(json.dumps(data).encode()))
+
+
+def _taken(client: Any, key: str, label: str, program: Program) -> Plan:
+    try:
+        data = client.blocking_key_value_get_bytes(key, _WAIT_S * 1000)
+    except Exception as error:  # the runtime's own kind
+        raise JaxckptError(
+            f"process 0 made no plan for {label} that this process, {jax.process_index()}, could take ({error}). "
+            "Do all processes run the same program?"
+        ) from error
+    found = json.loads(zlib.decompress(data))
+    if "error" in found:
+        _raise(found["error"])
+    plan = Plan.from_json(found["plan"], "the plan of process 0")
+    try:
+        plan.check(program)
+    except PlanMismatchError as error:
+        raise PlanMismatchError(
+            f"process {jax.process_index()} differentiates another program than process 0 in {label}, and would wait "
+            f"for it for ever: {error}"
+        ) from error
+    return plan
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    if isinstance(error, InfeasibleBudgetError):
+        return {"message": str(error), **{name: getattr(error, name) for name in _ERROR_FIELDS}}
+    return {"message": f"{type(error).__name__}: {error}"}
+
+
+def _raise(described: dict[str, Any]) -> None:
+    message = described.pop("message")
+    if described:
+        described["forced_by"] = tuple(map(tuple, described["forced_by"]))
+        raise InfeasibleBudgetError(message, **described)
+    raise JaxckptError(f"process 0 could not plan: {message}")

@@ -1,0 +1,201 @@
+"""How far predictions were from what compilers measured, kept for the next plan.
+
+The model's bytes are off by what a compiler does with layouts, fusion and schedules, and by much the same for programs
+that are made of the same operations. A record holds, for one target and one family of programs, the ratio of measured
+to predicted temporaries at each plan that was compiled. A plan made with a record carries its hash.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxckpt import _compat, keeping
+from jaxckpt.errors import PlanFileError
+from jaxckpt.files import write_text
+from jaxckpt.trace import Program
+
+_LOG = logging.getLogger("jaxckpt")
+_FORMAT = "jaxckpt calibration"
+_SCHEMA = 1
+# Samples of one program closer than this are the same place on its curve; the later one stands.
+_SAME = 0.005
+# Other programs' ratios say more about plans that save a like share: weights fall off over this many e-folds.
+_BANDWIDTH = 1.0
+_MAX_SAMPLES = 256
+_MAX_SPREAD = 0.05
+# Programs so small that their temporaries are no buffers at all say nothing about others.
+_LEAST_RATIO = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One compiled plan.
+
+    Attributes:
+        program: the beginning of its program's fingerprint.
+        fraction: predicted temporaries, as a fraction of those predicted without a plan.
+        ratio: measured temporaries over predicted ones.
+    """
+
+    program: str
+    fraction: float
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """How prediction and measurement differ for a family of programs on one target.
+
+    Attributes:
+        target: for which chip.
+        jaxlib_version: whose compiler measured.
+        family: what the programs are made of, as a digest.
+        samples: oldest first.
+    """
+
+    target: str
+    jaxlib_version: str
+    family: str
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """A name for the record's contents that is the same everywhere."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def ratio(self, program: str, fraction: float) -> float:
+        """Return the measured over predicted temporaries to expect.
+
+        Args:
+            program: the fingerprint. What was measured of the same program counts alone.
+            fraction: predicted temporaries, as a fraction of those predicted without a plan.
+        """
+        own = sorted((s.fraction, s.ratio) for s in self._own(program))
+        if own:
+            return float(np.interp(fraction, [x for x, _ in own], [ratio for _, ratio in own]))
+        if not self.samples:
+            return 1.0
+        weights = [math.exp(-0.5 * (math.log(fraction / s.fraction) / _BANDWIDTH) ** 2) + 1e-9 for s in self.samples]
+        logs = [math.log(s.ratio) for s in self.samples]
+        return math.exp(sum(w * x for w, x in zip(weights, logs, strict=True)) / sum(weights))
+
+    def spread(self, program: str) -> float:
+        """How far from `ratio` a program of the family may be; 0 for one that was measured itself."""
+        if self._own(program) or len(self.samples) < 2:
+            return 0.0
+        return min(_MAX_SPREAD, statistics.pstdev(math.log(s.ratio) for s in self.samples))
+
+    def knows(self, program: str) -> bool:
+        """Whether this very program was measured."""
+        return bool(self._own(program))
+
+    def _own(self, program: str) -> list[Sample]:
+        return [s for s in self.samples if s.program == short(program)]
+
+    def with_samples(self, samples: Sequence[Sample]) -> "Calibration":
+        """Return the record with what was measured since; a new sample takes the place of its near ones."""
+        useful = [s for s in samples if s.ratio > _LEAST_RATIO and s.fraction > 0 and s not in self.samples]
+        kept = [s for s in self.samples if not any(_is_near(s, new) for new in useful)]
+        return Calibration(
+            target=self.target,
+            jaxlib_version=self.jaxlib_version,
+            family=self.family,
+            samples=tuple([*kept, *useful][-_MAX_SAMPLES:]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain data."""
+        return json.loads(json.dumps({"format": _FORMAT, "schema": _SCHEMA, **asdict(self)}))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the record as JSON; the file is there whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_json(), indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Calibration":
+        """Read a record.
+
+        Raises:
+            PlanFileError: a file that is no record, is damaged, or is of another schema.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            if data.pop("format") != _FORMAT or data.pop("schema") != _SCHEMA:
+                raise ValueError("another format or schema")
+            samples = tuple(Sample(**s) for s in data.pop("samples"))
+            if not all(s.fraction > 0 and 0 < s.ratio < math.inf and isinstance(s.program, str) for s in samples):
+                raise ValueError("a sample that cannot be")
+            return cls(**data, samples=samples)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanFileError(f"{path} is not a jaxckpt calibration record, or is damaged: {error}") from error
+
+
+def short(fingerprint: str) -> str:
+    """What a record keeps of a program's fingerprint."""
+    return fingerprint[:16]
+
+
+def family_of(program: Program) -> str:
+    """A digest of what a program is made of, whatever its sizes and however often: operations, dtypes, ranks."""
+    kinds = set()
+    for eqn in program.equations:
+        made = (program.avals[v] for v in eqn.outputs)
+        kinds.add(
+            f"{eqn.primitive.name} {[(str(getattr(a, 'dtype', '')), len(getattr(a, 'shape', ()))) for a in made]}"
+        )
+    return hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()[:16]
+
+
+def remembered(program: Program, target: str | None, cache_dir: str | os.PathLike | None = None) -> Calibration:
+    """Read the record of a program's family from the cache, empty where there is none.
+
+    Args:
+        program: one of the family.
+        target: the chip's name; None is the default backend.
+        cache_dir: None is the user's cache directory.
+    """
+    empty = Calibration(target=_label(target), jaxlib_version=_compat.JAXLIB_VERSION, family=family_of(program))
+    path = _path(empty, cache_dir)
+    if not path.exists():
+        return empty
+    try:
+        found = Calibration.load(path)
+    except (PlanFileError, OSError) as error:
+        _LOG.warning("the calibration record cannot be used and is begun again: %s", error)
+        return empty
+    keys = (empty.target, empty.jaxlib_version, empty.family)
+    return found if (found.target, found.jaxlib_version, found.family) == keys else empty
+
+
+def remember(record: Calibration, cache_dir: str | os.PathLike | None = None) -> None:
+    """Keep a record for the next plan; one that cannot be written is not kept."""
+    path = _path(record, cache_dir)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.save(path)
+    except OSError as error:
+        _LOG.warning("the calibration record could not be kept at %s: %s", path, error)
+
+
+def _label(target: str | None) -> str:
+    return target or jax.default_backend()
+
+
+def _path(record: Calibration, cache_dir: str | os.PathLike | None) -> Path:
+    flags = os.environ.get("XLA_FLAGS", "")
+    key = hashlib.sha256(repr((record.target, record.jaxlib_version, record.family, flags)).encode()).hexdigest()[:16]
+    return keeping.folder(cache_dir) / "calibration" / f"{key}.json"
+
+
+def _is_near(sample: Sample, other: Sample) -> bool:
+    return sample.program == other.program and abs(math.log(sample.fraction / other.fraction)) < _SAME

@@ -1,0 +1,303 @@
+"""Chips: what they hold, how fast they compute and move bytes, and how users add their own.
+
+The table is chips.toml beside this file; a user's file has the same form. No JAX in here.
+"""
+
+import difflib
+import functools
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jaxckpt.errors import BudgetError, TargetError
+from jaxckpt.units import parse_bytes
+
+FILE = "jaxckpt.toml"
+VARIABLE = "JAXCKPT_TARGETS"
+_LAYOUT = re.compile(r"[1-9]\d*(x[1-9]\d*)+")
+_NUMBER = re.compile(r"[1-9]\d*")
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """What a GPU's compiler asks of the chip beside its memory and bandwidth.
+
+    Attributes:
+        description: as the driver names it, which is JAX's `device_kind`.
+        capability: CUDA's compute capability, such as "9.0".
+        num_cores: streaming multiprocessors.
+        fpus: float32 units of each.
+        threads: that each holds at once.
+        clock_ghz: of the cores.
+        l2_bytes: of the second cache.
+        shared_bytes: of shared memory of each core.
+        block_shared_bytes: of it that one block of threads may ask for.
+    """
+
+    description: str
+    capability: str
+    num_cores: int
+    fpus: int
+    threads: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_bytes: int
+    block_shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tpu:
+    """What a TPU's compiler is asked for.
+
+    Attributes:
+        compiler: the chip's name in topologies, such as "v5e" in "v5e:2x4".
+        topology: one that every version of the compiler has.
+        kind: JAX's `device_kind`.
+    """
+
+    compiler: str
+    topology: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A chip and the compiler that speaks for it; all of it for one device.
+
+    Attributes:
+        name: as users write it.
+        platform: JAX's platform name.
+        memory_bytes: device memory, None where it is the host's.
+        bandwidth: bytes per second to and from that memory.
+        host_bandwidth: bytes per second between it and the host's memory, each way.
+        matmul_flops: FLOP per second of the matrix units by dtype; "other" is every other dtype.
+        vector_flops: FLOP per second of everything else.
+        devices_per_chip: how many JAX devices its compiler makes of a chip.
+        gpu: what a GPU's compiler asks, None for others.
+        tpu: what a TPU's compiler is asked for, None for others.
+        origin: where it was defined.
+    """
+
+    name: str
+    platform: str
+    memory_bytes: int | None
+    bandwidth: float
+    host_bandwidth: float
+    matmul_flops: dict[str, float]
+    vector_flops: float
+    devices_per_chip: int = 1
+    gpu: Gpu | None = None
+    tpu: Tpu | None = None
+    origin: str = "jaxckpt"
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def kind(self) -> str:
+        """What JAX calls such a device."""
+        part = self.gpu or self.tpu
+        return "" if part is None else part.description if isinstance(part, Gpu) else part.kind
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Some names with a topology that its compiler has."""
+        if self.tpu is None:
+            return (f"{self.name}:8",)
+        found = ("2x2x1", "2x2x2", "2x2x4") if self.tpu.topology.count("x") == 2 else ("2x2", "2x4", "4x4")
+        return tuple(f"{self.name}:{layout}" for layout in found)
+
+
+_DEFINED: dict[str, Target] = {}
+
+
+def define_target(name: str, **values: Any) -> Target:
+    """Add a chip that jaxckpt does not know, or a variant of one that it does.
+
+    Args:
+        name: what `target=` will call it.
+        **values: `like`, a known chip to start from, and what differs: `memory` (bytes, or "40GB"), `bandwidth`,
+            `host_bandwidth`, `vector_flops` (per second), `matmul_flops` (by dtype, "other" for the rest), `gpu` (of a
+            GPU: what its compiler asks), `tpu`, `platform`, `devices_per_chip`. Without `like` all of them that have no
+            default are needed. The same names stand in a file of targets.
+
+    Returns:
+        The chip.
+
+    Raises:
+        TargetError: a name that jaxckpt itself uses, or a value that is missing, unknown or of the wrong kind.
+
+    Example:
+        >>> define_target("h100-slice", like="h100", memory="20GB", bandwidth=8e11).memory_bytes
+        20000000000
+    """
+    found = _target(name, values, known(), "define_target")
+    _DEFINED[name] = found
+    return found
+
+
+def known() -> dict[str, Target]:
+    """Every chip by name: jaxckpt's own, the file's, those defined in this process."""
+    return {**_file_targets(*_file()), **_DEFINED}
+
+
+def find(name: object) -> Target:
+    """Return a chip by name, with or without a topology.
+
+    Raises:
+        TargetError: an unknown name, with the nearest ones, or a topology that cannot be read.
+    """
+    chips = known()
+    chip, colon, layout = name.partition(":") if isinstance(name, str) else ("", "", "")
+    chip = chip.lower()
+    if chip not in chips:
+        near = difflib.get_close_matches(chip, chips, 3, 0.3) or sorted(chips)
+        raise TargetError(
+            f"target={name!r} is not known; did you mean {' or '.join(map(repr, near))}? `jaxckpt targets` lists all, "
+            "and jaxckpt.define_target adds one"
+        )
+    found = chips[chip]
+    if colon and not (_LAYOUT if found.tpu else _NUMBER).fullmatch(layout):
+        what = "the layout of its chips" if found.tpu else "the number of devices"
+        raise TargetError(
+            f"target={name!r}: what follows the colon is {what}, such as {' or '.join(map(repr, found.layouts))}"
+        )
+    return found
+
+
+def topology(name: str | None) -> str | None:
+    """What follows the colon of a target's name, None where nothing does."""
+    return (name or "").partition(":")[2] or None
+
+
+def _file() -> tuple[str, float]:
+    """The user's file and when it was changed; empty where there is none.
+
+    Raises:
+        TargetError: the variable names a file that is not there.
+    """
+    named = os.environ.get(VARIABLE, "")
+    path = Path(named or FILE)
+    try:
+        return str(path), path.stat().st_mtime
+    except OSError as error:
+        if named:
+            raise TargetError(f"{VARIABLE}={named!r} cannot be read: {error}") from error
+        return "", 0.0
+
+
+@functools.lru_cache(maxsize=8)
+def _file_targets(path: str, changed: float) -> dict[str, Target]:
+    del changed  # the file is read again once it is
+    if not path:
+        return _own_targets()
+    return _read(Path(path).read_text(), path, _own_targets())
+
+
+@functools.cache
+def _own_targets() -> dict[str, Target]:
+    return _read(resources.files("jaxckpt").joinpath("chips.toml").read_text(), "jaxckpt", {})
+
+
+def _read(text: str, origin: str, base: dict[str, Target]) -> dict[str, Target]:
+    try:
+        tables = tomllib.loads(text).get("targets", {})
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError(f"{origin} is not a TOML file: {error}") from error
+    found = dict(base)
+    for name, values in tables.items():
+        if not isinstance(values, Mapping):
+            raise TargetError(f"{origin}: [targets.{name}] should be a table of values, not {values!r}")
+        found[name] = _target(name, values, found, origin)
+    return found
+
+
+def _target(name: Any, values: Mapping[str, Any], chips: Mapping[str, Target], origin: str) -> Target:
+    """Check and convert the values of one chip."""
+    where = f"{origin}: target {name!r}"
+    if not isinstance(name, str) or not name or name != name.lower() or ":" in name:
+        raise TargetError(f"{where}: a name is lower case and has no colon, which a topology follows")
+    if origin != "jaxckpt" and name in _own_targets():
+        raise TargetError(f'{where} is one of jaxckpt\'s own; call yours something else and write like="{name}"')
+    given = dict(values)
+    start: dict[str, Any] = {}
+    if "like" in given:
+        like = given.pop("like")
+        if like not in chips:
+            raise TargetError(f"{where}: like={like!r} is not known; write one of {', '.join(chips)}")
+        start = {f.name: getattr(chips[like], f.name) for f in fields(Target)}
+    if "memory" in given:
+        given["memory_bytes"] = _size(where, given.pop("memory"))
+    for part, kind in (("gpu", Gpu), ("tpu", Tpu)):
+        if part in given:
+            given[part] = _part(f"{where}, {part}", kind, given[part], start.get(part))
+    merged = {"memory_bytes": None, **start, **given, "name": name, "origin": origin}
+    _check(where, Target, merged)
+    _check_platform(where, merged)
+    return Target(**{**merged, "matmul_flops": _rates(where, merged["matmul_flops"])})
+
+
+def _part(where: str, kind: type, given: Any, start: Any) -> Any:
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise TargetError(f"{where}={given!r} is not a table of {', '.join(f.name for f in fields(kind))}")
+    merged = {**({} if start is None else {f.name: getattr(start, f.name) for f in fields(kind)}), **given}
+    _check(where, kind, merged)
+    return kind(**merged)
+
+
+def _check(where: str, kind: type, values: Mapping[str, Any]) -> None:
+    """Refuse names that are not there, values that are missing, and numbers that are none or not positive."""
+    known = {f.name: f for f in fields(kind)}
+    shown = ", ".join("memory" if name == "memory_bytes" else name for name in known if name not in ("name", "origin"))
+    for name in values:
+        if name not in known:
+            raise TargetError(f"{where} has {name!r}, which is none of {shown}")
+    for name, f in known.items():
+        if name not in values and f.default is MISSING:
+            raise TargetError(f"{where} lacks {name!r}; give it, or start from a known chip with `like`")
+        value = values.get(name, f.default)
+        if f.type in (int, float):
+            allowed = int if f.type is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, allowed) or not value > 0:
+                raise TargetError(f"{where}: {name}={value!r} is not a positive {f.type.__name__}")
+        elif f.type is str and not isinstance(value, str):
+            raise TargetError(f"{where}: {name}={value!r} is not text")
+
+
+def _check_platform(where: str, values: Mapping[str, Any]) -> None:
+    platform = values["platform"]
+    if platform not in _PLATFORMS:
+        raise TargetError(f"{where}: platform={platform!r} is none of {', '.join(_PLATFORMS)}")
+    part = {"cuda": "gpu", "tpu": "tpu"}.get(platform)
+    if part and values.get(part) is None:
+        raise TargetError(f"{where} lacks {part!r}, which its compiler needs; start from a known chip with `like`")
+    if part and values["memory_bytes"] is None:
+        raise TargetError(f"{where} lacks 'memory'")
+    if part == "gpu":
+        major, dot, minor = values["gpu"].capability.partition(".")
+        if not (dot and major.isdigit() and minor.isdigit()):
+            raise TargetError(f'{where}, gpu: capability={values["gpu"].capability!r} is not like "9.0"')
+
+
+def _rates(where: str, given: Any) -> dict[str, float]:
+    if not isinstance(given, Mapping) or "other" not in given:
+        raise TargetError(f'{where}: matmul_flops={given!r} is not a table of dtypes with "other" among them')
+    for dtype, rate in given.items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0:
+            raise TargetError(f"{where}: matmul_flops of {dtype} is {rate!r}, which is not a positive number")
+    return dict(given)
+
+
+def _size(where: str, given: Any) -> int:
+    try:
+        return parse_bytes(given, "memory")
+    except BudgetError as error:
+        raise TargetError(f"{where}: {error}") from error

@@ -1,0 +1,112 @@
+"""A plan put together from a study, the candidate that was chosen, and the numbers it was chosen by."""
+
+from collections import Counter
+from typing import Any
+
+import jax
+
+from jaxckpt import _compat
+from jaxckpt.candidates import Candidate
+from jaxckpt.plans import Plan, SavedGroup, line_digests
+from jaxckpt.study import Study
+from jaxckpt.trace import show_aval, size_bytes
+
+
+def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:
+    """Put a plan together from a study, a candidate, and the numbers it was found with."""
+    blocks, program = study.blocks, study.program
+    chosen = (
+        {"saved": (), "schedule": None, "blocks": (), "block_saves": (), "block_labels": ()}
+        if candidate is None or blocks is None
+        else {
+            "saved": _saved_groups(study, candidate),
+            "schedule": candidate.schedule,
+            "blocks": tuple(span.positions for span in blocks.spans),
+            "block_saves": tuple(study.saved(candidate.schedule)),
+            "block_labels": tuple(map(_label, blocks.spans)),
+        }
+    )
+    return Plan(
+        forward_flops=study.forward_flops,
+        recompute_flops=0 if candidate is None else study.recompute_flops(candidate.schedule),
+        recompute_cost=0 if candidate is None else candidate.judgement.extra_work,
+        unplanned_cost=study.unplanned_cost,
+        cost=study.cost,
+        solver=study.solver if isinstance(study.solver, str) else getattr(study.solver, "__name__", "custom"),
+        target=study.target or jax.default_backend(),
+        fingerprint=program.fingerprint(),
+        jax_version=_compat.JAX_VERSION,
+        parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in study.objective.inputs),
+        lines=line_digests(program),
+        unknown=tuple(sorted(set().union(*(study.graph.nodes[i]["unknown"] for i in study.graph)))),
+        **chosen,
+        **found,
+    )
+
+
+def _label(span: Any) -> str:
+    """The scope and the operations that tell a block from others."""
+    eqn = max(
+        span.equations, key=lambda e: (e.primitive.name in ("dot_general", "conv_general_dilated"), e.scope != "")
+    )
+    heavy = Counter(e.primitive.name for e in span.equations).most_common(1)[0][0]
+    name = eqn.primitive.name if eqn.primitive.name in ("dot_general", "conv_general_dilated") else heavy
+    return f"{eqn.scope} {name}".strip()
+
+
+def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
+    """What the schedule's outermost level holds from the forward pass to the backward, grouped by equal blocks."""
+    assert study.blocks is not None
+    program, blocks = study.program, study.blocks
+    maker = {v: eqn for eqn in program.equations for v in eqn.outputs}
+    groups: dict[tuple, list[int]] = {}
+    saved = study.saved(candidate.schedule)
+    held: list[tuple[int, int]] = []  # block, value
+    for node in candidate.schedule.nodes:
+        last = node.stop - 1
+        crossing = {v for span in blocks.spans[node.stop :] for v in span.inputs}
+        made = [(k, v) for k in range(node.start, node.stop) for v in blocks.spans[k].outputs if v in crossing]
+        held += made
+        if node.start == last and hasattr(node, "option"):
+            names = saved[last]
+            held += [(last, v) for v in names if (last, v) not in made] if isinstance(names, tuple) else []
+    for k, v in dict.fromkeys(held):
+        position = blocks.spans[k].positions
+        index = next(i for i, eqn in enumerate(blocks.spans[k].equations) if v in eqn.outputs)
+        groups.setdefault((blocks.classes[k], index, len(position)), []).append(v)
+    found = []
+    for values in groups.values():
+        eqn = maker[values[0]]
+        found.append(
+            SavedGroup(
+                source=eqn.source,
+                primitive=eqn.primitive.name,
+                scope=eqn.scope,
+                shape_dtype=show_aval(program.avals[values[0]]),
+                count=len(values),
+                size_bytes=sum(size_bytes(program.avals[v]) for v in values),
+            )
+        )
+    return tuple(sorted(found, key=lambda g: -g.size_bytes))
+
+
+def forced_by(study: Study, candidate: Candidate, most: int = 5) -> tuple[tuple[str, int, str], ...]:
+    """The largest values at the schedule's peak: those held, and those of the block that runs there."""
+    assert study.blocks is not None
+    program, judged = study.program, candidate.judgement
+    spans = study.blocks.spans
+    crossing = [v for span in spans for v in span.outputs]
+    span = spans[judged.peak_block]
+    values = {crossing[i] for i in judged.peak_live} | {v for eqn in span.equations for v in eqn.outputs}
+    maker = {v: eqn for eqn in program.equations for v in eqn.outputs}
+    largest = sorted(values, key=lambda v: (-size_bytes(program.avals[v]), v))[:most]
+    shown = [
+        (
+            f"{show_aval(program.avals[v])} of {maker[v].primitive.name}",
+            size_bytes(program.avals[v]),
+            maker[v].source,
+        )
+        for v in largest
+    ]
+    fixed = ("arguments, results and gradients", study.fixed_bytes, "")
+    return (fixed, *shown)

@@ -1,0 +1,66 @@
+"""What compilers do beyond what a program says: operands copied into another layout, room that an operation needs.
+
+Seen in XLA's scheduled programs. Only what was seen is listed.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from jax.extend.core import primitives as prims
+
+from jaxckpt.liveness import Habits
+from jaxckpt.targets import Target
+from jaxckpt.trace import Equation
+
+
+def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
+    """Return what a target's compiler does.
+
+    On CPU, XLA multiplies `[batch, m, k]` by `[batch, k, n]` and convolves images with their features last; it brings
+    other operands into this order, those of weight gradients above all. It finds the maxima of a pooling's windows with
+    four indices per element. It does not fuse a broadcast into a reduction. GPUs and TPUs read operands as they lie.
+    """
+    if target.platform != "cpu":
+        return Habits()
+    layouts = {prims.dot_general_p: _dot, prims.conv_general_dilated_p: _conv}
+
+    def shape(x: Any) -> tuple[int, ...]:
+        return (avals[x] if isinstance(x, int) else x.aval).shape
+
+    def copies(eqn: Equation) -> Collection[int]:
+        if eqn.primitive not in layouts:
+            return ()
+        flags = layouts[eqn.primitive](eqn.params, [len(shape(x)) for x in eqn.inputs])
+        return {x for x, is_copied in zip(eqn.inputs, flags, strict=True) if is_copied and isinstance(x, int)}
+
+    def scratch_bytes(eqn: Equation) -> int:
+        if eqn.primitive is not _POOLING_DERIVATIVE:
+            return 0
+        return 4 * _INDEX_BYTES * sum(math.prod(shape(x)) for x in eqn.inputs)
+
+    return Habits(copies=copies, scratch_bytes=scratch_bytes, reductions_fuse_broadcasts=False)
+
+
+_POOLING_DERIVATIVE = prims.select_and_scatter_add_p
+_INDEX_BYTES = 4
+
+
+def _dot(params: dict[str, Any], ranks: Sequence[int]) -> tuple[bool, bool]:
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = params["dimension_numbers"]
+    lhs, rhs = ranks
+    batch, num = tuple(range(len(lhs_batch))), len(lhs_contract)
+    lhs_last = tuple(lhs_contract) == tuple(range(lhs - num, lhs))
+    rhs_first = tuple(rhs_contract) == tuple(range(len(batch), len(batch) + num))
+    # A matrix is multiplied transposed as it lies.
+    return (
+        lhs > 2 and not (tuple(lhs_batch) == batch and lhs_last),
+        rhs > 2 and not (tuple(rhs_batch) == batch and rhs_first),
+    )
+
+
+def _conv(params: dict[str, Any], ranks: Sequence[int]) -> tuple[bool, bool]:
+    dims, rank = params["dimension_numbers"], ranks[0]
+    features_last = (0, rank - 1, *range(1, rank - 1))
+    kernel = (rank - 1, rank - 2, *range(rank - 2))
+    return tuple(dims.lhs_spec) != features_last, tuple(dims.rhs_spec) != kernel

@@ -1,0 +1,127 @@
+"""A compile in a process of its own, which may crash or be killed without taking the caller with it."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from jaxckpt import _compat, chips, compilers
+from jaxckpt.errors import CompilerError
+
+# Set to anything, compiles for a named target run here.
+SWITCH = "JAXCKPT_ISOLATE"
+_COMMAND = (sys.executable, "-m", "jaxckpt.isolated")
+_SIZES = ("argument", "output", "alias", "temp", "generated_code")
+
+
+def compiled_sizes(
+    fun: Callable, specs: Sequence[Any], donate_argnums: int | Sequence[int], target: str, options: Any
+) -> SimpleNamespace:
+    """Compile a function in another process.
+
+    Args:
+        fun: what to compile.
+        specs: its arguments, placed.
+        donate_argnums: as in `jax.jit`.
+        target: as users write it.
+        options: the compiler's.
+
+    Returns:
+        What `memory_analysis` says.
+
+    Raises:
+        CompilerError: the process ended without an answer, with how.
+        RuntimeError: the compiler's own error.
+    """
+    chip = chips.find(target)
+    given = {donate_argnums} if isinstance(donate_argnums, int) else set(donate_argnums)
+    owners = [i for i, spec in enumerate(specs) for _ in jax.tree.leaves(spec)]
+    leaves, tree = jax.tree.flatten(list(specs))
+    flat = lambda *leaves: jax.tree.leaves(fun(*jax.tree.unflatten(tree, leaves)))  # noqa: E731
+    exported = jax.export.export(jax.jit(flat), platforms=(chip.platform,))(*leaves)
+    asked = {
+        "program": _compat.without_gradient(exported),
+        "donated": [i for i, owner in enumerate(owners) if owner in given],
+        "chip": chip,
+        "topology": chips.topology(target) if chip.tpu else str(exported.nr_devices),
+        "options": options,
+        "places": [_described(leaf.sharding) for leaf in leaves],
+    }
+    found = _answer(asked, target)
+    if "error" in found:
+        raise RuntimeError(found["error"])
+    return SimpleNamespace(**found)
+
+
+def _answer(asked: dict[str, Any], target: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="jaxckpt") as folder:
+        question, answer = Path(folder, "question"), Path(folder, "answer")
+        question.write_bytes(pickle.dumps(asked))
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(
+            [*_COMMAND, str(question), str(answer)], env=env, capture_output=True, text=True, check=False
+        )
+        if not answer.exists():
+            raise CompilerError(f"the compiler for target={target!r} {_ending(done)}")
+        return json.loads(answer.read_text())
+
+
+def _ending(done: subprocess.CompletedProcess) -> str:
+    if done.returncode >= 0:
+        return f"ended with status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:300]}"
+    name = signal.Signals(-done.returncode).name
+    hint = "; where the host ran out of memory, a smaller program or a larger host helps" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def _described(sharding: Any) -> tuple | None:
+    """A sharding without its devices, which another process has too; None on one device."""
+    if sharding.num_devices == 1:
+        return None
+    mesh = sharding.mesh
+    return mesh.axis_sizes, mesh.axis_names, mesh.axis_types, sharding.spec, sharding.memory_kind
+
+
+def _placed(described: tuple | None, devices: Sequence[Any]) -> Any:
+    if described is None:
+        return SingleDeviceSharding(devices[0])
+    sizes, names, kinds, spec, memory_kind = described
+    mesh = Mesh(np.array(devices).reshape(sizes), names, axis_types=kinds)
+    return NamedSharding(mesh, spec, memory_kind=memory_kind)
+
+
+def main(question: str, answer: str) -> None:
+    """Compile what the question says and write the answer, whole or not at all."""
+    asked = pickle.loads(Path(question).read_bytes())
+    exported = asked["program"]
+    devices = compilers.devices(asked["chip"], asked["topology"])[: exported.nr_devices]
+    places = [_placed(place, devices) for place in asked["places"]]
+    specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(exported.in_avals, places, strict=True)]
+    traced = jax.jit(exported.call, donate_argnums=asked["donated"]).trace(*specs)
+    lowered = traced.lower(lowering_platforms=(asked["chip"].platform,))
+    try:
+        stats = lowered.compile(compiler_options=asked["options"]).memory_analysis()
+        assert stats is not None
+        found: dict[str, Any] = {f"{name}_size_in_bytes": getattr(stats, f"{name}_size_in_bytes") for name in _SIZES}
+        found["peak_memory_in_bytes"] = getattr(stats, "peak_memory_in_bytes", 0)
+    except Exception as error:  # every backend raises its own kind
+        found = {"error": str(error) or type(error).__name__}
+    part = Path(answer + ".part")
+    part.write_text(json.dumps(found))
+    part.replace(answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

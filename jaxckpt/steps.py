@@ -1,0 +1,150 @@
+"""A whole step with decorated functions inside: traced for what they are, compiled under any choice of their plans."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from jaxckpt import _compat
+from jaxckpt.candidates import Candidate
+from jaxckpt.errors import OptionError
+from jaxckpt.measurement import Measurement, Objective, compiled_bytes
+from jaxckpt.shardings import step_split
+from jaxckpt.sharing import Picks
+from jaxckpt.study import Study
+from jaxckpt.trace import Program, run, size_bytes
+
+# What decorated functions ask while a step is traced; jit traces again when it changes.
+FITTING = jax.make_user_context(None)
+
+
+@dataclass(eq=False)
+class Choice:
+    """What every decorated function does: one of its candidates, or, where none is chosen, no plan at all."""
+
+    cost: str
+    target: str | None
+    split: int = 1
+    studies: dict[tuple, Study] = field(default_factory=dict)
+    chosen: Mapping[tuple, Candidate] = field(default_factory=dict)
+
+    def planned(self, program: Program, goal: Objective, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
+        """Return the program as it is chosen to run, and study it where it is new."""
+        key = (program.fingerprint(), goal)
+        if key not in self.studies:
+            # Inside shard_map shapes are those of one device already.
+            split = 1 if jax.sharding.get_abstract_mesh().manual_axes else self.split
+            self.studies[key] = Study(program, goal, self.cost, "auto", self.target, split)
+        if key not in self.chosen:
+            return functools.partial(run, program)
+        return self.studies[key].planned(self.chosen[key].schedule, is_forward_mode=is_forward_mode)
+
+
+class Step:
+    """A step at one shape of its arguments, with the options of each function that has any.
+
+    Args:
+        fun: the step.
+        args: its arguments, pytrees of arrays or `ShapeDtypeStruct`s.
+        cost: "time" or "flops".
+        target: a chip's name; None is the default backend.
+        donate_argnums: as in `jax.jit`.
+
+    Raises:
+        OptionError: the step differentiates no decorated function.
+    """
+
+    def __init__(
+        self,
+        fun: Callable,
+        args: Sequence[Any],
+        cost: str,
+        target: str | None,
+        donate_argnums: int | Sequence[int],
+    ):
+        self.fun, self.args, self.target, self.donate_argnums = fun, args, target, donate_argnums
+        self.free = Choice(cost, target, step_split(args))
+        self.results = jax.eval_shape(_under(self.free, fun), *args)
+        if not self.free.studies:
+            raise OptionError(
+                f"{getattr(fun, '__name__', 'the step')} differentiates no function that auto_remat decorates without "
+                "a budget, so there is nothing to plan; decorate the loss with @jaxckpt.auto_remat"
+            )
+        self.keys = [key for key, study in self.free.studies.items() if study.candidates]
+        studies = [self.free.studies[key] for key in self.keys]
+        # The last option of each is no plan.
+        self.options: list[list[Candidate | None]] = [[*study.candidates, None] for study in studies]
+        self.peaks = [
+            [(c or study.unplanned).judgement.peak_bytes for c in row]
+            for study, row in zip(studies, self.options, strict=True)
+        ]
+        total = max(1, sum(study.unplanned_cost for study in studies))
+        self.costs = [[c.judgement.extra_work / total if c else 0.0 for c in row] for row in self.options]
+        self.measured: dict[Picks, Measurement] = {}
+
+    @property
+    def without(self) -> Picks:
+        """The picks that leave every function without a plan."""
+        return tuple(len(row) - 1 for row in self.options)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all decorated functions; temporaries of the step."""
+        return sum(
+            size_bytes(study.program.avals[study.program.inputs[i]])
+            for study in self.free.studies.values()
+            for i in study.objective.inputs
+        )
+
+    @property
+    def predicted_least_bytes(self) -> int:
+        """Device bytes under the plans with least, from the model: state, gradients, and the largest peak."""
+        numbers = (self.donate_argnums,) if isinstance(self.donate_argnums, int) else self.donate_argnums
+        read = _sizes(self.args)
+        # A result takes the buffer of a donated argument that is like it.
+        made = _sizes(self.results) - _sizes([self.args[i] for i in numbers])
+        state = sum(count * size_bytes(spec) for sizes in (read, made) for spec, count in sizes.items())
+        return state + self.gradient_bytes + max((row[0] for row in self.peaks), default=0)
+
+    def least_picks(self, most: int) -> list[Picks]:
+        """The picks with the least predicted bytes."""
+        ranks = range(min(most, max(map(len, self.options), default=1)))
+        return list(dict.fromkeys(tuple(min(i, len(row) - 1) for row in self.options) for i in ranks))
+
+    def choice(self, picks: Picks) -> Choice:
+        """The choice that these picks are."""
+        found = {key: c for key, row, i in zip(self.keys, self.options, picks, strict=True) if (c := row[i])}
+        return Choice(self.free.cost, self.target, self.free.split, self.free.studies, found)
+
+    def measure(self, picks: Picks) -> Measurement:
+        """Compile the step; each choice is compiled once."""
+        if picks not in self.measured:
+            fun = _under(self.choice(picks), self.fun)
+            self.measured[picks] = compiled_bytes(fun, self.args, self.target, self.donate_argnums)
+        return self.measured[picks]
+
+    def cost(self, picks: Picks) -> float:
+        """Work beyond that without plans, as a fraction of what the decorated functions take."""
+        return sum(row[i] for row, i in zip(self.costs, picks, strict=True))
+
+    def jitted(self, picks: Picks) -> Callable:
+        """The step with these plans inside."""
+        options = dict(_compat.CPU_REMAT_OPTIONS) if jax.default_backend() == "cpu" else None
+        fun = _under(self.choice(picks), self.fun)
+        return jax.jit(fun, donate_argnums=self.donate_argnums, compiler_options=options or None)
+
+
+def _sizes(tree: Any) -> Counter:
+    return Counter(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(tree))
+
+
+def _under(choice: Choice, fun: Callable) -> Callable:
+    @functools.wraps(fun)
+    def chosen(*args: Any) -> Any:
+        with FITTING(choice):
+            return fun(*args)
+
+    return chosen

@@ -1,0 +1,253 @@
+"""The trade-off of peak bytes against step cost: a few plans that stand for all, beside hand-written policies."""
+
+import bisect
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxckpt import shardings
+from jaxckpt.candidates import Candidate
+from jaxckpt.description import describe
+from jaxckpt.errors import OptionError
+from jaxckpt.measurement import compiled_bytes, cotangent_specs, input_specs, objective
+from jaxckpt.planner import find_study
+from jaxckpt.plans import Plan
+from jaxckpt.policies import DifferentiatedCost, differentiated_cost, policy_functions
+from jaxckpt.study import Study
+from jaxckpt.trace import run
+
+UNPLANNED = "unplanned"
+PLAN = "plan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One way to run the program.
+
+    Attributes:
+        name: "plan", "unplanned", or the hand-written policy.
+        predicted_peak_bytes: device bytes of value and gradient, from the model.
+        measured_peak_bytes: the same from the compiler; None if it was not compiled.
+        recompute_flops: beyond those of the unplanned value and gradient.
+        cost_ratio: the step's cost as a fraction of the unplanned step's.
+        plan: the plan; None for the others.
+    """
+
+    name: str
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    recompute_flops: int
+    cost_ratio: float
+    plan: Plan | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Measured where it was compiled, else predicted."""
+        return self.predicted_peak_bytes if self.measured_peak_bytes is None else self.measured_peak_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frontier:
+    """The trade-off of peak bytes against step cost.
+
+    Attributes:
+        points: plans and hand-written policies, least bytes first.
+        cost: "time" or "flops".
+        target: for which chip.
+        fingerprint: of the program.
+        forward_flops: of one forward pass.
+        num_candidates: how many plans these were chosen from.
+    """
+
+    points: tuple[Point, ...]
+    cost: str
+    target: str
+    fingerprint: str
+    forward_flops: int
+    num_candidates: int
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans, least bytes first."""
+        return tuple(point.plan for point in self.points if point.plan is not None)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its points were compiled."""
+        return all(point.measured_peak_bytes is not None for point in self.points)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its numbers as plain data; `plan` is the position among `plans`."""
+        plans, points = list(self.plans), []
+        for point in self.points:
+            at = next((i for i, plan in enumerate(plans) if plan is point.plan), None)
+            points.append({f.name: getattr(point, f.name) for f in dataclasses.fields(point)} | {"plan": at})
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.loads(json.dumps(own | {"points": points}))
+
+    def __str__(self) -> str:
+        """The table a person reads."""
+        from jaxckpt.report import show_frontier
+
+        return show_frontier(self)
+
+
+def frontier(
+    fun: Callable,
+    *args: Any,
+    cost: str = "time",
+    target: str | None = None,
+    num_points: int = 12,
+    verify: bool = False,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Frontier:
+    """Trace the trade-off of peak bytes against step cost, refined where it bends.
+
+    It costs one solve, whatever the number of points. Beside the plans stand the program without one, and the policies
+    that can be written around any function: one checkpoint that saves nothing, all matmuls, or those without batch
+    dimensions.
+
+    Args:
+        fun: a function of pytrees; leaves that are not arrays are static.
+        *args: arrays or `ShapeDtypeStruct`s.
+        cost: "time", modelled for the target, or "flops".
+        target: a chip's name; None is the default backend.
+        num_points: how many plans at most.
+        verify: compile every point and measure it; a plan that then takes more bytes than a cheaper one is left out.
+        argnums: as in `jax.grad`.
+        has_aux: as in `jax.grad`.
+
+    Returns:
+        The frontier. Its `str` is a table.
+
+    Raises:
+        OptionError: `num_points` below 2.
+        NotDifferentiableError: nothing to differentiate.
+        UnsupportedProgramError: side effects inside the function.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def loss(w, x):
+        ...     for _ in range(16):
+        ...         x = jnp.tanh(x @ w)
+        ...     return jnp.sum(x**2)
+        >>> w, x = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((1024, 64), jnp.float32)
+        >>> found = frontier(loss, w, x, num_points=4)
+        >>> found.plans[0].peak_bytes < found.plans[-1].peak_bytes
+        True
+    """
+    if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
+        raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
+    traced = shardings.trace_placed(fun, args)
+    study = find_study(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
+    policies = _policy_points(study, verify)
+    unplanned = next(point for point in policies if point.name == UNPLANNED)
+    points = [_plan_point(study, c, unplanned, verify) for c in _chosen(study.candidates, num_points)]
+    if verify:
+        points = _unbeaten(points)
+    return Frontier(
+        points=tuple(sorted([*points, *policies], key=lambda p: (p.peak_bytes, -p.cost_ratio))),
+        cost=cost,
+        target=target or jax.default_backend(),
+        fingerprint=traced.program.fingerprint(),
+        forward_flops=study.forward_flops,
+        num_candidates=len(study.candidates),
+    )
+
+
+def _chosen(candidates: Sequence[Candidate], num_points: int) -> list[Candidate]:
+    """Both ends, then again and again the candidate that the curve so far misses by most."""
+    if len(candidates) <= num_points:
+        return list(candidates)
+    # Halving the bytes is worth the same anywhere, and both axes are worth the same.
+    bytes_ = _scaled([math.log(max(1, c.judgement.peak_bytes)) for c in candidates])
+    work = _scaled([c.judgement.work for c in candidates])
+    chosen = [0, len(candidates) - 1]
+    while len(chosen) < num_points:
+        misses = {i: _miss(bytes_, work, chosen, i) for i in range(len(candidates)) if i not in chosen}
+        bisect.insort(chosen, max(misses, key=lambda i: misses[i]))
+    return [candidates[i] for i in chosen]
+
+
+def _scaled(xs: Sequence[float]) -> list[float]:
+    low, high = min(xs), max(xs)
+    return [(x - low) / max(1e-9, high - low) for x in xs]
+
+
+def _miss(xs: Sequence[float], ys: Sequence[float], chosen: Sequence[int], i: int) -> float:
+    """How far a point is from the line through its chosen neighbours."""
+    at = bisect.bisect(chosen, i)
+    a, b = chosen[at - 1], chosen[at]
+    dx, dy = xs[b] - xs[a], ys[b] - ys[a]
+    return abs(dx * (ys[i] - ys[a]) - dy * (xs[i] - xs[a])) / max(1e-9, math.hypot(dx, dy))
+
+
+def _plan_point(study: Study, candidate: Candidate, unplanned: Point, verify: bool) -> Point:
+    measured = study.measure(candidate.schedule, candidate.digest).device_bytes if verify else None
+    plan = describe(
+        study,
+        candidate,
+        budget_bytes=None,
+        max_cost=None,
+        unplanned_peak_bytes=unplanned.peak_bytes,
+        predicted_peak_bytes=study.fixed_bytes + candidate.judgement.peak_bytes,
+        measured_peak_bytes=measured,
+        next_peak_bytes=None,
+        least_peak_bytes=study.fixed_bytes + study.candidates[0].judgement.peak_bytes,
+        is_unplanned_measured=verify,
+        is_least_measured=False,
+        num_compiles=int(verify),
+        calibration=None,
+    )
+    return Point(
+        name=PLAN,
+        predicted_peak_bytes=plan.predicted_peak_bytes,
+        measured_peak_bytes=measured,
+        recompute_flops=plan.recompute_flops,
+        cost_ratio=1 + plan.recompute_cost / max(1, plan.unplanned_cost),
+        plan=plan,
+    )
+
+
+def _policy_points(study: Study, verify: bool) -> list[Point]:
+    """The program without a plan, and under one checkpoint around everything."""
+    plain = functools.partial(run, study.program)
+    without = differentiated_cost(study, plain)
+    peak = study.unplanned.judgement.peak_bytes if study.candidates else without.peak_bytes
+    measured = study.measure(None, UNPLANNED).device_bytes if verify else None
+    points = [_policy_point(study, UNPLANNED, without, without, peak, measured)]
+    specs = [*input_specs(study.program), *cotangent_specs(study.program, study.objective)]
+    for name, fun in policy_functions(plain).items():
+        found = differentiated_cost(study, fun)
+        if verify:
+            measured = compiled_bytes(study.objective.differentiated(fun), specs, study.target).device_bytes
+        points.append(_policy_point(study, name, found, without, found.peak_bytes, measured))
+    return points
+
+
+def _policy_point(
+    study: Study, name: str, found: DifferentiatedCost, without: DifferentiatedCost, peak: int, measured: int | None
+) -> Point:
+    return Point(
+        name=name,
+        predicted_peak_bytes=study.fixed_bytes + peak,
+        measured_peak_bytes=measured,
+        recompute_flops=found.flops - without.flops,
+        cost_ratio=found.cost / max(1, without.cost),
+    )
+
+
+def _unbeaten(points: Sequence[Point]) -> list[Point]:
+    """Leave out a plan that a cheaper one undercuts in bytes too, or that takes no less than one as cheap."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost_ratio, p.peak_bytes)):
+        if not kept or point.peak_bytes < kept[-1].peak_bytes:
+            kept.append(point)
+    return kept

@@ -1,0 +1,106 @@
+"""Binomial loops: the same numbers with few states, as often as the formula says, in a program of one size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ckptsolvers.revolve import num_forwards
+from helpers import assert_close, count, jit, x64
+from jax import lax
+
+from jaxckpt import binomial, compiler_options
+
+
+def step(consts, carry, slices):
+    """A recurrent cell with an integer state and an integer input, and two results."""
+    (w,), (h, i), (u, b) = consts, carry, slices
+    h = jnp.tanh(h @ w + u + i.astype(h.dtype) * 0.1 * b.astype(h.dtype))
+    return [h, i + 1], [jnp.sum(h), i]
+
+
+def loss(loop, w, h, u, b):
+    (h, _), (sums, _) = loop([w], [h, jnp.int32(0)], [u, b])
+    return jnp.sum(h**2) + jnp.sum(sums**2)
+
+
+def plain(reverse):
+    return lambda k, c, x: lax.scan(lambda c, x: step(k, c, x), c, x, reverse=reverse)
+
+
+def with_states(length, num_states, reverse=False):
+    return lambda k, c, x: binomial.binomial_loop(
+        step, step, k, c, x, length=length, num_states=num_states, reverse=reverse
+    )
+
+
+def args(length):
+    random = np.random.default_rng(length)
+    w, h, u = (random.normal(size=s) for s in ((4, 4), (3, 4), (length, 3, 4)))
+    return w, h, u, random.integers(0, 3, length).astype("int32")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("length", "num_states"), [(1, 1), (2, 5), (7, 2), (13, 1), (13, 4)])
+def test_gradients_are_those_of_the_plain_loop(length, num_states, reverse):
+    with x64():
+        w, h, u, b = args(length)
+        grads = [
+            jit(jax.value_and_grad(lambda *a, loop=loop: loss(loop, *a, b), (0, 1, 2)))(w, h, u)
+            for loop in (with_states(length, num_states, reverse), plain(reverse))
+        ]
+        assert_close(*grads, 1e-12)
+
+
+def test_second_derivatives_forward_over_reverse():
+    with x64():
+        w, h, u, b = args(9)
+        hessians = [
+            jax.jacfwd(jax.grad(lambda h, loop=loop: loss(loop, w, h, u, b)))(h)
+            for loop in (with_states(9, 2), plain(False))
+        ]
+        assert_close(*hessians, 1e-10)
+
+
+@pytest.mark.parametrize("num_states", [1, 2, 3, 6, 20])
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 30, 200])
+def test_iterations_run_again_as_often_as_the_binomial_formula_says(length, num_states):
+    table = binomial._table(length, min(num_states, length))
+    # What the two loops do, played with positions for states.
+    slots, at = {}, 0
+    for position, slot in enumerate(table.first):
+        slots[int(slot)] = position
+    again = 0
+    for position in reversed(range(length)):
+        at = slots[int(table.restored[position])]
+        assert at == table.start[position]
+        while at < position:
+            slots[int(table.again[table.offset[position] + at - table.start[position]])] = at
+            at, again = at + 1, again + 1
+    assert again == binomial.num_again(length, min(num_states, length))
+    assert again + length - 1 == num_forwards(length, min(num_states, length))
+    assert table.num_slots <= num_states + 1
+
+
+def test_memory_is_the_states_and_no_more():
+    length, rows, width = 32, 2048, 32
+    state = rows * width * 4
+
+    def temp_bytes(num_states):
+        layer = lambda k, c, x: ([jnp.tanh(c[0] @ x[0])], [])  # noqa: E731
+
+        def fun(ws, x):
+            (x,), _ = binomial.binomial_loop(layer, layer, [], [x], [ws], length=length, num_states=num_states)
+            return jnp.sum(x**2)
+
+        specs = [jax.ShapeDtypeStruct(s, "float32") for s in ((length, width, width), (rows, width))]
+        compiled = jax.jit(jax.grad(fun), compiler_options=compiler_options() or None).lower(*specs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one = temp_bytes(1)
+    for num_states in (2, 4, 8):
+        assert temp_bytes(num_states) - one == pytest.approx((num_states - 1) * state, rel=0.1)
+
+
+def test_the_program_does_not_grow_with_the_length():
+    sizes = {n: count(jax.grad(lambda w, n=n: loss(with_states(n, 3), w, *args(n)[1:])), args(n)[0]) for n in (8, 80)}
+    assert sizes[8] == sizes[80]

@@ -1,0 +1,190 @@
+"""Calibration: what was measured once makes the next plan quicker, and a plan depends on its record alone."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from helpers import study
+from zoo.models import chain_args, chain_loss, residual_args, residual_loss, unet_args, unet_loss
+
+import jaxckpt
+from jaxckpt import Calibration, PlanFileError, planner
+from jaxckpt.calibration import Sample, family_of, remembered
+from jaxckpt.ladder import Ladder
+from jaxckpt.trace import trace
+
+UNET = unet_args(levels=5)
+PROGRAM = "0123456789abcdef0123"
+
+
+def record(*samples):
+    return Calibration(target="cpu", jaxlib_version="1", family="f").with_samples(samples)
+
+
+def sample(fraction, ratio, program=PROGRAM):
+    return Sample(program=program[:16], fraction=fraction, ratio=ratio)
+
+
+def kept(tmp_path):
+    return sorted((tmp_path / "jaxckpt" / "calibration").glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    planner._STUDIES.clear()
+
+
+def test_the_second_plan_takes_fewer_compiles_and_carries_the_hash():
+    first = jaxckpt.plan(unet_loss, *UNET, budget="65%")
+    second = jaxckpt.plan(unet_loss, *UNET, budget="65%")
+    assert first.calibration is None
+    found = remembered(trace(unet_loss, UNET).program, None)
+    assert second.calibration == found.hash
+    assert second.num_compiles == 2 < first.num_compiles  # without a plan, and the plan
+    assert second.measured_peak_bytes <= second.budget_bytes
+    assert second.calibration in str(second) and "calibrated" not in str(first)
+
+
+def test_the_same_record_gives_the_same_plan_whatever_is_on_disk():
+    found = record(sample(0.3, 1.1, "other"), sample(0.8, 0.9, "other"))
+    one = jaxckpt.plan(unet_loss, *UNET, budget="60%", calibration=found)
+    planner._STUDIES.clear()
+    jaxckpt.plan(unet_loss, *UNET, budget="75%")
+    two = jaxckpt.plan(unet_loss, *UNET, budget="60%", calibration=found)
+    assert json.dumps(one.to_json()) == json.dumps(two.to_json())
+    assert one.calibration == found.hash
+
+
+def test_none_neither_reads_nor_writes(tmp_path):
+    plan = jaxckpt.plan(unet_loss, *UNET, budget="60%", calibration=None)
+    assert plan.calibration is None and not kept(tmp_path)
+    jaxckpt.plan(unet_loss, *UNET, budget="60%")
+    assert len(kept(tmp_path)) == 1
+    assert jaxckpt.plan(unet_loss, *UNET, budget="60%", calibration=None) == plan
+
+
+def test_an_equal_plan_leaves_the_record_as_it_is(tmp_path):
+    jaxckpt.plan(unet_loss, *UNET, budget="60%")
+    jaxckpt.plan(unet_loss, *UNET, budget="60%")
+    (path,) = kept(tmp_path)
+    before = path.read_text()
+    jaxckpt.plan(unet_loss, *UNET, budget="60%")
+    assert path.read_text() == before
+
+
+def test_a_program_that_was_measured_is_predicted_better_without_a_compile():
+    measured = jaxckpt.plan(unet_loss, *UNET, budget="70%")
+    blind = jaxckpt.plan(unet_loss, *UNET, budget=measured.budget_bytes, verify=False, calibration=None)
+    told = jaxckpt.plan(unet_loss, *UNET, budget=measured.budget_bytes, verify=False)
+
+    def error(plan):
+        return abs(jaxckpt.measure(plan.apply(unet_loss), *UNET).device_bytes / plan.predicted_peak_bytes - 1)
+
+    assert error(told) < error(blind) and told.calibration
+
+
+def test_sizes_and_depth_do_not_change_the_family_but_operations_do():
+    def family(fun, args):
+        return family_of(trace(fun, args).program)
+
+    small, large = (residual_args(layers=n, rows=16 * n, width=4 * n) for n in (2, 5))
+    assert family(residual_loss, small) == family(residual_loss, large)
+    assert family(chain_loss, chain_args()) != family(residual_loss, small)
+    halves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16"), small)
+    assert family(residual_loss, halves) != family(residual_loss, small)
+
+
+def test_a_programs_own_samples_are_interpolated_and_others_averaged():
+    own = record(sample(0.2, 1.2), sample(0.4, 1.0), sample(0.3, 9.0, "another"))
+    assert own.ratio(PROGRAM, 0.3) == pytest.approx(1.1)
+    assert own.ratio(PROGRAM, 0.9) == 1.0
+    assert own.spread(PROGRAM) == 0
+    others = record(sample(0.2, 1.3, "a"), sample(0.2, 1.1, "b"))
+    assert 1.1 < others.ratio(PROGRAM, 0.5) < 1.3
+    assert 0 < others.spread(PROGRAM) <= 0.05
+    assert record().ratio(PROGRAM, 0.5) == 1.0
+
+
+def test_a_new_sample_takes_the_place_of_its_near_ones():
+    found = record(sample(0.2, 1.2), sample(0.5, 1.1)).with_samples([sample(0.2001, 1.5), sample(0.7, 0.0)])
+    assert found.samples == (sample(0.5, 1.1), sample(0.2001, 1.5))
+
+
+def test_a_record_survives_a_file_and_damage_is_refused(tmp_path):
+    found = record(sample(0.2, 1.2))
+    path = tmp_path / "record.json"
+    found.save(path)
+    assert Calibration.load(path) == found and Calibration.load(path).hash == found.hash
+    assert dataclasses.replace(found, target="h100").hash != found.hash
+    for text in ("", "{}", path.read_text()[:-40], path.read_text().replace("1.2", "-1"), "[1]"):
+        path.write_text(text)
+        with pytest.raises(PlanFileError, match="calibration record"):
+            Calibration.load(path)
+
+
+def test_a_damaged_record_on_disk_is_begun_again(tmp_path, caplog):
+    jaxckpt.plan(unet_loss, *UNET, budget="60%")
+    (path,) = kept(tmp_path)
+    path.write_text("nonsense")
+    plan = jaxckpt.plan(unet_loss, *UNET, budget="60%")
+    assert plan.calibration is None and "begun again" in caplog.text
+    assert Calibration.load(path).samples
+
+
+def test_what_is_no_record_is_refused():
+    with pytest.raises(jaxckpt.OptionError, match=r"Calibration\.load"):
+        jaxckpt.plan(unet_loss, *UNET, budget="60%", calibration="record.json")
+
+
+def climbed(ratios, budget, **options):
+    """A ladder over 100 candidates, 100 to 1000 bytes, whose measured bytes are off by these ratios."""
+    predicted = [100 + 9 * i for i in range(101)]
+    costs = [(1000 - p) / 3000 for p in predicted]
+    ladder = Ladder(0, predicted, costs, lambda i: int(predicted[i] * ratios(predicted[i])), **options)
+    return ladder, ladder.cheapest(budget)
+
+
+@pytest.mark.parametrize("budget", [150, 300, 500, 800])
+@pytest.mark.parametrize("slope", [-0.3, 0.0, 0.3])
+@pytest.mark.parametrize("level", [0.8, 1.0, 1.3])
+def test_a_smooth_error_takes_three_compiles_at_most(budget, slope, level):
+    ladder, chosen = climbed(lambda p: level + slope * (p - 100) / 900, budget)
+    if chosen is not None:
+        used = ladder.known[chosen] / budget
+        assert used <= 1 and (used >= 0.9 or chosen == 100 or ladder.known[chosen + 1] > budget)
+        assert len(ladder.known) <= 3
+
+
+def test_what_is_known_already_is_where_the_climb_begins():
+    ladder, _ = climbed(lambda p: 1.0, 105)
+    assert ladder.known == {0: 100}
+    ladder.measured(100)
+    assert ladder.cheapest(104) == 0 and set(ladder.known) == {0, 100}
+
+
+def test_what_is_expected_saves_compiles():
+    def ratios(p):
+        return 1.4 - 0.4 * p / 1000
+
+    blind, _ = climbed(ratios, 600)
+    told, chosen = climbed(ratios, 600, expected=ratios)
+    assert len(told.known) == 1 < len(blind.known)
+    assert told.known[chosen] >= 0.9 * 600
+
+
+def test_a_family_that_disagrees_leaves_room():
+    unsure, _ = climbed(lambda p: 1.0, 600, spread=0.05)
+    sure, _ = climbed(lambda p: 1.0, 600)
+    first = lambda ladder: next(iter(ladder.known.values()))  # noqa: E731
+    assert first(unsure) <= 600 / 1.05 < first(sure)
+
+
+def test_every_candidate_is_predicted_as_it_was_measured():
+    found = study(unet_loss, *UNET)
+    peaks = [c.judgement.peak_bytes for c in found.candidates]
+    ladder = Ladder(0, peaks, [0.0] * len(peaks), lambda i: 2 * peaks[i] + i)
+    for i in (3, 7, 5):
+        ladder.measured(i)
+    assert [ladder.corrected(i) for i in (3, 5, 7)] == pytest.approx([2 * peaks[i] + i for i in (3, 5, 7)])

@@ -1,0 +1,79 @@
+"""Compiles in a process of their own: the same sizes, and a plan that survives the compiler."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxckpt
+from jaxckpt import chips, installs, isolated
+
+X = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
+WS = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 8
+
+
+@pytest.fixture(autouse=True)
+def _isolate(monkeypatch):
+    monkeypatch.setenv(isolated.SWITCH, "1")
+    monkeypatch.setenv("JAXCKPT_NO_CACHE", "1")
+
+
+def loss(ws, x):
+    for w in ws:
+        x = jnp.tanh(x @ w)
+    return jnp.mean(x**2)
+
+
+def step(ws, x):
+    return [w - 0.1 * g for w, g in zip(ws, jax.grad(jaxckpt.auto_remat(loss))(ws, x), strict=True)]
+
+
+ENDINGS = {
+    "killed": ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL.*memory"),
+    "crashed": ("import os; os.abort()", "was ended by SIGABRT"),
+    "failed": ("raise SystemExit('no luck')", "ended with status 1: no luck"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_compiler_that_takes_its_process_down_leaves_a_predicted_plan(name, monkeypatch):
+    code, wanted = ENDINGS[name]
+    monkeypatch.setattr(isolated, "_COMMAND", (sys.executable, "-c", code))
+    with pytest.raises(jaxckpt.CompilerError, match=f"'cpu' {wanted}"):
+        jaxckpt.measure(loss, WS, X, target="cpu")
+    with pytest.warns(jaxckpt.JaxckptWarning, match=f"{wanted}.*predicted, not measured"):
+        plan = jaxckpt.plan(lambda ws, x: 2.0 * loss(ws, x), WS, X, budget="70%", target="cpu")
+    assert plan.measured_peak_bytes is None and plan.schedule is not None
+
+
+def test_sizes_are_those_of_a_compile_in_this_process(monkeypatch):
+    mesh = jaxckpt.mesh("cpu:8", {"data": 8})
+    rows, whole = (jax.NamedSharding(mesh, jax.P(*cut)) for cut in (("data",), ()))
+    args = [w.update(sharding=whole) for w in WS], X.update(sharding=rows)
+    found = jaxckpt.fit(step, *args, budget="100%", target="cpu:8", donate_argnums=0).measurement
+    monkeypatch.delenv(isolated.SWITCH)
+    wanted = jaxckpt.fit(step, *args, budget="100%", target="cpu:8", donate_argnums=0).measurement
+    for part in ("argument", "output", "alias", "temp", "device"):
+        assert getattr(found, f"{part}_bytes") == getattr(wanted, f"{part}_bytes")
+    assert found.alias_bytes > 0
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize("chip", ["h100", "v5e"])
+def test_a_described_chip_is_compiled_for_in_a_process_of_its_own(chip, monkeypatch):
+    if installs.unusable(chips.find(chip)):
+        pytest.skip("its compiler is not installed")
+    fun = lambda x: jnp.sum(jnp.tanh(x) ** 2)  # noqa: E731
+    found = jaxckpt.measure(fun, X, target=chip)
+    monkeypatch.delenv(isolated.SWITCH)
+    assert found.device_bytes == jaxckpt.measure(fun, X, target=chip).device_bytes
+
+
+@pytest.mark.targets
+def test_a_refusal_comes_back_as_one():
+    if installs.unusable(chips.find("v5e")):
+        pytest.skip("its compiler is not installed")
+    x = jax.ShapeDtypeStruct((2**18, 1024), jnp.float32)
+    found = jaxckpt.measure(lambda x: jnp.tanh(x @ x.T)[0, 0], x, target="v5e", differentiate=False)
+    assert found.temp_bytes > chips.find("v5e").memory_bytes
