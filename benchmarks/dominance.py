@@ -37,7 +37,7 @@ from jaxckpt import _compat, costs
 from jaxckpt.measurement import Measurement
 
 _NUM_BUDGETS = 10
-_QUICK = ("gpt2", "unet", "lstm")
+_QUICK = ("tanh-64", "lstm", "llama")
 # Below this share of extra FLOPs a policy hardly recomputes, and a ratio to it says nothing.
 _RECOMPUTES = 0.02
 _LEAST_RATIO = 0.05
@@ -62,6 +62,10 @@ def main() -> int:
     (OUT / "dominance.json").write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1))
     _plot(rows)
     verdicts = list(_criteria(rows))
+    if options.quick:
+        # Tiny shapes say whether everything runs and budgets are kept, not how plans compare at real ones.
+        verdicts = [verdict for verdict in verdicts if "budgets kept" in verdict[1]]
+        assert verdicts, "no model gave a row"
     for holds, text in verdicts:
         print("PASS" if holds else "FAIL", text)
     return 0 if all(holds for holds, _ in verdicts) else 1
@@ -69,7 +73,9 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three models at a tiny size, three budgets each")
+    parser.add_argument(
+        "--quick", action="store_true", help="three models at a tiny size, where only kept budgets are asked for"
+    )
     parser.add_argument("--models", nargs="+", choices=list(ALL), metavar="MODEL", help=", ".join(ALL))
     parser.add_argument("--targets", nargs="+", default=["cpu"])
     parser.add_argument("--time", action="store_true", help="wall time too, on CPU")
@@ -113,7 +119,7 @@ class _Bench:
         self.case: Case = ALL[name].case(size)
         self.cut: Case = ALL[name].case(size, is_cut=True)
         self.target = None if target == jax.default_backend() else target
-        self.num_budgets = 3 if is_quick else _NUM_BUDGETS
+        self.num_budgets = 2 if is_quick else _NUM_BUDGETS
         self.store = Store(OUT / f"{'quick' if is_quick else 'measured'}-{target.replace(':', '-')}.jsonl")
         self.plain = self.measure(self.case.fun, self.case.specs)
         self.plain_flops = self.flops(self.case.fun)
