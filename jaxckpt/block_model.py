@@ -208,8 +208,21 @@ class Model:
         # What is fused is made from what is held wherever it is read.
         fused = self._needed({v for eqn in self._backward_alone for v in eqn.reads}, held)
         late = set(map(id, self.late))
-        peak = self._backward_peak([*(e for e in fused if id(e) not in late), *self._backward_alone], held)
-        return replace(self.option(EVERYTHING, held), recompute_time=0, backward_peak_bytes=peak), held
+        backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
+        indices = sum(map(self.habits.index_bytes, backward))
+        peak = indices + self._backward_peak(backward, held, replace(self.habits, scratch_bytes=lambda eqn: 0))
+        option = self.option(EVERYTHING, held)
+        scratch = self._scratch_bytes()
+        return replace(
+            option,
+            saved_bytes=option.saved_bytes - scratch + indices,
+            recompute_time=0,
+            forward_peak_bytes=option.forward_peak_bytes + scratch,
+            backward_peak_bytes=peak,
+        ), held
+
+    def _scratch_bytes(self) -> int:
+        return sum(map(self.habits.scratch_bytes, self.joint.backward))
 
     def _residuals_kept(self) -> frozenset[int]:
         """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
@@ -256,7 +269,8 @@ class Model:
         again = self._needed(self.joint.residuals, saved)
         return Option(
             name=name,
-            saved_bytes=sum(self.size(v) for v in saved if v not in own),
+            # What an operation needs may be made long before it runs.
+            saved_bytes=sum(self.size(v) for v in saved if v not in own) + self._scratch_bytes(),
             recompute_time=sum(self.time[id(eqn)] for eqn in again),
             forward_times=self._forward_times(saved, self.time),
             forward_peak_bytes=self._forward_peak(saved),
@@ -302,7 +316,9 @@ class Model:
         needed = self._needed({*kept, *external}, frozenset())
         return liveness.peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
 
-    def _backward_peak(self, equations: Sequence[Equation], saved: frozenset[int]) -> int:
+    def _backward_peak(
+        self, equations: Sequence[Equation], saved: frozenset[int], habits: liveness.Habits | None = None
+    ) -> int:
         waiting = set(self.joint.waiting)
         return liveness.peak_bytes(
             equations,
@@ -310,7 +326,7 @@ class Model:
             held={*saved, *self.joint.cotangents},
             kept=waiting,
             external=set(self.joint.gradients) - waiting,
-            habits=self.habits,
+            habits=habits or self.habits,
         )
 
     def _operations(self, time: dict[int, int]) -> list[Operation]:

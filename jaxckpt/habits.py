@@ -18,8 +18,10 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
     """Return what a target's compiler does.
 
     On CPU, XLA multiplies `[batch, m, k]` by `[batch, k, n]` and convolves images with their features last; it brings
-    other operands into this order, those of weight gradients above all. It finds the maxima of a pooling's windows with
-    four indices per element. It does not fuse a broadcast into a reduction. GPUs and TPUs read operands as they lie.
+    other operands into this order, those of weight gradients above all. It finds the maxima of a pooling with four
+    indices per element, which depend on nothing and are therefore made before anything else; without a checkpoint it
+    does so in the forward and keeps four per result. It does not fuse a broadcast into a reduction. GPUs and TPUs read
+    operands as they lie.
     """
     if target.platform != "cpu":
         return Habits()
@@ -39,7 +41,11 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
             return 0
         return 4 * _INDEX_BYTES * sum(math.prod(shape(x)) for x in eqn.inputs)
 
-    return Habits(copies=copies, scratch_bytes=scratch_bytes, reductions_fuse_broadcasts=False)
+    def index_bytes(eqn: Equation) -> int:
+        # Of the first operand's elements, the pooling's results.
+        return 4 * _INDEX_BYTES * math.prod(shape(eqn.inputs[0])) if eqn.primitive is _POOLING_DERIVATIVE else 0
+
+    return Habits(copies=copies, scratch_bytes=scratch_bytes, index_bytes=index_bytes, reductions_fuse_broadcasts=False)
 
 
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p

@@ -7,7 +7,7 @@ import numpy as np
 # A candidate that uses this share of its budget is not worth another compile, one below the other is.
 _ENOUGH, _TOO_LITTLE = 0.99, 0.9
 # Between the two, how much of the unplanned step's cost the next guess must save, by the compiles so far.
-_WORTH = (0.0, 0.005, 0.02)
+_WORTH = (0.0, 0.003, 0.01)
 _MAX_COMPILES = 10
 # How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible.
 NUM_LEAST = 4
@@ -111,4 +111,8 @@ class Ladder:
             return False
         saved = self.costs[fits] - self.costs[following]
         is_late = len(self.known) + self.num_before >= len(_WORTH)
-        return is_late or self.known[fits] >= _ENOUGH * budget_bytes or saved < _WORTH[len(self.known)]
+        return (
+            is_late
+            or self.known[fits] - self.fixed_bytes >= _ENOUGH * (budget_bytes - self.fixed_bytes)
+            or saved < _WORTH[len(self.known)]
+        )

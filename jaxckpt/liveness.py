@@ -45,12 +45,15 @@ class Habits:
 
     Attributes:
         copies: operands of an equation that it copies into another layout first.
-        scratch_bytes: what it needs while an equation runs.
+        scratch_bytes: what it needs while an equation runs that a checkpoint separates from the forward; it may make
+            that as soon as the program starts.
+        index_bytes: what it holds instead from the forward to the backward where no checkpoint separates them.
         reductions_fuse_broadcasts: whether it fuses a broadcast into a reduction that reads it.
     """
 
     copies: Callable[[Equation], Collection[int]] = _nothing
     scratch_bytes: Callable[[Equation], int] = _no_bytes
+    index_bytes: Callable[[Equation], int] = _no_bytes
     reductions_fuse_broadcasts: bool = True
 
 
