@@ -125,6 +125,22 @@ def described_cpu_devices(number: int) -> tuple[Any, ...]:
     return tuple(xla_client.make_cpu_client(num_devices=number).devices())
 
 
+def is_callback_effect(effect: Any) -> bool:
+    """Whether an effect is a call of Python: a print, a debugger, `io_callback`. Others change arrays in place."""
+    from jax._src import callback, debugging
+
+    classes = [
+        getattr(module, name, None)
+        for module, name in (
+            (debugging, "DebugEffect"),
+            (debugging, "OrderedDebugEffect"),
+            (callback, "IOEffect"),
+            (callback, "OrderedIOEffect"),
+        )
+    ]
+    return isinstance(effect, tuple(c for c in classes if c is not None))
+
+
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carried; the rest are stacked."""
     if "num_carry" in params:

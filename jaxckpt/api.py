@@ -181,10 +181,11 @@ def _impl(*args: Any, call: _Call) -> list[Any]:
     return _RUNS.setdefault(call.program.fingerprint(), jax.jit(call.plain))(*args)
 
 
-@auto_remat_p.def_abstract_eval
-def _abstract(*avals: Any, call: _Call) -> list[Any]:
+@auto_remat_p.def_effectful_abstract_eval
+def _abstract(*avals: Any, call: _Call) -> tuple[list[Any], Any]:
     del avals
-    return [call.program.avals[x] if isinstance(x, int) else x.aval for x in call.program.outputs]
+    results = [call.program.avals[x] if isinstance(x, int) else x.aval for x in call.program.outputs]
+    return results, frozenset().union(*(eqn.effects for eqn in call.program.equations))
 
 
 mlir.register_lowering(auto_remat_p, mlir.lower_fun(lambda *args, call: call.plain(*args), multiple_results=True))

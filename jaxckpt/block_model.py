@@ -165,6 +165,23 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     )
 
 
+def effectful(local: LocalBlock) -> Analysis:
+    """A block with side effects and no tangents: it is run where it stands, and that is its only option."""
+    size = sum(size_bytes(local.program.avals[v]) for v in local.outputs if v not in local.results)
+    times = (0,) * (len(local.outputs) + 1)
+    option = Option(
+        name=EVERYTHING,
+        saved_bytes=0,
+        recompute_time=0,
+        forward_times=times,
+        forward_peak_bytes=size,
+        backward_peak_bytes=0,
+    )
+    block = Block(forward_times=times, forward_peak_bytes=size, options=(option,))
+    unread = tuple(range(len(local.span.inputs)))
+    return Analysis(block, block, (None,), (unread,), 0, 0)
+
+
 def _dominates(a: Option, b: Option) -> bool:
     keys = ("saved_bytes", "recompute_time", "forward_peak_bytes", "backward_peak_bytes", "forward_times")
     return set(a.saved_outputs) <= set(b.saved_outputs) and all(getattr(a, k) <= getattr(b, k) for k in keys)

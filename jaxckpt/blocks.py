@@ -6,13 +6,18 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
 
-from jaxckpt.block_model import Analysis, LocalBlock, analyse_block
+from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
 from jaxckpt.cuts import Span
+from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
 from jaxckpt.scans import loop_of
 from jaxckpt.targets import Target, Timer
 from jaxckpt.trace import Program, size_bytes
+
+
+# Regions nest twenty deep at most, so no block runs more often.
+_MOST_REPEATS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,7 @@ class Blocks:
         residual_bytes: `[n]`, what a loop would stack of each block when it is left to JAX.
         classes: `[n]`, equal for blocks with the same equations and shapes.
         unplanned_cost: forward and backward without recomputation, in units of the plan's cost.
+        once: the blocks with side effects, which no region may repeat.
     """
 
     program: Program
@@ -40,6 +46,7 @@ class Blocks:
     residual_bytes: tuple[int, ...]
     classes: tuple[int, ...]
     unplanned_cost: int
+    once: tuple[int, ...] = ()
 
 
 def analyse(
@@ -76,9 +83,7 @@ def analyse(
         local = LocalBlock(program, span, active, arguments, results, invariant)
         key = local.signature()
         if key not in known:
-            is_loop = loop_of(span.equations[-1]) is not None and local.active_outputs
-            analysis = analyse_loop(local, timer, target, analyse) if is_loop else analyse_block(local, timer, target)
-            known[key] = len(known), analysis
+            known[key] = len(known), _analyse_one(local, timer, target)
         number, analysis = known[key]
         classes.append(number)
         cost += analysis.unplanned_cost
@@ -86,16 +91,50 @@ def analyse(
         flops_blocks.append(_placed(analysis.flops_block, analysis, span, place))
         choices.append(tuple(_globalised(saved, local.values) for saved in analysis.saved))
         residual_bytes.append(analysis.residual_bytes)
+    once = tuple(k for k, span in enumerate(spans) if any(eqn.effects for eqn in span.equations))
     return Blocks(
         program=program,
         graph=graph,
         spans=tuple(spans),
-        problem=Problem(blocks=tuple(blocks), values=values),
+        problem=Problem(blocks=_dear(blocks, once), values=values),
         flops_problem=Problem(blocks=tuple(flops_blocks), values=values),
+        once=once,
         choices=tuple(choices),
         residual_bytes=tuple(residual_bytes),
         classes=tuple(classes),
         unplanned_cost=cost,
+    )
+
+
+def _analyse_one(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
+    last = local.span.equations[-1]
+    if last.effects and local.active_outputs:
+        raise UnsupportedProgramError(
+            f"{last.primitive.name} at {last.source or 'an unknown line'} has side effects and is differentiated, so a "
+            "plan can neither repeat nor skip it; move the effect out of the loop or branch it is in"
+        )
+    if last.effects:
+        return effectful(local)
+    if loop_of(last) is not None and local.active_outputs:
+        return analyse_loop(local, timer, target, analyse)
+    return analyse_block(local, timer, target)
+
+
+def _dear(blocks: Sequence[Block], once: Collection[int]) -> tuple[Block, ...]:
+    """Make blocks with effects so dear that repeating one costs more than any plan that does not."""
+    if not once:
+        return tuple(blocks)
+    price = 1 + _MOST_REPEATS * sum(b.forward_time + max(o.recompute_time for o in b.options) for b in blocks)
+    priced = lambda times: (price,) * len(times)  # noqa: E731
+    return tuple(
+        replace(
+            block,
+            forward_times=priced(block.forward_times),
+            options=tuple(replace(o, forward_times=priced(o.forward_times)) for o in block.options),
+        )
+        if k in once
+        else block
+        for k, block in enumerate(blocks)
     )
 
 

@@ -60,13 +60,13 @@ def cut(
     if not order:
         return ()
     alive = _alive_bytes(program, graph, order)
-    around_loops = _around_loops(program, order, active)
+    around = _around_alone(program, order, active)
     borders = _borders(graph, order, alive, max_blocks)
     if is_coarse and borders:
         level = sorted(alive[b - 1] for b in borders)[(len(borders) - 1) // 4]
         borders = [b for b in borders if alive[b - 1] <= level]
     borders = _thin(borders, alive, max_blocks)
-    borders = sorted({*borders, *around_loops})
+    borders = sorted({*borders, *around})
     starts, stops = [0, *borders], [*borders, len(order)]
     runs = [order[a:b] for a, b in zip(starts, stops, strict=True)]
     return spans_at(program, [_with_sunk(graph, run, sunk) for run in runs])
@@ -123,14 +123,18 @@ def _alive_bytes(program: Program, graph: nx.DiGraph, order: Sequence[int]) -> l
     return alive
 
 
-def _around_loops(program: Program, order: Sequence[int], active: set[int]) -> set[int]:
-    """Cuts before and after each loop that tangents flow through: it is a block of its own, with options of its own."""
-    loops = [
-        p
-        for p, i in enumerate(order)
-        if not active.isdisjoint(program.equations[i].outputs) and loop_of(program.equations[i])
-    ]
-    return {b for p in loops for b in (p, p + 1) if 0 < b < len(order)}
+def _around_alone(program: Program, order: Sequence[int], active: set[int]) -> set[int]:
+    """Cuts before and after each equation that is a block of its own.
+
+    Those are loops that tangents flow through, which have options of their own, and effects, which run once.
+    """
+
+    def is_alone(i: int) -> bool:
+        eqn = program.equations[i]
+        return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and loop_of(eqn) is not None)
+
+    alone = [p for p, i in enumerate(order) if is_alone(i)]
+    return {b for p in alone for b in (p, p + 1) if 0 < b < len(order)}
 
 
 def _borders(graph: nx.DiGraph, order: Sequence[int], alive: Sequence[int], max_blocks: int) -> list[int]:

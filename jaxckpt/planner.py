@@ -322,7 +322,7 @@ class _Search:
             predicted_peak_bytes=unplanned if chosen is None else self._modelled(chosen),
             measured_peak_bytes=measured if chosen is None else known.get(chosen),
             next_peak_bytes=None if chosen is None else known.get(chosen + 1),
-            least_peak_bytes=min(unplanned, known.get(0, least)),
+            least_peak_bytes=min(unplanned, known.get(0, least), *known.values()),
             is_unplanned_measured=self.unplanned is not None,
             is_least_measured=0 in known,
             num_compiles=len(known) + (self.unplanned is not None),

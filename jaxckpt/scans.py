@@ -61,8 +61,8 @@ class Loop:
 
 
 def loop_of(eqn: Equation) -> Loop | None:
-    """Take a scan of two or more iterations apart; None for every other equation."""
-    if eqn.primitive is not prims.scan_p or eqn.params["length"] < 2 or eqn.params["jaxpr"].consts:
+    """Take a scan of two or more iterations apart; None for every other equation, and where its body has effects."""
+    if eqn.primitive is not prims.scan_p or eqn.params["length"] < 2 or eqn.params["jaxpr"].consts or eqn.effects:
         return None
     num_consts, num_carry = _compat.scan_layout(eqn.params)
     return Loop(

@@ -55,7 +55,8 @@ class Study:
         self.cuts: list[Blocks] = []
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
-        self.candidates = [self._per_device(c) for c in candidates([b.problem for b in self.cuts], solver)]
+        found = candidates([b.problem for b in self.cuts], solver)
+        self.candidates = [self._per_device(c) for c in found if self._runs_effects_once(c)]
         self.forward_flops = sum(dag.nodes[i]["flops"] for i in dag)
         self.unplanned_cost = 0 if self.blocks is None else self.blocks.unplanned_cost
 
@@ -67,6 +68,9 @@ class Study:
     def blocks_of(self, candidate: Candidate) -> Blocks:
         """The blocks that a candidate is about."""
         return next(blocks for blocks in self.cuts if blocks.problem is candidate.problem)
+
+    def _runs_effects_once(self, candidate: Candidate) -> bool:
+        return all(candidate.judgement.num_forwards[k] == 1 for k in self.blocks_of(candidate).once)
 
     def _analysed(self, spans: tuple[cuts.Span, ...]) -> Blocks:
         return analyse(

@@ -343,13 +343,13 @@ def live_equations(equations: Sequence[Equation], outputs: Iterable[Atom]) -> li
 
 
 def refuse_effects(program: Program, what: str) -> None:
-    """Refuse a program whose recomputation would repeat side effects.
+    """Refuse a program with effects that a plan cannot keep out of its regions. Calls of Python it can.
 
     Raises:
         UnsupportedProgramError: with the first such operation's line.
     """
     for eqn in program.equations:
-        if eqn.effects:
+        if not all(map(_compat.is_callback_effect, eqn.effects)):
             raise UnsupportedProgramError(
                 f"{eqn.primitive.name} at {eqn.source or 'an unknown line'} has side effects, which would happen again "
                 f"in every recomputation; move it out of {what}"

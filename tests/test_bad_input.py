@@ -148,14 +148,17 @@ def test_unknown_names_are_refused_with_what_is_known():
         jaxckpt.plan(chain_loss, *ARGS, budget="1GB", target="v5e:8")
 
 
-def test_side_effects_are_refused_with_their_line():
-    def fun(x):
+def test_an_effect_in_a_differentiated_loop_is_refused_with_its_line():
+    def body(x, w):
         jax.debug.print("{}", x)
-        return jnp.sum(jnp.sin(x))
+        return jnp.sin(x * w), None
+
+    def fun(w):
+        return jax.lax.scan(body, jnp.zeros(w.shape[1:]), w)[0].sum()
 
     for call in (
         lambda: jaxckpt.plan(fun, FLOAT, budget="1GB"),
-        lambda: jaxckpt.auto_remat(fun, budget="1GB")(jnp.ones(3)),
+        lambda: jax.grad(jaxckpt.auto_remat(fun, budget="1GB"))(jnp.ones(3)),
     ):
         with pytest.raises(UnsupportedProgramError, match=r"test_bad_input\.py"):
             call()
