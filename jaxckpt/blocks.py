@@ -15,7 +15,6 @@ from jaxckpt.scans import loop_of
 from jaxckpt.targets import Target, Timer
 from jaxckpt.trace import Program, size_bytes
 
-
 # Regions nest twenty deep at most, so no block runs more often.
 _MOST_REPEATS = 24
 
