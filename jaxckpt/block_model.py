@@ -34,7 +34,7 @@ class LocalBlock:
         active: Collection[int],
         arguments: Collection[int],
         results: Collection[int],
-        invariant: Collection[int],
+        invariant: Collection[int] | None,
     ):
         self.program, self.span, self.active = program, span, active
         self.values = [*span.inputs, *(v for eqn in span.equations for v in eqn.outputs)]
@@ -44,7 +44,9 @@ class LocalBlock:
         self.outputs = span.outputs
         self.active_outputs = [v for v in span.outputs if v in active]
         self.results = [v for v in span.outputs if v in results]
-        self.invariant = [v for v in span.inputs if v in invariant]
+        # In a loop's body forward and backward are loops of their own, which no compiler mixes.
+        self.is_body = invariant is not None
+        self.invariant = [v for v in span.inputs if v in (invariant or ())]
 
     def signature(self) -> str:
         """A digest: blocks with equal ones need only one analysis."""
@@ -200,7 +202,8 @@ class Model:
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
         # On CPU that is what happens; elsewhere schedulers mind the memory.
-        self.early, self.late = (self._early(), self._late()) if target.platform == "cpu" else ([], [])
+        moves = target.platform == "cpu" and not local.is_body
+        self.early, self.late = (self._early(), self._late()) if moves else ([], [])
         # Several of the block's values may be one value of the joint program; the first stands for it.
         self.named: dict[int, int] = {}
         for position, v in enumerate(local.values):

@@ -57,7 +57,7 @@ def analyse(
     arguments: Collection[int],
     timer: Timer,
     target: Target,
-    invariant: Collection[int] = (),
+    invariant: Collection[int] | None = None,
 ) -> Blocks:
     """Analyse every distinct block once and put the solver's problem together.
 

@@ -138,7 +138,9 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
         _mixes(loop.length, plans),
         _binomial(loop.length, iterations, model.sizes.carry),
     )
-    chosen = _thin([(model.numbers(parts), parts) for parts in divisions])
+    # One level of one plan is what the others are mixed from, and what they mean to beat.
+    is_plain = lambda item: len(item[1]) == 1 and str(item[1][0]) == str(loop.length)  # noqa: E731
+    chosen = _thin([(model.numbers(parts), parts) for parts in divisions], is_plain)
     kept = [(*model.options(parts), parts) for _, parts in chosen]
     everything, everything_flops = model.everything()
     block, flops_block = model.blocks()
@@ -490,11 +492,14 @@ def _pareto(items: Iterable[_T], key: Callable[[_T], tuple[int, ...]]) -> list[_
     return [pairs[i][1] for i in best]
 
 
-def _thin(items: Sequence[tuple[_Numbers, _T]]) -> list[tuple[_Numbers, _T]]:
+def _thin(
+    items: Sequence[tuple[_Numbers, _T]], is_wanted: Callable[[tuple[_Numbers, _T]], bool]
+) -> list[tuple[_Numbers, _T]]:
     """Those that are best by what they save or by their peak, for the time they take; of these, not too many."""
     by_saved = lambda x: (x[0].saved, x[0].again)  # noqa: E731
     by_peak = lambda x: (max(x[0].forward_peak, x[0].backward_peak), x[0].again)  # noqa: E731
     chosen = {id(x): x for by in (by_saved, by_peak) for x in _spread(_pareto(items, by), lambda x, by=by: by(x)[0])}
+    chosen |= {id(x): x for x in items if is_wanted(x)}
     return _pareto(chosen.values(), lambda x: x[0])
 
 
