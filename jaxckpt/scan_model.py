@@ -130,7 +130,7 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
     assert loop is not None
     active = _active(loop, local)
     body = _Body(loop, active, timer, target, analyse)
-    model = _LoopModel(local, loop, body, active)
+    model = _LoopModel(local, loop, body, active, is_cpu=target.platform == "cpu")
     iterations = list(body.iterations())
     plans = _pareto(iterations, lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
     divisions = itertools.chain(
@@ -248,7 +248,8 @@ class _Body:
 class _LoopModel:
     """Bytes and times of the whole loop, divided into parts."""
 
-    def __init__(self, local: LocalBlock, loop: Loop, body: _Body, active: set[int]):
+    def __init__(self, local: LocalBlock, loop: Loop, body: _Body, active: set[int], is_cpu: bool):
+        self.is_cpu = is_cpu
         self.local, self.loop, self.body = local, loop, body
         size = lambda vs: sum(size_bytes(loop.body.avals[v]) for v in vs)  # noqa: E731
         results = loop.body.outputs[loop.num_carry :]
@@ -272,9 +273,11 @@ class _LoopModel:
     def numbers(self, parts: Sequence[_Part]) -> _Numbers:
         """What parts take, in bytes and in units of the plan's cost."""
         saved = list(itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes))
-        # The parts' results and cotangents are put together in the end; slices of what is there are read in place.
-        joined = self.loop.length * self.sizes.slice_cotangents if len(parts) > 1 else 0
-        made = self.loop.length * self.sizes.stacked_outputs if len(parts) > 1 else 0
+        # The parts' results and cotangents are put together in the end. A GPU reads slices of what is there in place;
+        # on CPU they are copies, of which a part's is gone by the time that its cotangents are there.
+        cut = self.loop.length if len(parts) > 1 else 0
+        joined = cut * max(self.sizes.slice_cotangents, self.sizes.slices if self.is_cpu else 0)
+        made = cut * self.sizes.stacked_outputs
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
         backward = [
             held + self._inner(part) + part.plan.peak_bytes for held, part in zip(saved[1:], parts, strict=True)
