@@ -8,7 +8,9 @@ from ckptsolvers.revolve import num_forwards
 from helpers import assert_close, count, jit, x64
 from jax import lax
 
+import jaxckpt
 from jaxckpt import binomial, compiler_options
+from jaxckpt.regions import LoopPlan
 
 
 def step(consts, carry, slices):
@@ -104,3 +106,26 @@ def test_memory_is_the_states_and_no_more():
 def test_the_program_does_not_grow_with_the_length():
     sizes = {n: count(jax.grad(lambda w, n=n: loss(with_states(n, 3), w, *args(n)[1:])), args(n)[0]) for n in (8, 80)}
     assert sizes[8] == sizes[80]
+
+
+def test_a_decorated_loop_with_few_states_keeps_its_transformations():
+    def fun(w, xs):
+        return jnp.sum(lax.scan(lambda h, x: (jnp.tanh(h @ w + x), None), xs[0] * 0, xs)[0] ** 2)
+
+    with x64():
+        random = np.random.default_rng(0)
+        w, xs = random.normal(size=(8, 8)) / 4, random.normal(size=(40, 256, 8))
+        with pytest.raises(jaxckpt.InfeasibleBudgetError) as least:
+            jaxckpt.plan(fun, w, xs, budget=1, cost="flops")
+        budget = int(1.02 * least.value.least_peak_bytes)
+        plan = jaxckpt.plan(fun, w, xs, budget=budget, cost="flops").block_saves
+        assert any(part.num_states for saved in plan if isinstance(saved, LoopPlan) for part in saved.parts)
+        planned = jaxckpt.auto_remat(fun, budget=budget, cost="flops")
+        ones = jnp.ones_like(w)
+        for transformed in (
+            lambda f: jit(jax.grad(f))(w, xs),
+            lambda f: jax.grad(jax.checkpoint(f))(w, xs),
+            lambda f: jax.jvp(lambda w: f(w, xs), (w,), (ones,)),
+            lambda f: jax.jvp(lambda w: jax.grad(f)(w, xs), (w,), (ones,)),
+        ):
+            assert_close(transformed(planned), transformed(fun), 1e-10)
