@@ -63,10 +63,17 @@ def assert_close(got: Any, wanted: Any, tolerance: float) -> None:
         assert np.max(np.abs(a.astype(float) - b), initial=0) <= tolerance * max(1e-30, np.max(np.abs(b), initial=0))
 
 
-def study(fun: Callable, *args: Any, has_aux: bool = False, cost: str = "flops", solver: Any = "auto") -> Study:
+def study(
+    fun: Callable,
+    *args: Any,
+    has_aux: bool = False,
+    cost: str = "flops",
+    solver: Any = "auto",
+    target: str | None = None,
+) -> Study:
     """A program cut, analysed and solved, without a compile."""
     traced = trace(fun, args)
-    return Study(traced.program, objective(traced, 0, has_aux), cost, solver, None)
+    return Study(traced.program, objective(traced, 0, has_aux), cost, solver, target)
 
 
 # Name -> function, shapes of its arguments, has_aux.

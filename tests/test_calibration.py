@@ -1,6 +1,7 @@
 """Calibration: what was measured once makes the next plan quicker, and a plan depends on its record alone."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -37,12 +38,15 @@ def _cache(tmp_path, monkeypatch):
 
 
 def test_the_second_plan_takes_fewer_compiles_and_carries_the_hash():
+    record_of = functools.partial(remembered, trace(unet_loss, UNET).program, None)
     first = jaxckpt.plan(unet_loss, *UNET, budget="65%")
-    second = jaxckpt.plan(unet_loss, *UNET, budget="65%")
     assert first.calibration is None
-    found = remembered(trace(unet_loss, UNET).program, None)
+    found = record_of()
+    second = jaxckpt.plan(unet_loss, *UNET, budget="65%")
     assert second.calibration == found.hash
-    assert second.num_compiles == 2 < first.num_compiles  # without a plan, and the plan
+    assert second.num_compiles < first.num_compiles
+    # It may have learnt more: with a record that says it all, the program without a plan and the plan are compiled.
+    assert jaxckpt.plan(unet_loss, *UNET, budget="65%").num_compiles == 2
     assert second.measured_peak_bytes <= second.budget_bytes
     assert second.calibration in str(second) and "calibrated" not in str(first)
 

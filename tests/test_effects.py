@@ -11,6 +11,7 @@ from jax.experimental import io_callback
 import jaxckpt
 
 LAYERS, ROWS, WIDTH = 6, 2048, 32
+BUDGET = "80%"
 
 
 def args():
@@ -42,7 +43,7 @@ def make_loss(seen, kind):
 def test_effects_happen_once_and_gradients_are_the_same(kind, is_jitted):
     seen: list[tuple[int, float]] = []
     loss = make_loss(seen, kind)
-    planned = jaxckpt.auto_remat(loss, budget="70%", cost="flops")
+    planned = jaxckpt.auto_remat(loss, budget=BUDGET, cost="flops")
     found = []
     for fun in (loss, planned):
         gradient = jax.value_and_grad(fun)
@@ -58,7 +59,7 @@ def test_effects_happen_once_and_gradients_are_the_same(kind, is_jitted):
 
 def test_no_region_holds_an_effect_and_there_are_regions():
     loss = make_loss([], "debug")
-    plan = jaxckpt.plan(loss, *args(), budget="70%", cost="flops")
+    plan = jaxckpt.plan(loss, *args(), budget=BUDGET, cost="flops")
     regions = [node for node, _ in plan.schedule.walk() if isinstance(node, Recompute)]
     assert regions
     effects = [k for k, label in enumerate(plan.block_labels) if "callback" in label]
@@ -70,7 +71,7 @@ def test_no_region_holds_an_effect_and_there_are_regions():
 
 def test_without_a_derivative_effects_happen_once():
     seen: list[tuple[int, float]] = []
-    planned = jaxckpt.auto_remat(make_loss(seen, "ordered"), budget="70%")
+    planned = jaxckpt.auto_remat(make_loss(seen, "ordered"), budget=BUDGET)
     planned(*args())
     jax.effects_barrier()
     assert [i for i, _ in seen] == [2, 4]

@@ -161,7 +161,8 @@ def test_a_checkpointed_body_is_never_better(length):
 
 
 def test_options_of_a_long_loop_stand_close_together():
-    s = study(rnn_loss, *shapes(rnn_args(1000)))
+    # A CPU copies the slices of a loop that is cut in two, so there is a gap beyond the last plan of one part.
+    s = study(rnn_loss, *shapes(rnn_args(1000)), target="h100")
     peaks = [c.judgement.peak_bytes for c in s.candidates]
     assert max(b / a for a, b in itertools.pairwise(peaks)) < 1.25
     (options,) = [b.options for b in s.blocks.problem.blocks if len(b.options) > 20]
