@@ -6,7 +6,7 @@ exactly what JAX is left with after its own dead-code elimination.
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,8 +90,16 @@ class Joint:
     gradients: list[int]  # cotangents of arguments
 
 
-def differentiate(local: LocalBlock) -> Joint:
-    """Trace a block with its backward."""
+def differentiate(local: LocalBlock, run: Callable[[dict[int, Any]], None] | None = None) -> Joint:
+    """Trace a block with its backward.
+
+    Args:
+        local: the block.
+        run: adds what its equations make to a dict of values; None runs them as they are.
+
+    Returns:
+        Its forward and backward.
+    """
     program, span = local.program, local.span
     interior = [v for eqn in span.equations for v in eqn.outputs]
 
@@ -102,7 +110,10 @@ def differentiate(local: LocalBlock) -> Joint:
             inner = env | dict(zip(local.active_inputs, active, strict=True))
             # A name is a value of its own: what an operation's derivative reads of its unnamed result is made again
             # even where the named one is saved, so the model must see both.
-            evaluate(span.equations, inner, dict.fromkeys(interior, "value"))
+            if run is None:
+                evaluate(span.equations, inner, dict.fromkeys(interior, "value"))
+            else:
+                run(inner)
             return [inner[v] for v in local.active_outputs], [inner[v] for v in interior]
 
         _, pull, values = jax.vjp(forward, *(env[v] for v in local.active_inputs), has_aux=True)

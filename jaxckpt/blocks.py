@@ -7,6 +7,8 @@ import networkx as nx
 from ckptsolvers import Block, Problem, Value
 
 from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
+from jaxckpt.branch_model import analyse_conditional
+from jaxckpt.branches import branches_of
 from jaxckpt.cuts import Span
 from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.regions import Saved
@@ -116,6 +118,8 @@ def _analyse_one(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
         return effectful(local)
     if loop_of(last) is not None and local.active_outputs:
         return analyse_loop(local, timer, target, analyse)
+    if branches_of(last) and local.active_outputs:
+        return analyse_conditional(local, timer, target, analyse)
     return analyse_block(local, timer, target)
 
 
