@@ -74,6 +74,8 @@ class Analysis:
     unread: tuple[tuple[int, ...], ...]  # for each option, the inputs that only its forward reads
     unplanned_cost: int
     residual_bytes: int  # of what JAX keeps of the block without a checkpoint, whether a compiler needs it or not
+    # Of loops and conditionals, for each option: most alive in the backward beyond what is saved, if that stays.
+    transients: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

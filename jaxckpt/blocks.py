@@ -36,6 +36,8 @@ class Blocks:
         classes: `[n]`, equal for blocks with the same equations and shapes.
         unplanned_cost: forward and backward without recomputation, in units of the plan's cost.
         once: the blocks with side effects, which no region may repeat.
+        transients: `[n]`, for each option of a loop or a conditional the most bytes alive in its backward beyond what
+            is saved, were nothing of that freed; empty for other blocks.
     """
 
     program: Program
@@ -48,6 +50,7 @@ class Blocks:
     classes: tuple[int, ...]
     unplanned_cost: int
     once: tuple[int, ...] = ()
+    transients: tuple[tuple[int, ...], ...] = ()
 
 
 def analyse(
@@ -60,6 +63,7 @@ def analyse(
     timer: Timer,
     target: Target,
     invariant: Collection[int] | None = None,
+    known: dict[str, tuple[int, Analysis]] | None = None,
 ) -> Blocks:
     """Analyse every distinct block once and put the solver's problem together.
 
@@ -72,14 +76,15 @@ def analyse(
         timer: times of equations, in the unit of the plan's cost.
         target: the chip, whose compiler decides what is materialised.
         invariant: where the program is a loop's body, its inputs that are the same in every iteration.
+        known: what is known of the blocks of other cuts of the same program, by signature; new ones are added.
 
     Returns:
         The problem, with what stands behind its options.
     """
     results = {x for x in program.outputs if isinstance(x, int)}
     values, place = _crossing_values(program, spans, active, results)
-    known: dict[str, tuple[int, Analysis]] = {}
-    blocks, flops_blocks, choices, classes, residual_bytes, cost = [], [], [], [], [], 0
+    known = {} if known is None else known
+    blocks, flops_blocks, choices, classes, residual_bytes, transients, cost = [], [], [], [], [], [], 0
     for span in spans:
         local = LocalBlock(program, span, active, arguments, results, invariant)
         key = local.signature()
@@ -92,6 +97,7 @@ def analyse(
         flops_blocks.append(_placed(analysis.flops_block, analysis, span, place))
         choices.append(tuple(_globalised(saved, local.values) for saved in analysis.saved))
         residual_bytes.append(analysis.residual_bytes)
+        transients.append(analysis.transients)
     once = tuple(k for k, span in enumerate(spans) if any(eqn.effects for eqn in span.equations))
     return Blocks(
         program=program,
@@ -104,6 +110,7 @@ def analyse(
         residual_bytes=tuple(residual_bytes),
         classes=tuple(classes),
         unplanned_cost=cost,
+        transients=tuple(transients),
     )
 
 

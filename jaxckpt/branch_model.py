@@ -7,8 +7,10 @@ JAX's own derivative of the planned conditional. A conditional takes as long as 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ckptsolvers import Block, Keep, Option, Schedule
+from ckptsolvers import Block, Keep, Option, Problem, Schedule, simulate
+from ckptsolvers.schedule import Node, region
 
 from jaxckpt import graph
 from jaxckpt.apply import branch_functions
@@ -20,7 +22,7 @@ from jaxckpt.targets import Target, Timer
 from jaxckpt.trace import Constant, evaluate, is_differentiable, size_bytes
 
 # Each is differentiated by JAX, which takes some hundredths of a second.
-_MAX_OPTIONS = 16
+_MAX_OPTIONS = 12
 
 
 def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> Analysis:
@@ -47,6 +49,7 @@ def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse
         flops_block=replace(flops_block, options=tuple(x.in_flops for x in options)),
         saved=(*(x.plan for x in found), None),
         unread=tuple(x.unread for x in options),
+        transients=tuple(x.option.backward_peak_bytes - x.option.saved_bytes for x in options),
         unplanned_cost=max(arm.cost for arm in arms),
         residual_bytes=everything.option.saved_bytes,
     )
@@ -71,6 +74,55 @@ class _Arm:
         self.cost = self.body.whole.unplanned_cost
         self.forward_time, self.forward_flops = self.body.forward_time, self.body.forward_flops
         self.forward_peak_bytes = self.body.forward_peak_bytes
+
+    def transient_bytes(self, plan: Iteration) -> int:
+        """Most alive at once in the backward, beyond what came from the forward: that stays until the end."""
+        if self.body is None:
+            return 0
+        blocks = next(b for b in self.body.cuts if tuple(s.positions for s in b.spans) == plan.tree.blocks)
+        return max(_transient_bytes(blocks, node) for node in plan.tree.schedule.nodes)
+
+
+def _transient_bytes(blocks: Any, node: Node) -> int:
+    if isinstance(node, Keep):
+        option = blocks.problem.blocks[node.block].options[node.option]
+        transients = blocks.transients[node.block]
+        if transients:
+            return transients[node.option]
+        # A checkpoint copies what it is given, since a conditional's operands are not its own.
+        return option.backward_peak_bytes - (option.saved_bytes if option.name == EVERYTHING else 0)
+    alone = Schedule((_shifted(node, node.start),))
+    return simulate(_part(blocks.problem, node.start, node.stop), alone).peak_bytes
+
+
+def _shifted(node: Node, by: int) -> Node:
+    if isinstance(node, Keep):
+        return Keep(node.block - by, node.option)
+    return region(tuple(_shifted(child, by) for child in node.children))
+
+
+def _part(problem: Problem, start: int, stop: int) -> Problem:
+    """Consecutive blocks on their own: what they make for others is held by those, and takes nothing here."""
+    kept = [i for k in range(start, stop) for i in problem.outputs[k]]
+    values = []
+    for i in kept:
+        value = problem.values[i]
+        inside = tuple(r - start for r in value.read_by if r < stop)
+        is_last = len(inside) < len(value.read_by)
+        values.append(
+            replace(
+                value,
+                size_bytes=0 if is_last else value.size_bytes,
+                made_by=value.made_by - start,
+                read_by=(*inside, stop - start) if is_last else inside,
+            )
+        )
+    # Positions among inputs and outputs mean others here; they only let go of something earlier.
+    blocks = tuple(
+        replace(block, options=tuple(replace(o, saved_outputs=(), unread_inputs=()) for o in block.options))
+        for block in problem.blocks[start:stop]
+    )
+    return Problem(blocks=blocks, values=tuple(values))
 
 
 def _untouched(branch: Branch) -> Iteration:
@@ -165,8 +217,7 @@ class _Model:
         size = lambda v: size_bytes(joint.avals[v])  # noqa: E731
         outputs = [joint.value.get(v, -1) for v in self.local.outputs]
         saved = sum(size(v) for v in joint.residuals if v not in outputs)
-        # What a branch holds for itself is part of its peak, and what others hold is there too.
-        inner = max(max(0, p.peak_bytes - p.stacked_bytes) for p in picks)
+        inner = max(arm.transient_bytes(p) for arm, p in zip(self.arms, picks, strict=True))
         option = Option(
             name=name or "branches",
             saved_bytes=saved,

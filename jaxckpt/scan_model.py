@@ -153,6 +153,10 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
         unread=tuple(model.unread() for _ in range(len(kept) + 1)),
         unplanned_cost=loop.length * body.whole.unplanned_cost,
         residual_bytes=everything.saved_bytes,
+        transients=(
+            *(model.transient(parts) for *_, parts in kept),
+            everything.backward_peak_bytes - everything.saved_bytes,
+        ),
     )
 
 
@@ -183,14 +187,17 @@ class Body:
 
     @property
     def forward_time(self) -> int:
+        """Of all it makes."""
         return self.whole.problem.forward_time
 
     @property
     def forward_flops(self) -> int:
+        """The same in FLOPs."""
         return self.whole.flops_problem.forward_time
 
     @property
     def forward_peak_bytes(self) -> int:
+        """Most bytes alive in it."""
         return self.whole.problem.blocks[0].forward_peak_bytes
 
     def everything(self) -> Iteration:
@@ -291,6 +298,13 @@ class _LoopModel:
             joined + moving + max(backward) + self.cotangent_bytes,
             sum(part.again(self.body.forward_time, "time") for part in parts),
         )
+
+    def transient(self, parts: Sequence[_Part]) -> int:
+        """Bytes alive in the backward beyond what is saved, if nothing of that is freed before the end."""
+        needs = [self._inner(part) + part.plan.peak_bytes for part in parts]
+        held = itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes)
+        freeing = max(h + need for (_, h), need in zip(itertools.pairwise(held), needs, strict=True))
+        return self.numbers(parts).backward_peak - freeing + max(needs)
 
     def options(self, parts: Sequence[_Part], name: str = "") -> tuple[Option, Option]:
         """The option in units of the plan's cost, and in FLOPs."""
