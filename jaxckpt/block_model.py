@@ -197,6 +197,18 @@ def effectful(local: LocalBlock) -> Analysis:
     return Analysis(block, block, (None,), (unread,), 0, 0)
 
 
+def as_it_is(analysis: Analysis) -> Analysis:
+    """A block that is left to JAX and nothing else: a loop, say, in which something has an effect in each iteration."""
+    last = lambda block: replace(block, options=block.options[-1:])  # noqa: E731
+    return replace(
+        analysis,
+        block=last(analysis.block),
+        flops_block=last(analysis.flops_block),
+        saved=analysis.saved[-1:],
+        unread=analysis.unread[-1:],
+    )
+
+
 def _dominates(a: Option, b: Option) -> bool:
     keys = ("saved_bytes", "recompute_time", "forward_peak_bytes", "backward_peak_bytes", "forward_times")
     return set(a.saved_outputs) <= set(b.saved_outputs) and all(getattr(a, k) <= getattr(b, k) for k in keys)

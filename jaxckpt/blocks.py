@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
 
-from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
+from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, as_it_is, effectful
 from jaxckpt.branch_model import analyse_conditional
 from jaxckpt.branches import branches_of
 from jaxckpt.cuts import Span
-from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
 from jaxckpt.scans import loop_of
@@ -117,10 +116,7 @@ def analyse(
 def _analyse_one(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     last = local.span.equations[-1]
     if last.effects and local.active_outputs:
-        raise UnsupportedProgramError(
-            f"{last.primitive.name} at {last.source or 'an unknown line'} has side effects and is differentiated, so a "
-            "plan can neither repeat nor skip it; move the effect out of the loop or branch it is in"
-        )
+        return as_it_is(analyse_block(local, timer, target))
     if last.effects:
         return effectful(local)
     if loop_of(last) is not None and local.active_outputs:

@@ -16,6 +16,7 @@ from zoo.models import chain_args
 
 import jaxckpt
 from jaxckpt import JaxckptWarning, auto_remat
+from jaxckpt.trace import trace
 
 # Flags that change how JAX rematerialises, where this JAX has them; each is read when JAX is imported.
 MODES = {"remat3": {"JAX_REMAT3": "1"}}
@@ -214,6 +215,47 @@ def test_a_checkpoint_of_the_users_own_is_respected():
     found = equations(jax.make_jaxpr(jax.grad(decorated(loss)))(*args).jaxpr)
     policies = [eqn.params["policy"] for eqn in found if eqn.primitive is prims.remat_p]
     assert sum(policy is own for policy in policies) >= 4
+
+
+def test_a_checkpoint_of_the_users_own_is_inlined_where_that_is_asked_for(tmp_path):
+    layer = lambda x, w: jnp.tanh(jnp.tanh(x @ w) @ w)  # noqa: E731
+
+    def loss(weights, x):
+        for w in weights:
+            x = jax.checkpoint(layer)(x, w)
+        x, _ = lax.scan(jax.checkpoint(lambda x, w: (layer(x, w), None), prevent_cse=False), x, jnp.stack(weights))
+        x = lax.cond(jnp.sum(x) > 0, jax.checkpoint(lambda x: layer(x, weights[0])), lambda x: x, x)
+        # Its own choice is for calls of it alone.
+        return jnp.sum(auto_remat(jax.checkpoint(lambda x: layer(x, weights[1])), budget="1GB")(x) ** 2)
+
+    def without(weights, x):
+        for w in [*weights, *weights]:
+            x = layer(x, w)
+        x = lax.cond(jnp.sum(x) > 0, lambda x: layer(x, weights[0]), lambda x: x, x)
+        return jnp.sum(layer(x, weights[1]) ** 2)
+
+    with x64():
+        args = chain_args("float64", layers=4, rows=512, width=8)
+        wanted = jit(jax.grad(without))(*args)
+        kept, inlined = (
+            jaxckpt.plan(loss, *args, budget="1GB", cost="flops", keep_checkpoints=keep) for keep in (True, False)
+        )
+        # Both fit as they are: one with the user's recomputation, one with none at all.
+        assert count(jax.grad(kept.apply(loss)), *args)["checkpoint"] == 7
+        assert count(jax.grad(inlined.apply(loss)), *args)["checkpoint"] == 0
+        assert kept.fingerprint != inlined.fingerprint and kept.unplanned_cost > inlined.unplanned_cost
+        assert kept.unplanned_peak_bytes < inlined.unplanned_peak_bytes
+        # What is recomputed within a budget is the plan's choice.
+        budget = int(0.7 * inlined.unplanned_peak_bytes)
+        planned = auto_remat(loss, budget=budget, cost="flops", keep_checkpoints=False)
+        found = jaxckpt.plan(loss, *args, budget=budget, cost="flops", keep_checkpoints=False)
+        found.save(tmp_path / "plan.json")
+        again = jaxckpt.Plan.load(tmp_path / "plan.json").apply(loss)
+        for fun in (planned, again):
+            assert_close(jit(jax.grad(fun))(*args), wanted, 1e-10)
+            assert count(jax.grad(fun), *args)["checkpoint"] > 0
+        with pytest.raises(jaxckpt.PlanMismatchError):
+            found.check(trace(loss, args).program)
 
 
 SUBSET = [(t, c) for t in ("grad", "grad of mean of vmap", "reverse over reverse") for c in ("layers", "scan", "jit")]
