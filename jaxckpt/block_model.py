@@ -164,7 +164,7 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     choices: list[Saved] = []
     for saved in model.save_sets():
         option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
-        if any(_dominates(other, option) for other, _ in kept):
+        if any(dominates(other, option) for other, _ in kept):
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
@@ -209,7 +209,8 @@ def as_it_is(analysis: Analysis) -> Analysis:
     )
 
 
-def _dominates(a: Option, b: Option) -> bool:
+def dominates(a: Option, b: Option) -> bool:
+    """Whether an option is as good as another one in everything."""
     keys = ("saved_bytes", "recompute_time", "forward_peak_bytes", "backward_peak_bytes", "forward_times")
     return set(a.saved_outputs) <= set(b.saved_outputs) and all(getattr(a, k) <= getattr(b, k) for k in keys)
 

@@ -7,19 +7,18 @@ JAX's own derivative of the planned conditional. A conditional takes as long as 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from ckptsolvers import Block, Keep, Option, Problem, Schedule, simulate
-from ckptsolvers.schedule import Node, region
+from ckptsolvers import Block, Keep, Option, Schedule
 
 from jaxckpt import graph
 from jaxckpt.apply import branch_functions
-from jaxckpt.block_model import EVERYTHING, Analysis, Joint, LocalBlock, differentiate
+from jaxckpt.block_model import EVERYTHING, Analysis, Joint, LocalBlock, differentiate, dominates
 from jaxckpt.branches import Branch, branches_of, run_branches
 from jaxckpt.regions import BranchPlan, Tree
 from jaxckpt.scan_model import Body, Iteration, pareto
 from jaxckpt.targets import Target, Timer
 from jaxckpt.trace import Constant, evaluate, is_differentiable, size_bytes
+from jaxckpt.transients import transient_bytes
 
 # Each is differentiated by JAX, which takes some hundredths of a second.
 _MAX_OPTIONS = 16
@@ -42,7 +41,7 @@ def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse
     arms = [_Arm(branch, local, timer, target, analyse) for branch in branches_of(local.span.equations[-1])]
     model = _Model(local, arms)
     found = [model.options(picks) for picks in _distinct(_picks(arms))]
-    found = [x for x in found if not any(y is not x and _is_better(y.option, x.option) for y in found)]
+    found = [x for i, x in enumerate(found) if not any(_replaces(y, x, j < i) for j, y in enumerate(found) if j != i)]
     everything = model.options([arm.everything for arm in arms], EVERYTHING)
     block, flops_block = model.blocks()
     options = [*found, everything]
@@ -92,49 +91,7 @@ class _Arm:
     def _transient_bytes(self, plan: Iteration) -> int:
         assert self.body is not None
         blocks = next(b for b in self.body.cuts if tuple(s.positions for s in b.spans) == plan.tree.blocks)
-        return max(_transient_bytes(blocks, node) for node in plan.tree.schedule.nodes)
-
-
-def _transient_bytes(blocks: Any, node: Node) -> int:
-    if isinstance(node, Keep):
-        option = blocks.problem.blocks[node.block].options[node.option]
-        transients = blocks.transients[node.block]
-        if transients:
-            return transients[node.option]
-        # A checkpoint copies what it is given, since a conditional's operands are not its own.
-        return option.backward_peak_bytes - (option.saved_bytes if option.name == EVERYTHING else 0)
-    alone = Schedule((_shifted(node, node.start),))
-    return simulate(_part(blocks.problem, node.start, node.stop), alone).peak_bytes
-
-
-def _shifted(node: Node, by: int) -> Node:
-    if isinstance(node, Keep):
-        return Keep(node.block - by, node.option)
-    return region(tuple(_shifted(child, by) for child in node.children))
-
-
-def _part(problem: Problem, start: int, stop: int) -> Problem:
-    """Consecutive blocks on their own: what they make for others is held by those, and takes nothing here."""
-    kept = [i for k in range(start, stop) for i in problem.outputs[k]]
-    values = []
-    for i in kept:
-        value = problem.values[i]
-        inside = tuple(r - start for r in value.read_by if r < stop)
-        is_last = len(inside) < len(value.read_by)
-        values.append(
-            replace(
-                value,
-                size_bytes=0 if is_last else value.size_bytes,
-                made_by=value.made_by - start,
-                read_by=(*inside, stop - start) if is_last else inside,
-            )
-        )
-    # Positions among inputs and outputs mean others here; they only let go of something earlier.
-    blocks = tuple(
-        replace(block, options=tuple(replace(o, saved_outputs=(), unread_inputs=()) for o in block.options))
-        for block in problem.blocks[start:stop]
-    )
-    return Problem(blocks=blocks, values=tuple(values))
+        return max(transient_bytes(blocks, node) for node in plan.tree.schedule.nodes)
 
 
 def _untouched(branch: Branch) -> Iteration:
@@ -211,9 +168,9 @@ class _Found:
     unread: tuple[int, ...]
 
 
-def _is_better(a: Option, b: Option) -> bool:
-    keys = ("saved_bytes", "recompute_time", "forward_peak_bytes", "backward_peak_bytes", "forward_times")
-    return set(a.saved_outputs) <= set(b.saved_outputs) and all(getattr(a, k) <= getattr(b, k) for k in keys)
+def _replaces(a: _Found, b: _Found, is_first: bool) -> bool:
+    """Whether an option is as good as another one in everything; of two equal ones the first stays."""
+    return dominates(a.option, b.option) and (is_first or not dominates(b.option, a.option))
 
 
 class _Model:

@@ -184,3 +184,8 @@ def test_the_plan_is_inside_the_branches():
     gradient = jax.make_jaxpr(jax.grad(planned))(ws, x)
     conditionals = [eqn for eqn in equations(gradient.jaxpr) if eqn.primitive is prims.cond_p]
     assert sum(e.primitive is prims.remat_p for eqn in conditionals for e in inside(eqn)) > 1
+
+
+def test_every_option_of_a_conditional_is_another_one():
+    (choices,) = [c for c in study(LOSSES["scan"], *shapes()).blocks.choices if isinstance(c[0], BranchPlan)]
+    assert len(set(choices)) == len(choices) > 3
