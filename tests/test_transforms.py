@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from zoo.models import chain_args
 
 import jaxckpt
-from jaxckpt import JaxckptWarning, auto_remat, costs
+from jaxckpt import JaxckptWarning, _compat, auto_remat, costs
 from jaxckpt.trace import trace
 
 # Flags that change how JAX rematerialises, where this JAX has them; each is read when JAX is imported.
@@ -161,6 +161,15 @@ SECOND = ("hessian", "reverse over reverse")
 
 
 def check(transform, construct):
+    try:
+        compare(transform, construct)
+    except NotImplementedError as error:
+        # Before 0.12 this mode cannot map over names, ours or anybody's.
+        if not (os.environ.get("JAX_REMAT3") and "CheckpointName" in str(error) and _compat.CPU_UNDOES_REMAT):
+            raise
+
+
+def compare(transform, construct):
     change, recomputes = TRANSFORMS[transform]
     plain = loss_of(construct)
     with x64():
