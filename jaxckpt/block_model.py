@@ -111,7 +111,7 @@ def differentiate(local: LocalBlock) -> Joint:
     inputs = [spec_of(program.avals[v]) for v in span.inputs]
     cotangents = [spec_of(program.avals[v].to_ct_aval()) for v in local.active_outputs]
     closed = jax.make_jaxpr(joint)(inputs, cotangents)
-    flat = flatten(closed.jaxpr)
+    flat = flatten(closed.jaxpr, is_differentiated=True)
     inputs = flat.inputs[len(closed.consts) :]
     cotangents = inputs[len(span.inputs) :]
     values = dict(zip(span.inputs, inputs, strict=False))

@@ -5,7 +5,7 @@ them where bytes are equal, so that dropping a block's last output drops the cos
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -38,7 +38,13 @@ class Span:
 
 
 def cut(
-    program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: int = 130, is_coarse: bool = False
+    program: Program,
+    graph: nx.DiGraph,
+    active: set[int],
+    *,
+    max_blocks: int = 130,
+    is_coarse: bool = False,
+    is_apart: Callable[[Equation], bool] = lambda eqn: False,
 ) -> tuple[Span, ...]:
     """Cut a program into blocks.
 
@@ -51,6 +57,7 @@ def cut(
         active: values that tangents flow through, from `active_values`.
         max_blocks: how many blocks at most; the solver's time grows with the cube of it.
         is_coarse: cut at the lowest quarter of the places only.
+        is_apart: whether an equation that tangents flow through must be a block of its own.
 
     Returns:
         The blocks in order.
@@ -60,7 +67,7 @@ def cut(
     if not order:
         return ()
     alive = _alive_bytes(program, graph, order)
-    around = _around_alone(program, order, active)
+    around = _around_alone(program, order, active, is_apart)
     borders = _borders(graph, order, alive, max_blocks)
     if is_coarse and borders:
         level = sorted(alive[b - 1] for b in borders)[(len(borders) - 1) // 4]
@@ -123,15 +130,19 @@ def _alive_bytes(program: Program, graph: nx.DiGraph, order: Sequence[int]) -> l
     return alive
 
 
-def _around_alone(program: Program, order: Sequence[int], active: set[int]) -> set[int]:
+def _around_alone(
+    program: Program, order: Sequence[int], active: set[int], is_apart: Callable[[Equation], bool]
+) -> set[int]:
     """Cuts before and after each equation that is a block of its own.
 
-    Those are loops that tangents flow through, which have options of their own, and effects, which run once.
+    Those are loops that tangents flow through, which have options of their own, effects, which run once, and what
+    the compiler treats worse inside regions.
     """
 
     def is_alone(i: int) -> bool:
         eqn = program.equations[i]
-        return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and loop_of(eqn) is not None)
+        is_special = loop_of(eqn) is not None or is_apart(eqn)
+        return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and is_special)
 
     alone = [p for p, i in enumerate(order) if is_alone(i)]
     return {b for p in alone for b in (p, p + 1) if 0 < b < len(order)}

@@ -4,7 +4,7 @@ Seen in XLA's scheduled programs. Only what was seen is listed.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jax.extend.core import primitives as prims
@@ -48,6 +48,24 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
     return Habits(copies=copies, scratch_bytes=scratch_bytes, index_bytes=index_bytes, reductions_fuse_broadcasts=False)
 
 
+def outside_regions(target: Target, avals: Sequence[Any]) -> Callable[[Equation], bool]:
+    """Return which operations a target runs with less memory where no region covers them.
+
+    On CPU that is a pooling of maxima: inside a region its derivative holds four indices for each element of the
+    image from the start of the program on, outside of any four for each result. Where there are as many results as
+    elements nothing is won.
+    """
+
+    def is_outside(eqn: Equation) -> bool:
+        if eqn.primitive not in _POOLINGS:
+            return False
+        (result,), (image, *_) = eqn.outputs, eqn.reads
+        return 2 * math.prod(avals[result].shape) <= math.prod(avals[image].shape)
+
+    return is_outside if target.platform == "cpu" else lambda eqn: False
+
+
+_POOLINGS = frozenset({prims.reduce_window_max_p, prims.reduce_window_min_p})
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p
 _INDEX_BYTES = 4
 

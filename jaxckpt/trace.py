@@ -23,6 +23,8 @@ from jaxckpt.errors import UnsupportedProgramError
 
 # Calls that stand for their body and nothing else.
 _INLINED = {prims.jit_p: "jaxpr", prims.closed_call_p: "call_jaxpr"}
+# Calls with a derivative of their own.
+_RULED = {prims.custom_jvp_call_p: "call_jaxpr", prims.custom_vjp_call_p: "call_jaxpr"}
 # Primitives whose parameter `call` holds a flat program: decorated functions inside the one that is traced.
 PROGRAM_CALLS: set[Any] = set()
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
@@ -259,8 +261,14 @@ def call_with_leaves(fun: Callable, in_tree: Any, static: Sequence[Any], is_arra
     return fun(*args, **kwargs)
 
 
-def flatten(jaxpr: Any) -> Program:
-    """Flatten a jaxpr: number its values, inline calls, and leave out what no output and no effect needs."""
+def flatten(jaxpr: Any, *, is_differentiated: bool = False) -> Program:
+    """Flatten a jaxpr: number its values, inline calls, and leave out what no output and no effect needs.
+
+    Args:
+        jaxpr: the jaxpr.
+        is_differentiated: it will not be differentiated again, so calls with rules for that are inlined too.
+    """
+    inlined = _INLINED | _RULED if is_differentiated else _INLINED
     avals: list[Any] = []
     equations: list[Equation] = []
 
@@ -296,8 +304,8 @@ def flatten(jaxpr: Any) -> Program:
         for eqn in jaxpr.eqns:
             inputs = tuple(map(read, eqn.invars))
             eqn_stacks = (*stacks, eqn.source_info.name_stack)
-            if eqn.primitive in _INLINED:
-                inner = eqn.params[_INLINED[eqn.primitive]]
+            if eqn.primitive in inlined:
+                inner = eqn.params[inlined[eqn.primitive]]
                 # Closed-over arrays of a nested jaxpr are operands like any other.
                 consts = [Constant(c, v.aval) for c, v in zip(inner.consts, inner.jaxpr.constvars, strict=True)]
                 results = walk(inner.jaxpr, (*consts, *inputs), eqn_stacks, (eqn.source_info, *calls))
