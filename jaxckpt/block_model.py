@@ -155,13 +155,14 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
-    kept.append(model.everything())
+    *everything, unread = model.everything()
+    kept.append(tuple(everything))
     choices.append(None)
     return Analysis(
         model.block(tuple(option for option, _ in kept), model.time),
         model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
         tuple(choices),
-        tuple(model.unread(saved) for _, saved in kept),
+        (*(model.unread(saved) for _, saved in kept[:-1]), unread),
         sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
         model.residual_bytes(),
     )
@@ -222,39 +223,47 @@ class Model:
                 found.setdefault(saved)
         return list(found)
 
-    def everything(self) -> tuple[Option, frozenset[int]]:
-        """The option that leaves the block to JAX, and what it holds."""
-        held = self._residuals_kept()
+    def everything(self) -> tuple[Option, frozenset[int], tuple[int, ...]]:
+        """The option that leaves the block to JAX, what it holds, and the inputs that its backward does not read."""
+        across = self._across()
+        held = frozenset(v for v in across.values if self.size(v))
         # What is fused is made from what is held wherever it is read.
         fused = self._needed({v for eqn in self._backward_alone for v in eqn.reads}, held)
         late = set(map(id, self.late))
         backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
         indices = sum(map(self.habits.index_bytes, backward))
-        peak = indices + self._backward_peak(backward, held, replace(self.habits, scratch_bytes=lambda eqn: 0))
+        habits = replace(self.habits, scratch_bytes=lambda eqn: 0)
+        peak = indices + self._backward_peak(backward, held, habits, across.copies)
         option = self.option(EVERYTHING, held)
         scratch = self._scratch_bytes()
-        return replace(
+        copied = sum(self.size(v) for v, _ in across.copies)
+        option = replace(
             option,
-            saved_bytes=option.saved_bytes - scratch + indices,
+            saved_bytes=option.saved_bytes - scratch + indices + copied,
             recompute_time=0,
-            forward_peak_bytes=option.forward_peak_bytes + scratch,
+            forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes) + scratch,
             backward_peak_bytes=peak,
-        ), held
+        )
+        inputs = (self.joint.value[v] for v in self.local.span.inputs)
+        return option, held, tuple(i for i, v in enumerate(inputs) if v not in across.read)
 
     def _scratch_bytes(self) -> int:
         return sum(map(self.habits.scratch_bytes, self.joint.backward))
 
-    def _residuals_kept(self) -> frozenset[int]:
+    def _across(self) -> liveness.Across:
         """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
-        forward = [eqn for eqn in self.joint.forward if id(eqn) not in set(map(id, self.late))]
-        held = liveness.buffers_across(
-            [*forward, *self.early],
+        late = set(map(id, self.late))
+        return liveness.held_across(
+            [*(eqn for eqn in self.joint.forward if id(eqn) not in late), *self.early],
             self._backward_alone,
             self.size,
-            kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients],
-            habits=self.habits,
+            results=[v for v in self.outputs if v >= 0],
+            cotangents=self.joint.cotangents,
+            kept=[*self.joint.waiting, *self.joint.gradients],
+            external=[self.joint.value[v] for v in self.local.results if v in self.joint.value],
+            # In a loop's body forward and backward are loops of their own, each with its own copies.
+            habits=liveness.Habits() if self.local.is_body else self.habits,
         )
-        return frozenset(v for v in held if self.size(v))
 
     @property
     def _backward_alone(self) -> list[Equation]:
@@ -337,13 +346,18 @@ class Model:
         return liveness.peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
 
     def _backward_peak(
-        self, equations: Sequence[Equation], saved: frozenset[int], habits: liveness.Habits | None = None
+        self,
+        equations: Sequence[Equation],
+        saved: frozenset[int],
+        habits: liveness.Habits | None = None,
+        copies: Collection[liveness.Copy] = (),
     ) -> int:
         waiting = set(self.joint.waiting)
         return liveness.peak_bytes(
             equations,
             self.size,
             held={*saved, *self.joint.cotangents},
+            copies=copies,
             kept=waiting,
             external=set(self.joint.gradients) - waiting,
             habits=habits or self.habits,

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.extend.core import primitives as prims
 
+from jaxckpt import costs
 from jaxckpt.liveness import Habits
 from jaxckpt.targets import Target
 from jaxckpt.trace import Equation
@@ -20,8 +21,9 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
     On CPU, XLA multiplies `[batch, m, k]` by `[batch, k, n]` and convolves images with their features last; it brings
     other operands into this order, those of weight gradients above all. It finds the maxima of a pooling with four
     indices per element, which depend on nothing and are therefore made before anything else; without a checkpoint it
-    does so in the forward and keeps four per result. It does not fuse a broadcast into a reduction. GPUs and TPUs read
-    operands as they lie.
+    does so in the forward and keeps four per result. Its kernels for reductions do arithmetic on the way, but neither
+    comparisons nor layout changes, and nothing whose result is read elsewhere. What is ready first runs first. GPUs and
+    TPUs read operands as they lie.
     """
     if target.platform != "cpu":
         return Habits()
@@ -45,7 +47,13 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
         # Of the first operand's elements, the pooling's results.
         return 4 * _INDEX_BYTES * math.prod(shape(eqn.inputs[0])) if eqn.primitive is _POOLING_DERIVATIVE else 0
 
-    return Habits(copies=copies, scratch_bytes=scratch_bytes, index_bytes=index_bytes, reductions_fuse_broadcasts=False)
+    return Habits(
+        copies=copies,
+        scratch_bytes=scratch_bytes,
+        index_bytes=index_bytes,
+        kernel_holds=lambda eqn: eqn.primitive in _KERNEL_HOLDS,
+        is_breadth_first=True,
+    )
 
 
 def outside_regions(target: Target, avals: Sequence[Any]) -> Callable[[Equation], bool]:
@@ -65,6 +73,7 @@ def outside_regions(target: Target, avals: Sequence[Any]) -> Callable[[Equation]
     return is_outside if target.platform == "cpu" else lambda eqn: False
 
 
+_KERNEL_HOLDS = (costs.CHEAP | costs.EXPENSIVE | costs.BROADCASTS) - costs.COMPARES
 _POOLINGS = frozenset({prims.reduce_window_max_p, prims.reduce_window_min_p})
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p
 _INDEX_BYTES = 4
