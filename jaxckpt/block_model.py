@@ -243,9 +243,18 @@ class Model:
             recompute_time=0,
             forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes) + scratch,
             backward_peak_bytes=peak,
+            last_forward_peak_bytes=self._last_forward_peak(),
         )
         inputs = (self.joint.value[v] for v in self.local.span.inputs)
         return option, held, tuple(i for i, v in enumerate(inputs) if v not in across.read)
+
+    def _last_forward_peak(self) -> int:
+        """The forward's peak where the cotangents are there already, which are counted elsewhere."""
+        if not self.habits.is_breadth_first or self.local.is_body:
+            return 0
+        needed = self._needed(self.joint.residuals, frozenset())
+        peak = self._backward_peak([*needed, *self.joint.backward], frozenset())
+        return max(0, peak - sum(map(self.size, self.joint.cotangents)))
 
     def _scratch_bytes(self) -> int:
         return sum(map(self.habits.scratch_bytes, self.joint.backward))

@@ -92,7 +92,7 @@ def peak_bytes(
     found = _resolve(equations, size, habits, [*kept, *external])
     there = {number for number, copy in found.copies.items() if copy in set(copies)}
     return _peak(
-        [run for run in found.runs if there.isdisjoint(run.makes)],
+        _live([run for run in found.runs if there.isdisjoint(run.makes)], found.find([*kept, *external])),
         found,
         size,
         at_end=found.find(kept),
@@ -100,6 +100,16 @@ def peak_bytes(
         elsewhere=found.find(external) - found.find(kept),
         is_breadth_first=habits.is_breadth_first,
     )
+
+
+def _live(runs: Sequence[_Run], results: set[int]) -> list[_Run]:
+    """The runs that lead to the results: what is there as a copy need not be made."""
+    needed, live = set(results), []
+    for run in reversed(runs):
+        if not needed.isdisjoint(run.makes):
+            needed.update(run.reads)
+            live.append(run)
+    return live[::-1]
 
 
 def _peak(
