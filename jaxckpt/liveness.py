@@ -144,14 +144,44 @@ def _peak(
 
     live = peak = total(at_start)
     live -= total(ends.get(-1, ()))
+    spans = {v: [-1, last[v]] for v in at_start if v not in elsewhere}
     for i, run in enumerate(runs):
         made = [v for v in run.makes if v in buffers and v not in elsewhere]
         grown, shrunk = total(made), total(ends.get(i, ()))
         # A fused loop writes over an operand that dies with it, a scatter over the array it changes.
         reused = shrunk if run.is_fused else total(v for v in ends.get(i, ()) if v == run.overwrites)
         peak = max(peak, live + grown - min(grown, reused) + run.scratch_bytes)
+        room = reused
+        for v in made:
+            fits = is_breadth_first and size(found.source(v)) <= room
+            room -= size(found.source(v)) if fits else 0
+            spans[v] = [2 * i + fits, 2 * last.get(v, i)]
         live += grown - shrunk - total(v for v in made if v not in last)
+    if is_breadth_first:
+        for v in at_start:
+            if v not in elsewhere:
+                spans[v] = [-1, 2 * last[v]]
+        return max(peak, _packed_bytes([(size(found.source(v)), a, max(a, b)) for v, (a, b) in spans.items()]))
     return peak
+
+
+def _packed_bytes(spans: Collection[tuple[int, int, int]]) -> int:
+    """Bytes of a heap where the largest buffers are placed first, each where it fits best: size, first and last step."""
+    placed: list[tuple[int, int, int, int]] = []  # offset, stop, first, last
+    top = 0
+    for size, first, last in sorted(spans, key=lambda span: -span[0]):
+        if not size:
+            continue
+        best, at, end = None, 0, 0
+        for offset, stop, *_ in sorted(p for p in placed if p[2] <= last and first <= p[3]):
+            if offset - end >= size and (best is None or offset - end < best):
+                best, at = offset - end, end
+            end = max(end, stop)
+        if best is None:
+            at = end
+        placed.append((at, at + size, first, last))
+        top = max(top, at + size)
+    return top
 
 
 def moved_bytes(equations: Sequence[Equation], size: Callable[[int], int], *, kept: Collection[int]) -> list[int]:
