@@ -231,6 +231,10 @@ class Model:
         backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
         indices = sum(map(self.habits.index_bytes, backward))
         peak = indices + self._backward_peak(backward, held, replace(self.habits, scratch_bytes=lambda eqn: 0))
+        # Nothing keeps a copied cotangent from being fused into the copy and, once more, into its other readers: what
+        # it is made of, in another block, lives until the last of them.
+        copied = {v for eqn in self.joint.backward for v in self.habits.copies(eqn)}
+        peak += sum(map(self.size, copied.intersection(self.joint.cotangents)))
         option = self.option(EVERYTHING, held)
         scratch = self._scratch_bytes()
         return replace(
