@@ -232,9 +232,9 @@ class Model:
         indices = sum(map(self.habits.index_bytes, backward))
         peak = indices + self._backward_peak(backward, held, replace(self.habits, scratch_bytes=lambda eqn: 0))
         # Nothing keeps a copied cotangent from being fused into the copy and, once more, into its other readers: what
-        # it is made of, in another block, lives until the last of them.
+        # it is made of, in another block, lives until the last of them. That is mostly two values of its size.
         copied = {v for eqn in self.joint.backward for v in self.habits.copies(eqn)}
-        peak += sum(map(self.size, copied.intersection(self.joint.cotangents)))
+        peak += 2 * sum(map(self.size, copied.intersection(self.joint.cotangents)))
         option = self.option(EVERYTHING, held)
         scratch = self._scratch_bytes()
         return replace(
