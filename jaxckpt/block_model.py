@@ -241,6 +241,7 @@ class Model:
             option,
             saved_bytes=option.saved_bytes - scratch + indices + copied,
             recompute_time=0,
+            forward_times=self._everything_times(self.time),
             forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes) + scratch,
             backward_peak_bytes=peak,
             last_forward_peak_bytes=self._last_forward_peak(),
@@ -325,7 +326,9 @@ class Model:
 
     def in_flops(self, option: Option, saved: frozenset[int]) -> Option:
         """The same option with FLOPs for times."""
-        again = [] if option.name == EVERYTHING else self._needed(self.joint.residuals, saved)
+        if option.name == EVERYTHING:
+            return replace(option, forward_times=self._everything_times(self.flops))
+        again = self._needed(self.joint.residuals, saved)
         return replace(
             option,
             recompute_time=sum(self.flops[id(eqn)] for eqn in again),
@@ -346,6 +349,15 @@ class Model:
         for j in range(len(self.outputs) + 1):
             needed = self._needed({*saved, *self.outputs[:j]}, frozenset())
             times.append(sum(time[id(eqn)] for eqn in needed))
+        return tuple(times)
+
+    def _everything_times(self, time: dict[int, int]) -> tuple[int, ...]:
+        """Fused or not, JAX makes what the backward reads; what only that is made of, it makes without a plan too."""
+        plain = set(map(id, self._needed(self.outputs, frozenset())))
+        times = []
+        for j in range(len(self.outputs) + 1):
+            needed = self._needed({*self.joint.residuals, *self.outputs[:j]}, frozenset())
+            times.append(sum(time[id(eqn)] for eqn in needed if id(eqn) in plain))
         return tuple(times)
 
     def _forward_peak(self, saved: frozenset[int]) -> int:

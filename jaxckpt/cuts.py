@@ -68,12 +68,14 @@ def cut(
         return ()
     alive = _alive_bytes(program, graph, order)
     around = _around_alone(program, order, active, is_apart)
-    borders = _borders(graph, order, alive, max_blocks)
+    heavy = _heavy(graph, order, max_blocks)
+    borders = _borders(heavy, alive)
+    loss = _before_loss(heavy, borders, alive)
     if is_coarse and borders:
         level = sorted(alive[b - 1] for b in borders)[(len(borders) - 1) // 4]
         borders = [b for b in borders if alive[b - 1] <= level]
-    borders = _thin(borders, alive, max_blocks)
-    borders = sorted({*borders, *around})
+    borders = _thin(borders, alive, max_blocks - len(loss))
+    borders = sorted({*borders, *around, *loss})
     starts, stops = [0, *borders], [*borders, len(order)]
     runs = [order[a:b] for a, b in zip(starts, stops, strict=True)]
     return spans_at(program, [_with_sunk(graph, run, sunk) for run in runs])
@@ -148,11 +150,26 @@ def _around_alone(
     return {b for p in alone for b in (p, p + 1) if 0 < b < len(order)}
 
 
-def _borders(graph: nx.DiGraph, order: Sequence[int], alive: Sequence[int], max_blocks: int) -> list[int]:
-    """One cut between each two costly equations, where least is alive; positions in the order where blocks start."""
+def _heavy(graph: nx.DiGraph, order: Sequence[int], max_blocks: int) -> list[int]:
+    """Where the costly equations stand in the order."""
     weights = [graph.nodes[i]["flops"] for i in order]
-    heavy = [p for p, w in enumerate(weights) if w * 4 * max_blocks >= sum(weights) and w]
+    return [p for p, w in enumerate(weights) if w * 4 * max_blocks >= sum(weights) and w]
+
+
+def _borders(heavy: Sequence[int], alive: Sequence[int]) -> list[int]:
+    """One cut between each two costly equations, where least is alive; positions in the order where blocks start."""
     return [min(range(a, b), key=lambda p: (alive[p], p)) + 1 for a, b in itertools.pairwise(heavy)]
+
+
+def _before_loss(heavy: Sequence[int], borders: Sequence[int], alive: Sequence[int]) -> set[int]:
+    """A cut behind the last costly equation where its result is larger than what most cuts hold, as logits are.
+
+    All of the loss's backward would else be alive together with what that equation's backward needs.
+    """
+    if not borders:
+        return set()
+    usual = sorted(alive[b - 1] for b in borders)[len(borders) // 2]
+    return {heavy[-1] + 1} if alive[heavy[-1]] > usual else set()
 
 
 def _thin(borders: list[int], alive: Sequence[int], max_blocks: int) -> list[int]:

@@ -12,7 +12,7 @@ from jax.extend.core import primitives as prims
 from jaxckpt import costs
 from jaxckpt.liveness import Habits
 from jaxckpt.targets import Target
-from jaxckpt.trace import Equation
+from jaxckpt.trace import Equation, size_bytes
 
 
 def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
@@ -39,6 +39,9 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
         return {x for x, is_copied in zip(eqn.inputs, flags, strict=True) if is_copied and isinstance(x, int)}
 
     def scratch_bytes(eqn: Equation) -> int:
+        if eqn.primitive is prims.scatter_add_p:
+            # Zeros to add to, which depend on nothing either; the result is another buffer.
+            return size_bytes(avals[eqn.outputs[0]])
         if eqn.primitive is not _POOLING_DERIVATIVE:
             return 0
         return 4 * _INDEX_BYTES * sum(math.prod(shape(x)) for x in eqn.inputs)

@@ -274,9 +274,10 @@ class _LoopModel:
         """What parts take, in bytes and in units of the plan's cost."""
         saved = list(itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes))
         # The parts' results and cotangents are put together in the end. A GPU reads slices of what is there in place;
-        # on CPU they are copies, of which a part's is gone by the time that its cotangents are there.
+        # on CPU they are copies from the forward on, of which a part's is gone when its cotangents are there.
         cut = self.loop.length if len(parts) > 1 else 0
-        joined = cut * max(self.sizes.slice_cotangents, self.sizes.slices if self.is_cpu else 0)
+        copies = cut * self.sizes.slices if self.is_cpu else 0
+        joined = max(cut * self.sizes.slice_cotangents, copies)
         made = cut * self.sizes.stacked_outputs
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
         backward = [
@@ -285,8 +286,8 @@ class _LoopModel:
         forward = [held + self._chunk(part.lengths) for held, part in zip(saved[1:], parts, strict=True)]
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
         return _Numbers(
-            saved[-1],
-            made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
+            saved[-1] + copies,
+            copies + made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
             joined + moving + max(backward) + self.cotangent_bytes,
             sum(part.again(self.body.forward_time, "time") for part in parts),
         )
