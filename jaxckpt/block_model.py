@@ -236,7 +236,7 @@ class Model:
         peak = indices + self._backward_peak(backward, held, habits, across.copies)
         option = self.option(EVERYTHING, held)
         scratch = self._scratch_bytes()
-        copied = sum(self.size(v) for v, _ in across.copies)
+        copied = sum(copy.bytes(self.size) for copy in across.copies)
         option = replace(
             option,
             saved_bytes=option.saved_bytes - scratch + indices + copied,

@@ -11,12 +11,31 @@ made of what the operand is fused from, as soon as that is there.
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from jaxckpt import costs
 from jaxckpt.trace import Equation
 
-# The value, and the first result of the one equation that reads the copy; None where reductions share it.
-Copy = tuple[int, int | None]
+# An operand this many times smaller than the result is repeated; a smaller factor may be between two dtypes.
+_SMALL = 8
+
+
+class Copy(NamedTuple):
+    """What a compiler makes of a value beside the value itself.
+
+    Attributes:
+        value: what it is made of.
+        reader: the first result of the one equation that reads it in another layout; None where it is shared.
+        size_bytes: of a value that is broadcast; None for as much as the value has.
+    """
+
+    value: int
+    reader: int | None = None
+    size_bytes: int | None = None
+
+    def bytes(self, size: Callable[[int], int]) -> int:
+        """What it takes."""
+        return size(self.value) if self.size_bytes is None else self.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,30 +158,28 @@ def _peak(
         if v not in elsewhere:
             ends.setdefault(i, []).append(v)
 
-    def total(values: Iterable[int]) -> int:
-        return sum(size(found.source(v)) for v in values)
+    def bytes_of(v: int) -> int:
+        return found.copies[v].bytes(size) if v in found.copies else size(v)
 
+    def total(values: Iterable[int]) -> int:
+        return sum(map(bytes_of, values))
+
+    # Of every buffer its bytes, and the steps it lives from and to; a step makes at odd what it has room for at even.
+    spans = [(bytes_of(v), -1, 2 * last[v]) for v in at_start if v not in elsewhere]
     live = peak = total(at_start)
     live -= total(ends.get(-1, ()))
-    spans = {v: [-1, last[v]] for v in at_start if v not in elsewhere}
     for i, run in enumerate(runs):
         made = [v for v in run.makes if v in buffers and v not in elsewhere]
         grown, shrunk = total(made), total(ends.get(i, ()))
         # A fused loop writes over an operand that dies with it, a scatter over the array it changes.
-        reused = shrunk if run.is_fused else total(v for v in ends.get(i, ()) if v == run.overwrites)
+        room = reused = shrunk if run.is_fused else total(v for v in ends.get(i, ()) if v == run.overwrites)
         peak = max(peak, live + grown - min(grown, reused) + run.scratch_bytes)
-        room = reused
-        for v in made:
-            fits = is_breadth_first and size(found.source(v)) <= room
-            room -= size(found.source(v)) if fits else 0
-            spans[v] = [2 * i + fits, 2 * last.get(v, i)]
         live += grown - shrunk - total(v for v in made if v not in last)
-    if is_breadth_first:
-        for v in at_start:
-            if v not in elsewhere:
-                spans[v] = [-1, 2 * last[v]]
-        return max(peak, _packed_bytes([(size(found.source(v)), a, max(a, b)) for v, (a, b) in spans.items()]))
-    return peak
+        for v in made:
+            fits = bytes_of(v) <= room
+            room -= bytes_of(v) if fits else 0
+            spans.append((bytes_of(v), 2 * i + fits, max(2 * i + fits, 2 * last.get(v, i))))
+    return max(peak, _packed_bytes(spans)) if is_breadth_first else peak
 
 
 def _packed_bytes(spans: Collection[tuple[int, int, int]]) -> int:
@@ -290,10 +307,6 @@ class _Resolved:
     def find(self, values: Iterable[int]) -> set[int]:
         return {self.same.get(v, v) for v in values}
 
-    def source(self, v: int) -> int:
-        """The value that a copy is of, or the value itself."""
-        return self.copies[v][0] if v in self.copies else v
-
 
 def _resolve(
     equations: Iterable[Equation], size: Callable[[int], int], habits: Habits, kept: Iterable[int]
@@ -304,7 +317,7 @@ def _resolve(
     for eqn in equations:
         reads = tuple(dict.fromkeys(same.get(v, v) for v in eqn.reads))
         for v in {same.get(v, v) for v in habits.copies(eqn)}:
-            copy = copying.number((v, eqn.outputs[0]))
+            copy = copying.number(Copy(v, eqn.outputs[0]))
             reads = tuple(copy if u == v else u for u in reads)
         if eqn.primitive in costs.ALIAS and len(reads) == 1:
             same[eqn.outputs[0]] = reads[0]
@@ -336,18 +349,17 @@ class _Copying:
     numbers: dict[Copy, int] = field(default_factory=dict)
     keys: dict[int, Copy] = field(default_factory=dict)
 
-    def number(self, key: Copy) -> int:
-        copy = self.numbers.setdefault(key, -1 - len(self.numbers))
-        self.keys[copy] = key
-        return copy
+    def number(self, copy: Copy) -> int:
+        number = self.numbers.setdefault(copy, -1 - len(self.numbers))
+        self.keys[number] = copy
+        return number
 
     def inserted(self, runs: Sequence[_Run]) -> list[_Run]:
         """The runs, each followed by the copies of its results that no run makes yet."""
-        missing = set(self.keys) - {v for run in runs for v in run.makes}
         made = {v for run in runs for v in run.makes}
         of: dict[int, list[int]] = {}
-        for copy in sorted(missing, reverse=True):
-            of.setdefault(self.keys[copy][0], []).append(copy)
+        for copy in sorted(set(self.keys) - made, reverse=True):
+            of.setdefault(self.keys[copy].value, []).append(copy)
         found = [_Run((v,), (copy,), False, True, False) for v in of if v not in made for copy in of[v]]
         for run in runs:
             found.append(run)
@@ -363,26 +375,35 @@ def _with_operands_made(
 ) -> list[_Run]:
     """Let reductions read buffers only, through what their kernels do themselves; adds to the buffers.
 
-    What is made from one large operand is made for the reductions alone, and made again wherever else it is read.
+    What is made from one large operand is made for the reductions alone, and made again wherever else it is read. So is
+    a value that two operations broadcast to the same size.
     """
     maker = {v: run for run in runs for v in run.makes}
     num_readers = Counter(v for run in runs for v in run.reads)
+    num_broadcasts = Counter(copy for run in runs for copy in _broadcast(run, size))
 
     def is_made_from_one(run: _Run) -> bool:
-        large = [u for u in run.reads if 8 * size(u) >= size(run.makes[0])]
+        large = [u for u in run.reads if _SMALL * size(u) >= size(run.makes[0])]
         return sum(u not in maker or not maker[u].is_broadcast for u in large) <= 1
+
+    def copied(copy: Copy) -> int:
+        number = copying.number(copy)
+        buffers.add(number)
+        return number
 
     def operands(v: int) -> Iterable[int]:
         run = maker.get(v)
         if run is None or v in buffers or v < 0:
             yield v
         elif num_readers[v] == 1 and run.is_held:
+            shared = {copy.value: copy for copy in _broadcast(run, size) if num_broadcasts[copy] > 1}
             for u in run.reads:
-                yield from operands(u)
+                if u in shared:
+                    yield copied(shared[u])
+                else:
+                    yield from operands(u)
         elif is_made_from_one(run):
-            copy = copying.number((v, None))
-            buffers.add(copy)
-            yield copy
+            yield copied(Copy(v))
         else:
             buffers.add(v)
             yield v
@@ -394,6 +415,14 @@ def _with_operands_made(
         for run in runs
     ]
     return copying.inserted(found)
+
+
+def _broadcast(run: _Run, size: Callable[[int], int]) -> list[Copy]:
+    """The operands that an elementwise operation repeats to its result's size."""
+    if not run.is_held or run.is_broadcast:
+        return []
+    result = size(run.makes[0])
+    return [Copy(v, None, result) for v in run.reads if v >= 0 and size(v) * _SMALL < result]
 
 
 def _breadth_first(runs: Sequence[_Run], buffers: Collection[int], roots: dict[int, frozenset[int]]) -> list[_Run]:
