@@ -157,8 +157,16 @@ def _heavy(graph: nx.DiGraph, order: Sequence[int], max_blocks: int) -> list[int
 
 
 def _borders(heavy: Sequence[int], alive: Sequence[int]) -> list[int]:
-    """One cut between each two costly equations, where least is alive; positions in the order where blocks start."""
-    return [min(range(a, b), key=lambda p: (alive[p], p)) + 1 for a, b in itertools.pairwise(heavy)]
+    """One cut between each two costly equations, where least is alive; positions in the order where blocks start.
+
+    Where that is so in several places: right behind the costly one, or else behind the last, since what is made there
+    of one value of the same size, as by a relu behind a residual sum, would be held beside that value.
+    """
+    borders = []
+    for a, b in itertools.pairwise(heavy):
+        least = min(alive[a:b])
+        borders.append(1 + (a if alive[a] == least else max(p for p in range(a, b) if alive[p] == least)))
+    return borders
 
 
 def _before_loss(heavy: Sequence[int], borders: Sequence[int], alive: Sequence[int], *, is_coarse: bool) -> set[int]:
