@@ -6,6 +6,7 @@ exactly what JAX is left with after its own dead-code elimination.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from jaxckpt.cuts import Span
 from jaxckpt.habits import habits_of
 from jaxckpt.regions import Saved
 from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes, spec_of
+from jaxckpt.trace import Equation, Program, evaluate, flatten, is_differentiable, live_equations, size_bytes, spec_of
 
 EVERYTHING = "everything"
 
@@ -201,6 +202,8 @@ class Model:
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
+        # The rest of the forward only the backward reads, so that it runs once without a plan too.
+        self.plain = set(map(id, self._needed(self.outputs, frozenset())))
         # On CPU that is what happens; elsewhere schedulers mind the memory.
         moves = target.platform == "cpu" and not local.is_body
         self.early, self.late = (self._early(), self._late()) if moves else ([], [])
@@ -296,7 +299,7 @@ class Model:
             name=name,
             # What an operation needs may be made long before it runs.
             saved_bytes=sum(self.size(v) for v in saved if v not in own) + self._scratch_bytes(),
-            recompute_time=sum(self.time[id(eqn)] for eqn in again),
+            recompute_time=self._again(again, saved, self.time),
             forward_times=self._forward_times(saved, self.time),
             forward_peak_bytes=self._forward_peak(saved),
             backward_peak_bytes=self._backward_peak([*again, *self.joint.backward], saved),
@@ -317,7 +320,7 @@ class Model:
         again = self._needed(self.joint.residuals, saved)
         return replace(
             option,
-            recompute_time=sum(self.flops[id(eqn)] for eqn in again),
+            recompute_time=self._again(again, saved, self.flops),
             forward_times=self._forward_times(saved, self.flops),
         )
 
@@ -337,13 +340,18 @@ class Model:
             times.append(sum(time[id(eqn)] for eqn in needed))
         return tuple(times)
 
+    def _again(self, equations: Sequence[Equation], saved: frozenset[int], time: dict[int, int]) -> int:
+        """What equations take that are made again, and, in FLOPs, JAX's rounding of what is saved instead."""
+        floats = [self.joint.avals[v] for v in saved if is_differentiable(self.joint.avals[v])]
+        rounding = sum(math.prod(aval.shape) for aval in floats) if time == self.flops else 0
+        return rounding + sum(time[id(eqn)] for eqn in equations if id(eqn) in self.plain)
+
     def _everything_times(self, time: dict[int, int]) -> tuple[int, ...]:
-        """Fused or not, JAX makes what the backward reads; what only that is made of, it makes without a plan too."""
-        plain = set(map(id, self._needed(self.outputs, frozenset())))
+        """Fused or not, JAX makes what the backward reads."""
         times = []
         for j in range(len(self.outputs) + 1):
             needed = self._needed({*self.joint.residuals, *self.outputs[:j]}, frozenset())
-            times.append(sum(time[id(eqn)] for eqn in needed if id(eqn) in plain))
+            times.append(sum(time[id(eqn)] for eqn in needed if id(eqn) in self.plain))
         return tuple(times)
 
     def _forward_peak(self, saved: frozenset[int]) -> int:
