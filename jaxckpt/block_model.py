@@ -6,7 +6,6 @@ exactly what JAX is left with after its own dead-code elimination.
 """
 
 import hashlib
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +18,18 @@ from jaxckpt import costs, liveness
 from jaxckpt.cuts import Span
 from jaxckpt.habits import habits_of
 from jaxckpt.regions import Saved
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Equation, Program, evaluate, flatten, is_differentiable, live_equations, size_bytes, spec_of
+from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.trace import (
+    Equation,
+    Program,
+    elements,
+    evaluate,
+    flatten,
+    is_differentiable,
+    live_equations,
+    size_bytes,
+    spec_of,
+)
 
 EVERYTHING = "everything"
 
@@ -200,6 +209,7 @@ class Model:
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
+        self.is_in_flops = timer is count_flops
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
         # The rest of the forward only the backward reads, so that it runs once without a plan too.
@@ -299,7 +309,7 @@ class Model:
             name=name,
             # What an operation needs may be made long before it runs.
             saved_bytes=sum(self.size(v) for v in saved if v not in own) + self._scratch_bytes(),
-            recompute_time=self._again(again, saved, self.time),
+            recompute_time=self._again(again, self.time) + (self._rounding(saved) if self.is_in_flops else 0),
             forward_times=self._forward_times(saved, self.time),
             forward_peak_bytes=self._forward_peak(saved),
             backward_peak_bytes=self._backward_peak([*again, *self.joint.backward], saved),
@@ -320,7 +330,7 @@ class Model:
         again = self._needed(self.joint.residuals, saved)
         return replace(
             option,
-            recompute_time=self._again(again, saved, self.flops),
+            recompute_time=self._again(again, self.flops) + self._rounding(saved),
             forward_times=self._forward_times(saved, self.flops),
         )
 
@@ -340,11 +350,12 @@ class Model:
             times.append(sum(time[id(eqn)] for eqn in needed))
         return tuple(times)
 
-    def _again(self, equations: Sequence[Equation], saved: frozenset[int], time: dict[int, int]) -> int:
-        """What equations take that are made again, and, in FLOPs, JAX's rounding of what is saved instead."""
-        floats = [self.joint.avals[v] for v in saved if is_differentiable(self.joint.avals[v])]
-        rounding = sum(math.prod(aval.shape) for aval in floats) if time == self.flops else 0
-        return rounding + sum(time[id(eqn)] for eqn in equations if id(eqn) in self.plain)
+    def _again(self, equations: Sequence[Equation], time: dict[int, int]) -> int:
+        return sum(time[id(eqn)] for eqn in equations if id(eqn) in self.plain)
+
+    def _rounding(self, saved: frozenset[int]) -> int:
+        """FLOPs of the rounding that JAX puts on what is saved, against compilers that would keep more digits."""
+        return sum(elements(self.joint.avals[v]) for v in saved if is_differentiable(self.joint.avals[v]))
 
     def _everything_times(self, time: dict[int, int]) -> tuple[int, ...]:
         """Fused or not, JAX makes what the backward reads."""

@@ -1,5 +1,6 @@
 """Blocks as the solver sees them: what each way to keep a block saves, repeats and needs."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,8 @@ from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
 from jaxckpt.scans import loop_of
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Program, size_bytes
+from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.trace import Program, elements, size_bytes
 
 # Regions nest twenty deep at most, so no block runs more often.
 _MOST_REPEATS = 24
@@ -101,8 +102,14 @@ def analyse(
         choices=tuple(choices),
         residual_bytes=tuple(residual_bytes),
         classes=tuple(classes),
-        unplanned_cost=cost,
+        unplanned_cost=cost + (_summing(program, spans, active) if timer is count_flops else 0),
     )
+
+
+def _summing(program: Program, spans: Sequence[Span], active: Collection[int]) -> int:
+    """FLOPs of adding up the cotangents of what several blocks read."""
+    num_readers = Counter(v for span in spans for v in span.inputs if v in active)
+    return sum((num - 1) * elements(program.avals[v]) for v, num in num_readers.items())
 
 
 def _analyse_one(local: LocalBlock, timer: Timer, target: Target) -> Analysis:

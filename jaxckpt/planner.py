@@ -284,7 +284,8 @@ class _Search:
 
     def _within_cost(self, unplanned: int) -> Plan:
         assert self.request.max_cost is not None
-        allowed = int((self.request.max_cost - 1) * self.study.unplanned_cost)
+        # A limit that is another program's cost can be met exactly, whatever floats make of it.
+        allowed = round((self.request.max_cost - 1) * self.study.unplanned_cost)
         inside = [i for i, c in enumerate(self.candidates) if c.judgement.extra_work <= allowed]
         if not inside:
             return self._plan(None, None, unplanned)

@@ -21,8 +21,8 @@ from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock
 from jaxckpt.candidates import chain_schedules
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
 from jaxckpt.scans import Loop, loop_of
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import is_differentiable, size_bytes
+from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.trace import elements, is_differentiable, size_bytes
 
 _T = TypeVar("_T")
 
@@ -150,7 +150,7 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
         flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
         saved=(*saved, None),
         unread=tuple(model.unread() for _ in range(len(kept) + 1)),
-        unplanned_cost=loop.length * body.whole.unplanned_cost,
+        unplanned_cost=loop.length * (body.whole.unplanned_cost + _summing(loop, active, timer)),
         residual_bytes=everything.saved_bytes,
     )
 
@@ -363,6 +363,13 @@ class _LoopModel:
 
     def _forward_times(self, one: int) -> tuple[int, ...]:
         return (0, *[self.loop.length * one] * len(self.local.outputs))
+
+
+def _summing(loop: Loop, active: set[int], timer: Timer) -> int:
+    """What an iteration takes to add its cotangents of the constants to those of the others."""
+    if timer is not count_flops:
+        return 0
+    return sum(elements(loop.body.avals[v]) for v in loop.consts if v in active)
 
 
 def _active(loop: Loop, local: LocalBlock) -> set[int]:
