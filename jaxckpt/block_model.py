@@ -255,7 +255,8 @@ class Model:
             saved_bytes=option.saved_bytes - scratch + indices,
             recompute_time=0,
             forward_times=self._everything_times(self.time),
-            forward_peak_bytes=option.forward_peak_bytes + scratch,
+            # What runs early is over long before.
+            forward_peak_bytes=option.forward_peak_bytes + scratch - sum(map(self.habits.scratch_bytes, self.early)),
             backward_peak_bytes=peak,
         ), held
 

@@ -435,7 +435,7 @@ def _levels(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part, .
         for inner in inners:
             num, left = divmod(length, math.prod(inner))
             for outer, rest in ((num, left), (num - 1, left + math.prod(inner))):
-                if outer > 1:
+                if outer > 1 and rest != 1:
                     yield (_Part((outer, *inner), plan), *([_Part((rest,), plan)] if rest else []))
         for outer, size in _few_chunks(length):
             yield _Part((outer, size), plan), _Part((length - outer * size,), plan)
@@ -461,7 +461,9 @@ def _mixes(length: int, plans: Iterable[_Iteration]) -> Iterator[tuple[_Part, ..
     for less, more in itertools.pairwise(hull):
         # The one that holds more comes last: its backward is over before the other one's needs room.
         for num in _counts(size(less), more.stacked_bytes - less.stacked_bytes, length - 1):
-            yield _Part((length - num,), less), _Part((num,), more)
+            # One iteration is no loop to a compiler, which then mixes it with what is around it.
+            if 1 < num < length - 1:
+                yield _Part((length - num,), less), _Part((num,), more)
 
 
 def _is_above(plan: _Iteration, left: _Iteration, right: _Iteration, size: Callable[[_Iteration], int]) -> bool:
