@@ -32,6 +32,8 @@ from jaxckpt.trace import (
 )
 
 EVERYTHING = "everything"
+# Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
+_TINY, _FOR_NOTHING = 64, 0.001
 
 
 class LocalBlock:
@@ -216,6 +218,8 @@ class Model:
         self.plain = set(map(id, self._needed(self.outputs, frozenset())))
         # On CPU that is what happens; elsewhere schedulers mind the memory.
         moves = target.platform == "cpu" and not local.is_body
+        # In a loop, XLA's CPU compiler holds far more for statistics that are stacked than for those made again.
+        self.drops_tiny = target.platform == "cpu" and local.is_body
         self.early, self.late = (self._early(), self._late()) if moves else ([], [])
         # Several of the block's values may be one value of the joint program; the first stands for it.
         self.named: dict[int, int] = {}
@@ -232,8 +236,15 @@ class Model:
         found: dict[frozenset[int], None] = {}
         for sizes in (self.savable, outputs_free):
             for saved in save_sets(operations, targets=self.joint.residuals, save_bytes=sizes):
-                found.setdefault(saved)
+                found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)
         return list(found)
+
+    def _without_tiny(self, saved: frozenset[int]) -> frozenset[int]:
+        """The set without what is tiny beside its largest value, where that is made again for next to nothing."""
+        least = max(map(self.size, saved), default=0) / _TINY
+        large = frozenset(v for v in saved if self.size(v) >= least)
+        work = [sum(self.time[id(eqn)] for eqn in self._needed(self.joint.residuals, s)) for s in (large, saved)]
+        return large if work[0] - work[1] <= _FOR_NOTHING * sum(self.time.values()) else saved
 
     def everything(self) -> tuple[Option, frozenset[int]]:
         """The option that leaves the block to JAX, and what it holds."""
@@ -245,9 +256,9 @@ class Model:
         indices = sum(map(self.habits.index_bytes, backward))
         peak = indices + self._backward_peak(backward, held, replace(self.habits, scratch_bytes=lambda eqn: 0))
         # Nothing keeps a copied cotangent from being fused into the copy and, once more, into its other readers: what
-        # it is made of, in another block, lives until the last of them. That is mostly two values of its size.
+        # it is made of, in another block, lives until the last of them. A softmax's is made of three values.
         copied = {v for eqn in self.joint.backward for v in self.habits.copies(eqn)}
-        peak += 2 * sum(map(self.size, copied.intersection(self.joint.cotangents)))
+        peak += 3 * sum(map(self.size, copied.intersection(self.joint.cotangents)))
         option = self.option(EVERYTHING, held)
         scratch = self._scratch_bytes()
         return replace(
