@@ -18,10 +18,22 @@ from jaxckpt import costs, liveness
 from jaxckpt.cuts import Span
 from jaxckpt.habits import habits_of
 from jaxckpt.regions import Saved
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes, spec_of
+from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.trace import (
+    Equation,
+    Program,
+    elements,
+    evaluate,
+    flatten,
+    is_differentiable,
+    live_equations,
+    size_bytes,
+    spec_of,
+)
 
 EVERYTHING = "everything"
+# Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
+_TINY, _FOR_NOTHING = 64, 0.001
 
 
 class LocalBlock:
@@ -200,10 +212,15 @@ class Model:
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
+        self.is_in_flops = timer is count_flops
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
+        # The rest of the forward only the backward reads, so that it runs once without a plan too.
+        self.plain = set(map(id, self._needed(self.outputs, frozenset())))
         # On CPU that is what happens; elsewhere schedulers mind the memory.
         moves = target.platform == "cpu" and not local.is_body
+        # In a loop, XLA's CPU compiler holds far more for statistics that are stacked than for those made again.
+        self.drops_tiny = target.platform == "cpu" and local.is_body
         self.early, self.late = (self._early(), self._late()) if moves else ([], [])
         # Several of the block's values may be one value of the joint program; the first stands for it.
         self.named: dict[int, int] = {}
@@ -220,8 +237,15 @@ class Model:
         found: dict[frozenset[int], None] = {}
         for sizes in (self.savable, outputs_free):
             for saved in save_sets(operations, targets=self.joint.residuals, save_bytes=sizes):
-                found.setdefault(saved)
+                found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)
         return list(found)
+
+    def _without_tiny(self, saved: frozenset[int]) -> frozenset[int]:
+        """The set without what is tiny beside its largest value, where that is made again for next to nothing."""
+        least = max(map(self.size, saved), default=0) / _TINY
+        large = frozenset(v for v in saved if self.size(v) >= least)
+        work = [sum(self.time[id(eqn)] for eqn in self._needed(self.joint.residuals, s)) for s in (large, saved)]
+        return large if work[0] - work[1] <= _FOR_NOTHING * sum(self.time.values()) else saved
 
     def everything(self) -> tuple[Option, frozenset[int], tuple[int, ...]]:
         """The option that leaves the block to JAX, what it holds, and the inputs that its backward does not read."""
@@ -242,7 +266,10 @@ class Model:
             saved_bytes=option.saved_bytes - scratch + indices + copied,
             recompute_time=0,
             forward_times=self._everything_times(self.time),
-            forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes) + scratch,
+            # What runs early is over long before.
+            forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes)
+            + scratch
+            - sum(map(self.habits.scratch_bytes, self.early)),
             backward_peak_bytes=peak,
             last_forward_peak_bytes=self._last_forward_peak(),
         )
@@ -272,7 +299,7 @@ class Model:
             kept=[*self.joint.waiting, *self.joint.gradients],
             external=[self.joint.value[v] for v in self.local.results if v in self.joint.value],
             # In a loop's body forward and backward are loops of their own, each with its own copies.
-            habits=liveness.Habits() if self.local.is_body else self.habits,
+            habits=liveness.Habits() if self.local.is_body else replace(self.habits, scratch_bytes=lambda eqn: 0),
         )
 
     @property
@@ -310,7 +337,7 @@ class Model:
             name=name,
             # What an operation needs may be made long before it runs.
             saved_bytes=sum(self.size(v) for v in saved if v not in own) + self._scratch_bytes(),
-            recompute_time=sum(self.time[id(eqn)] for eqn in again),
+            recompute_time=self._again(again, self.time) + (self._rounding(saved) if self.is_in_flops else 0),
             forward_times=self._forward_times(saved, self.time),
             forward_peak_bytes=self._forward_peak(saved),
             backward_peak_bytes=self._backward_peak([*again, *self.joint.backward], saved),
@@ -331,7 +358,7 @@ class Model:
         again = self._needed(self.joint.residuals, saved)
         return replace(
             option,
-            recompute_time=sum(self.flops[id(eqn)] for eqn in again),
+            recompute_time=self._again(again, self.flops) + self._rounding(saved),
             forward_times=self._forward_times(saved, self.flops),
         )
 
@@ -351,13 +378,19 @@ class Model:
             times.append(sum(time[id(eqn)] for eqn in needed))
         return tuple(times)
 
+    def _again(self, equations: Sequence[Equation], time: dict[int, int]) -> int:
+        return sum(time[id(eqn)] for eqn in equations if id(eqn) in self.plain)
+
+    def _rounding(self, saved: frozenset[int]) -> int:
+        """FLOPs of the rounding that JAX puts on what is saved, against compilers that would keep more digits."""
+        return sum(elements(self.joint.avals[v]) for v in saved if is_differentiable(self.joint.avals[v]))
+
     def _everything_times(self, time: dict[int, int]) -> tuple[int, ...]:
-        """Fused or not, JAX makes what the backward reads; what only that is made of, it makes without a plan too."""
-        plain = set(map(id, self._needed(self.outputs, frozenset())))
+        """Fused or not, JAX makes what the backward reads."""
         times = []
         for j in range(len(self.outputs) + 1):
             needed = self._needed({*self.joint.residuals, *self.outputs[:j]}, frozenset())
-            times.append(sum(time[id(eqn)] for eqn in needed if id(eqn) in plain))
+            times.append(sum(time[id(eqn)] for eqn in needed if id(eqn) in self.plain))
         return tuple(times)
 
     def _forward_peak(self, saved: frozenset[int]) -> int:

@@ -1,5 +1,6 @@
 """Blocks as the solver sees them: what each way to keep a block saves, repeats and needs."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,8 @@ from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
 from jaxckpt.scans import loop_of
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Equation, Program, size_bytes
+from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.trace import Equation, Program, elements, size_bytes
 
 # More than any budget: what a block needs that must not run without being kept.
 _NO_ROOM = 2**50
@@ -103,13 +104,17 @@ def analyse(
         choices=tuple(choices),
         residual_bytes=tuple(residual_bytes),
         classes=tuple(classes),
-        unplanned_cost=cost,
+        unplanned_cost=cost + (_summing(program, spans, active) if timer is count_flops else 0),
     )
 
 
-def _analyse_one(
-    local: LocalBlock, timer: Timer, target: Target, is_apart: Callable[[Equation], bool]
-) -> Analysis:
+def _summing(program: Program, spans: Sequence[Span], active: Collection[int]) -> int:
+    """FLOPs of adding up the cotangents of what several blocks read."""
+    num_readers = Counter(v for span in spans for v in span.inputs if v in active)
+    return sum((num - 1) * elements(program.avals[v]) for v, num in num_readers.items())
+
+
+def _analyse_one(local: LocalBlock, timer: Timer, target: Target, is_apart: Callable[[Equation], bool]) -> Analysis:
     last = local.span.equations[-1]
     if last.effects and local.active_outputs:
         raise UnsupportedProgramError(

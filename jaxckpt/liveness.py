@@ -183,7 +183,11 @@ def _peak(
 
 
 def _packed_bytes(spans: Collection[tuple[int, int, int]]) -> int:
-    """Bytes of a heap where the largest buffers are placed first, each where it fits best: size, first and last step."""
+    """Bytes of a heap where the largest buffers are placed first, each in the tightest gap, or else on top.
+
+    Args:
+        spans: `[num_buffers]`, each one's bytes, and the first and the last step at which it is there.
+    """
     placed: list[tuple[int, int, int, int]] = []  # offset, stop, first, last
     top = 0
     for size, first, last in sorted(spans, key=lambda span: -span[0]):
@@ -273,7 +277,8 @@ def held_across(
     found = _resolve([*forward, *backward], size, habits, [*results, *kept, *external])
     late = {v for eqn in backward for v in eqn.outputs} | set(cotangents)
     # A copy of what needs nothing of the backward is made as soon as that is there.
-    first = [run for run in found.runs if late.isdisjoint(run.makes) and (run.makes[0] >= 0 or late.isdisjoint(run.reads))]
+    is_copy = lambda run: run.makes[0] < 0  # noqa: E731
+    first = [r for r in found.runs if late.isdisjoint(r.makes) and not (is_copy(r) and late.intersection(r.reads))]
     before = {v for run in found.runs for v in run.reads} - {v for run in found.runs for v in run.makes}
     roots = _roots(found.runs, found.buffers, before)
     early = {v for run in first for v in run.makes}

@@ -21,8 +21,8 @@ from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock
 from jaxckpt.candidates import chain_schedules
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
 from jaxckpt.scans import Loop, loop_of
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import is_differentiable, size_bytes
+from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.trace import elements, is_differentiable, size_bytes
 
 _T = TypeVar("_T")
 
@@ -150,7 +150,7 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
         flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
         saved=(*saved, None),
         unread=tuple(model.unread() for _ in range(len(kept) + 1)),
-        unplanned_cost=loop.length * body.whole.unplanned_cost,
+        unplanned_cost=loop.length * (body.whole.unplanned_cost + _summing(loop, active, timer)),
         residual_bytes=everything.saved_bytes,
     )
 
@@ -365,6 +365,13 @@ class _LoopModel:
         return (0, *[self.loop.length * one] * len(self.local.outputs))
 
 
+def _summing(loop: Loop, active: set[int], timer: Timer) -> int:
+    """What an iteration takes to add its cotangents of the constants to those of the others."""
+    if timer is not count_flops:
+        return 0
+    return sum(elements(loop.body.avals[v]) for v in loop.consts if v in active)
+
+
 def _active(loop: Loop, local: LocalBlock) -> set[int]:
     """The body's values that tangents flow through; the carry's are found by going round until nothing changes."""
     program, eqn = loop.body, local.span.equations[-1]
@@ -428,7 +435,7 @@ def _levels(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part, .
         for inner in inners:
             num, left = divmod(length, math.prod(inner))
             for outer, rest in ((num, left), (num - 1, left + math.prod(inner))):
-                if outer > 1:
+                if outer > 1 and rest != 1:
                     yield (_Part((outer, *inner), plan), *([_Part((rest,), plan)] if rest else []))
         for outer, size in _few_chunks(length):
             yield _Part((outer, size), plan), _Part((length - outer * size,), plan)
@@ -454,7 +461,9 @@ def _mixes(length: int, plans: Iterable[_Iteration]) -> Iterator[tuple[_Part, ..
     for less, more in itertools.pairwise(hull):
         # The one that holds more comes last: its backward is over before the other one's needs room.
         for num in _counts(size(less), more.stacked_bytes - less.stacked_bytes, length - 1):
-            yield _Part((length - num,), less), _Part((num,), more)
+            # One iteration is no loop to a compiler, which then mixes it with what is around it.
+            if 1 < num < length - 1:
+                yield _Part((length - num,), less), _Part((num,), more)
 
 
 def _is_above(plan: _Iteration, left: _Iteration, right: _Iteration, size: Callable[[_Iteration], int]) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -404,6 +405,11 @@ def spec_of(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(
         aval.shape, aval.dtype, sharding=sharding, manual_axis_type=getattr(aval, "manual_axis_type", None)
     )
+
+
+def elements(aval: Any) -> int:
+    """How many elements a value has."""
+    return math.prod(getattr(aval, "shape", ()))
 
 
 def size_bytes(aval: Any) -> int:
