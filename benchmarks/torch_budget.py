@@ -35,6 +35,7 @@ from zoo.handmade import array
 
 from benchmarks.store import OUT
 from jaxckpt import _compat
+from jaxckpt.candidates import Candidate
 from jaxckpt.measurement import output_objective
 from jaxckpt.study import Study
 from jaxckpt.trace import run, size_bytes, trace
@@ -97,9 +98,9 @@ def frontier() -> Iterator[tuple[int, float]]:
     study = Study(program, output_objective(program, tuple(range(len(program.inputs))), 1), "flops", "auto", None)
     inputs = [jax.ShapeDtypeStruct(program.avals[v].shape, program.avals[v].dtype) for v in program.inputs]
     yield held_and_recomputed(lambda *args: run(program, *args), inputs)
-    assert study.blocks is not None
-    for schedule in _schedules(study.blocks.problem):
-        yield held_and_recomputed(study.planned(schedule), inputs)
+    for problem in (blocks.problem for blocks in study.cuts):
+        for schedule in _schedules(problem):
+            yield held_and_recomputed(study.planned(Candidate(schedule, simulate(problem, schedule), problem)), inputs)
 
 
 def _schedules(problem: Problem) -> Iterator[Schedule]:

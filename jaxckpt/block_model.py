@@ -18,10 +18,22 @@ from jaxckpt import costs, liveness
 from jaxckpt.cuts import Span
 from jaxckpt.habits import habits_of
 from jaxckpt.regions import Saved
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Equation, Program, evaluate, flatten, live_equations, size_bytes, spec_of
+from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.trace import (
+    Equation,
+    Program,
+    elements,
+    evaluate,
+    flatten,
+    is_differentiable,
+    live_equations,
+    size_bytes,
+    spec_of,
+)
 
 EVERYTHING = "everything"
+# Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
+_TINY, _FOR_NOTHING = 64, 0.001
 
 
 class LocalBlock:
@@ -124,7 +136,7 @@ def differentiate(local: LocalBlock, run: Callable[[dict[int, Any]], None] | Non
     inputs = [spec_of(program.avals[v]) for v in span.inputs]
     cotangents = [spec_of(program.avals[v].to_ct_aval()) for v in local.active_outputs]
     closed = jax.make_jaxpr(joint)(inputs, cotangents)
-    flat = flatten(closed.jaxpr)
+    flat = flatten(closed.jaxpr, is_differentiated=True)
     inputs = flat.inputs[len(closed.consts) :]
     cotangents = inputs[len(span.inputs) :]
     values = dict(zip(span.inputs, inputs, strict=False))
@@ -168,13 +180,14 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
-    kept.append(model.everything())
+    *everything, unread = model.everything()
+    kept.append(tuple(everything))
     choices.append(None)
     return Analysis(
         model.block(tuple(option for option, _ in kept), model.time),
         model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
         tuple(choices),
-        tuple(model.unread(saved) for _, saved in kept),
+        (*(model.unread(saved) for _, saved in kept[:-1]), unread),
         sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
         model.residual_bytes(),
     )
@@ -197,18 +210,6 @@ def effectful(local: LocalBlock) -> Analysis:
     return Analysis(block, block, (None,), (unread,), 0, 0)
 
 
-def as_it_is(analysis: Analysis) -> Analysis:
-    """A block that is left to JAX and nothing else: a loop, say, in which something has an effect in each iteration."""
-    last = lambda block: replace(block, options=block.options[-1:])  # noqa: E731
-    return replace(
-        analysis,
-        block=last(analysis.block),
-        flops_block=last(analysis.flops_block),
-        saved=analysis.saved[-1:],
-        unread=analysis.unread[-1:],
-    )
-
-
 def dominates(a: Option, b: Option) -> bool:
     """Whether an option is as good as another one in everything."""
     keys = ("saved_bytes", "recompute_time", "forward_peak_bytes", "backward_peak_bytes", "forward_times")
@@ -225,10 +226,15 @@ class Model:
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
+        self.is_in_flops = timer is count_flops
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
+        # The rest of the forward only the backward reads, so that it runs once without a plan too.
+        self.plain = set(map(id, self._needed(self.outputs, frozenset())))
         # On CPU that is what happens; elsewhere schedulers mind the memory.
         moves = target.platform == "cpu" and not local.is_body
+        # In a loop, XLA's CPU compiler holds far more for statistics that are stacked than for those made again.
+        self.drops_tiny = target.platform == "cpu" and local.is_body
         self.early, self.late = (self._early(), self._late()) if moves else ([], [])
         # Several of the block's values may be one value of the joint program; the first stands for it.
         self.named: dict[int, int] = {}
@@ -245,42 +251,70 @@ class Model:
         found: dict[frozenset[int], None] = {}
         for sizes in (self.savable, outputs_free):
             for saved in save_sets(operations, targets=self.joint.residuals, save_bytes=sizes):
-                found.setdefault(saved)
+                found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)
         return list(found)
 
-    def everything(self) -> tuple[Option, frozenset[int]]:
-        """The option that leaves the block to JAX, and what it holds."""
-        held = self._residuals_kept()
+    def _without_tiny(self, saved: frozenset[int]) -> frozenset[int]:
+        """The set without what is tiny beside its largest value, where that is made again for next to nothing."""
+        least = max(map(self.size, saved), default=0) / _TINY
+        large = frozenset(v for v in saved if self.size(v) >= least)
+        work = [sum(self.time[id(eqn)] for eqn in self._needed(self.joint.residuals, s)) for s in (large, saved)]
+        return large if work[0] - work[1] <= _FOR_NOTHING * sum(self.time.values()) else saved
+
+    def everything(self) -> tuple[Option, frozenset[int], tuple[int, ...]]:
+        """The option that leaves the block to JAX, what it holds, and the inputs that its backward does not read."""
+        across = self._across()
+        held = frozenset(v for v in across.values if self.size(v))
         # What is fused is made from what is held wherever it is read.
         fused = self._needed({v for eqn in self._backward_alone for v in eqn.reads}, held)
         late = set(map(id, self.late))
         backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
         indices = sum(map(self.habits.index_bytes, backward))
-        peak = indices + self._backward_peak(backward, held, replace(self.habits, scratch_bytes=lambda eqn: 0))
+        habits = replace(self.habits, scratch_bytes=lambda eqn: 0)
+        peak = indices + self._backward_peak(backward, held, habits, across.copies)
         option = self.option(EVERYTHING, held)
         scratch = self._scratch_bytes()
-        return replace(
+        copied = sum(copy.bytes(self.size) for copy in across.copies)
+        option = replace(
             option,
-            saved_bytes=option.saved_bytes - scratch + indices,
+            saved_bytes=option.saved_bytes - scratch + indices + copied,
             recompute_time=0,
-            forward_peak_bytes=option.forward_peak_bytes + scratch,
+            forward_times=self._everything_times(self.time),
+            # What runs early is over long before.
+            forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes)
+            + scratch
+            - sum(map(self.habits.scratch_bytes, self.early)),
             backward_peak_bytes=peak,
-        ), held
+            last_forward_peak_bytes=self._last_forward_peak(),
+        )
+        inputs = (self.joint.value[v] for v in self.local.span.inputs)
+        return option, held, tuple(i for i, v in enumerate(inputs) if v not in across.read)
+
+    def _last_forward_peak(self) -> int:
+        """The forward's peak where the cotangents are there already, which are counted elsewhere."""
+        if not self.habits.is_breadth_first or self.local.is_body:
+            return 0
+        needed = self._needed(self.joint.residuals, frozenset())
+        peak = self._backward_peak([*needed, *self.joint.backward], frozenset())
+        return max(0, peak - sum(map(self.size, self.joint.cotangents)))
 
     def _scratch_bytes(self) -> int:
         return sum(map(self.habits.scratch_bytes, self.joint.backward))
 
-    def _residuals_kept(self) -> frozenset[int]:
+    def _across(self) -> liveness.Across:
         """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
-        forward = [eqn for eqn in self.joint.forward if id(eqn) not in set(map(id, self.late))]
-        held = liveness.buffers_across(
-            [*forward, *self.early],
+        late = set(map(id, self.late))
+        return liveness.held_across(
+            [*(eqn for eqn in self.joint.forward if id(eqn) not in late), *self.early],
             self._backward_alone,
             self.size,
-            kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients],
-            habits=self.habits,
+            results=[v for v in self.outputs if v >= 0],
+            cotangents=self.joint.cotangents,
+            kept=[*self.joint.waiting, *self.joint.gradients],
+            external=[self.joint.value[v] for v in self.local.results if v in self.joint.value],
+            # In a loop's body forward and backward are loops of their own, each with its own copies.
+            habits=liveness.Habits() if self.local.is_body else replace(self.habits, scratch_bytes=lambda eqn: 0),
         )
-        return frozenset(v for v in held if self.size(v))
 
     @property
     def _backward_alone(self) -> list[Equation]:
@@ -317,7 +351,7 @@ class Model:
             name=name,
             # What an operation needs may be made long before it runs.
             saved_bytes=sum(self.size(v) for v in saved if v not in own) + self._scratch_bytes(),
-            recompute_time=sum(self.time[id(eqn)] for eqn in again),
+            recompute_time=self._again(again, self.time) + (self._rounding(saved) if self.is_in_flops else 0),
             forward_times=self._forward_times(saved, self.time),
             forward_peak_bytes=self._forward_peak(saved),
             backward_peak_bytes=self._backward_peak([*again, *self.joint.backward], saved),
@@ -333,10 +367,12 @@ class Model:
 
     def in_flops(self, option: Option, saved: frozenset[int]) -> Option:
         """The same option with FLOPs for times."""
-        again = [] if option.name == EVERYTHING else self._needed(self.joint.residuals, saved)
+        if option.name == EVERYTHING:
+            return replace(option, forward_times=self._everything_times(self.flops))
+        again = self._needed(self.joint.residuals, saved)
         return replace(
             option,
-            recompute_time=sum(self.flops[id(eqn)] for eqn in again),
+            recompute_time=self._again(again, self.flops) + self._rounding(saved),
             forward_times=self._forward_times(saved, self.flops),
         )
 
@@ -356,6 +392,21 @@ class Model:
             times.append(sum(time[id(eqn)] for eqn in needed))
         return tuple(times)
 
+    def _again(self, equations: Sequence[Equation], time: dict[int, int]) -> int:
+        return sum(time[id(eqn)] for eqn in equations if id(eqn) in self.plain)
+
+    def _rounding(self, saved: frozenset[int]) -> int:
+        """FLOPs of the rounding that JAX puts on what is saved, against compilers that would keep more digits."""
+        return sum(elements(self.joint.avals[v]) for v in saved if is_differentiable(self.joint.avals[v]))
+
+    def _everything_times(self, time: dict[int, int]) -> tuple[int, ...]:
+        """Fused or not, JAX makes what the backward reads."""
+        times = []
+        for j in range(len(self.outputs) + 1):
+            needed = self._needed({*self.joint.residuals, *self.outputs[:j]}, frozenset())
+            times.append(sum(time[id(eqn)] for eqn in needed if id(eqn) in self.plain))
+        return tuple(times)
+
     def _forward_peak(self, saved: frozenset[int]) -> int:
         external = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
         kept = {*self.outputs, *saved} - external - {-1}
@@ -363,13 +414,18 @@ class Model:
         return liveness.peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
 
     def _backward_peak(
-        self, equations: Sequence[Equation], saved: frozenset[int], habits: liveness.Habits | None = None
+        self,
+        equations: Sequence[Equation],
+        saved: frozenset[int],
+        habits: liveness.Habits | None = None,
+        copies: Collection[liveness.Copy] = (),
     ) -> int:
         waiting = set(self.joint.waiting)
         return liveness.peak_bytes(
             equations,
             self.size,
             held={*saved, *self.joint.cotangents},
+            copies=copies,
             kept=waiting,
             external=set(self.joint.gradients) - waiting,
             habits=habits or self.habits,

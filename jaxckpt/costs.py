@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from jaxckpt import _compat
-from jaxckpt.trace import Equation, size_bytes
+from jaxckpt.trace import Equation, elements, size_bytes
 
 
 def _find(names: str) -> frozenset[Any]:
@@ -40,6 +40,8 @@ EXPENSIVE = _find(
 )
 # No operations: a compiler folds them into whatever reads them.
 LAYOUT = _find("broadcast_in_dim expand_dims iota reshape rev slice squeeze transpose split unstack tile empty2")
+COMPARES = _find("and eq eq_to ge gt is_finite le le_to lt lt_to ne not or select_n xor clamp")
+BROADCASTS = _find("broadcast_in_dim iota")
 # The same buffer under another shape.
 ALIAS = _find("reshape squeeze expand_dims name stop_gradient sharding_constraint copy reduce_precision")
 # Moving data by index: no operations, but a result of its own.
@@ -104,7 +106,7 @@ def _cost(primitive: Any, params: dict[str, Any], operands: list[Any], results: 
     if primitive in _FLOPS:
         return Cost(_FLOPS[primitive](params, operands, results), moved)
     # A primitive without a rule still takes time: one operation per element it makes.
-    return Cost(sum(map(_elements, results)), moved, frozenset({primitive.name}))
+    return Cost(sum(map(elements, results)), moved, frozenset({primitive.name}))
 
 
 def _total(costs: Iterable[Cost], trips: int = 1) -> Cost:
@@ -131,13 +133,9 @@ def _nested(primitive: Any, params: dict[str, Any]) -> Cost | None:
     return _total([jaxpr_cost(b) for b in bodies]) if bodies else None
 
 
-def _elements(aval: Any) -> int:
-    return math.prod(getattr(aval, "shape", ()))
-
-
 def _dot(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:
     (contract, _), _ = params["dimension_numbers"]
-    return 2 * _elements(results[0]) * math.prod(operands[0].shape[d] for d in contract)
+    return 2 * elements(results[0]) * math.prod(operands[0].shape[d] for d in contract)
 
 
 def _conv(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:
@@ -145,24 +143,24 @@ def _conv(params: dict[str, Any], operands: list[Any], results: list[Any]) -> in
     # Zeros put between the input's elements (a transposed convolution) are multiplied by nobody.
     kernel, spec = operands[1], params["dimension_numbers"].rhs_spec
     zeros = math.prod(params["lhs_dilation"] or ())
-    return 2 * _elements(results[0]) * _elements(kernel) // max(1, kernel.shape[spec[0]] * zeros)
+    return 2 * elements(results[0]) * elements(kernel) // max(1, kernel.shape[spec[0]] * zeros)
 
 
 def _window(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:
     # A scatter over windows (the derivative of a pooling) reads as many as it had results to start from.
-    windows = min(_elements(results[0]), _elements(operands[0]))
+    windows = min(elements(results[0]), elements(operands[0]))
     return windows * math.prod(params.get("window_dimensions", ()))
 
 
 def _sort(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:
     shape = operands[0].shape
     length = shape[params.get("dimension", -1)] if shape else 1
-    return sum(map(_elements, operands)) * max(1, math.ceil(math.log2(max(2, length))))
+    return sum(map(elements, operands)) * max(1, math.ceil(math.log2(max(2, length))))
 
 
 def _fft(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:
     points = math.prod(params["fft_lengths"])
-    return 5 * max(_elements(operands[0]), _elements(results[0])) * max(1, math.ceil(math.log2(max(2, points))))
+    return 5 * max(elements(operands[0]), elements(results[0])) * max(1, math.ceil(math.log2(max(2, points))))
 
 
 def _cubic(factor: float) -> Callable[..., int]:
@@ -176,17 +174,17 @@ def _cubic(factor: float) -> Callable[..., int]:
 
 
 def _triangular_solve(params: dict[str, Any], operands: list[Any], results: list[Any]) -> int:
-    return _elements(operands[1]) * operands[0].shape[-1]
+    return elements(operands[1]) * operands[0].shape[-1]
 
 
 _FLOPS: dict[Any, Callable[[dict[str, Any], list[Any], list[Any]], int]] = {
-    **dict.fromkeys(CHEAP | EXPENSIVE, lambda p, i, o: sum(map(_elements, o))),
+    **dict.fromkeys(CHEAP | EXPENSIVE, lambda p, i, o: sum(map(elements, o))),
     **dict.fromkeys(
         LAYOUT | _MOVES | _compat.UNNAMED_PRIMITIVES | _find("name copy stop_gradient reshape squeeze"),
         lambda p, i, o: 0,
     ),
-    **dict.fromkeys(_REDUCES, lambda p, i, o: sum(map(_elements, i))),
-    **dict.fromkeys(_RANDOM, lambda p, i, o: sum(map(_elements, o))),
+    **dict.fromkeys(_REDUCES, lambda p, i, o: sum(map(elements, i))),
+    **dict.fromkeys(_RANDOM, lambda p, i, o: sum(map(elements, o))),
     **dict.fromkeys(_find("dot_general ragged_dot_general ragged_dot"), _dot),
     **dict.fromkeys(_find("conv_general_dilated"), _conv),
     **dict.fromkeys(

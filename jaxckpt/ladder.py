@@ -9,8 +9,8 @@ _ENOUGH, _TOO_LITTLE = 0.99, 0.9
 # From this share of the temporaries' room on, how much of the unplanned step's cost the next guess must save, by the
 # compiles so far; below it, any guess that saves something is tried.
 _MOSTLY, _WORTH = 0.95, (0.0, 0.003, 0.01)
-# A guess that is this much too large may fit all the same, and is tried where it saves this much of the step.
-_NEAR, _MUCH = 0.03, 0.01
+# A guess that is this much too large may fit all the same, and is tried where it saves as much.
+_NEAR = 0.03
 _MAX_COMPILES = 10
 # How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible.
 NUM_LEAST = 4
@@ -106,7 +106,7 @@ class Ladder:
         # The correction says that nothing more fits. Where much is left, or much to be won, one step further shows it.
         if fits >= 0:
             is_near = self.corrected(fits + 1) - self.fixed_bytes <= room * (1 + _NEAR)
-            is_cheap = self.costs[fits] - self.costs[fits + 1] >= _MUCH
+            is_cheap = self.costs[fits] - self.costs[fits + 1] >= _WORTH[min(len(self.known), len(_WORTH) - 1)]
             return fits + 1 if self.known[fits] < _TOO_LITTLE * budget_bytes or (is_near and is_cheap) else None
         return None if 0 in self.known else 0
 

@@ -24,6 +24,9 @@ _UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
 # unless what was measured then says that it may come near the budget after all.
 _FAR, _NEAR = 2.0, 1.3
 
+# Within a cost, how many more candidates are compiled where the model was too low, by how much it must be.
+_MAX_LOWER, _LOWER = 3, 1.02
+
 _STUDIES: dict[tuple, Study] = {}
 _MAX_STUDIES = 4
 
@@ -287,13 +290,24 @@ class _Search:
 
     def _within_cost(self, unplanned: int) -> Plan:
         assert self.request.max_cost is not None
-        allowed = int((self.request.max_cost - 1) * self.study.unplanned_cost)
+        # A limit that is another program's cost can be met exactly, whatever floats make of it.
+        allowed = round((self.request.max_cost - 1) * self.study.unplanned_cost)
         inside = [i for i, c in enumerate(self.candidates) if c.judgement.extra_work <= allowed]
         if not inside:
             return self._plan(None, None, unplanned)
-        if self.request.verify and self.ladder.measured(inside[0]) >= unplanned:
-            return self._plan(None, None, unplanned)
-        return self._plan(inside[0], None, unplanned)
+        if not self.request.verify:
+            return self._plan(inside[0], None, unplanned)
+        best = inside[0]
+        for _ in range(_MAX_LOWER):
+            # Where the model was too low, one that it puts below what was measured may take less, and costs less.
+            most = self.ladder.measured(best) - self.study.fixed_bytes
+            lower = [
+                i for i in inside if self.ladder.predicted_bytes[i] * _LOWER <= most and i not in self.ladder.known
+            ]
+            if not lower:
+                break
+            best = min(best, lower[-1], key=self.ladder.measured)
+        return self._plan(None if self.ladder.measured(best) >= unplanned else best, None, unplanned)
 
     def _refuse(self, budget: int, unplanned: int, least: int, candidate: Candidate | None) -> NoReturn:
         self._remember()

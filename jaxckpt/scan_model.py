@@ -22,8 +22,8 @@ from jaxckpt.branches import Branch
 from jaxckpt.candidates import chain_schedules
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
 from jaxckpt.scans import Loop, loop_of
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import is_differentiable, size_bytes
+from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.trace import elements, is_differentiable, size_bytes
 
 _T = TypeVar("_T")
 
@@ -151,7 +151,7 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
         flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
         saved=(*saved, None),
         unread=tuple(model.unread() for _ in range(len(kept) + 1)),
-        unplanned_cost=loop.length * body.whole.unplanned_cost,
+        unplanned_cost=loop.length * (body.whole.unplanned_cost + _summing(loop, active, timer)),
         residual_bytes=everything.saved_bytes,
         transients=(
             *(model.transient(parts) for *_, parts in kept),
@@ -282,9 +282,10 @@ class _LoopModel:
         """What parts take, in bytes and in units of the plan's cost."""
         saved = list(itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes))
         # The parts' results and cotangents are put together in the end. A GPU reads slices of what is there in place;
-        # on CPU they are copies, of which a part's is gone by the time that its cotangents are there.
+        # on CPU they are copies from the forward on, of which a part's is gone when its cotangents are there.
         cut = self.loop.length if len(parts) > 1 else 0
-        joined = cut * max(self.sizes.slice_cotangents, self.sizes.slices if self.is_cpu else 0)
+        copies = cut * self.sizes.slices if self.is_cpu else 0
+        joined = max(cut * self.sizes.slice_cotangents, copies)
         made = cut * self.sizes.stacked_outputs
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
         backward = [
@@ -293,8 +294,8 @@ class _LoopModel:
         forward = [held + self._chunk(part.lengths) for held, part in zip(saved[1:], parts, strict=True)]
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
         return _Numbers(
-            saved[-1],
-            made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
+            saved[-1] + copies,
+            copies + made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
             joined + moving + max(backward) + self.cotangent_bytes,
             sum(part.again(self.body.forward_time, "time") for part in parts),
         )
@@ -379,6 +380,13 @@ class _LoopModel:
         return (0, *[self.loop.length * one] * len(self.local.outputs))
 
 
+def _summing(loop: Loop, active: set[int], timer: Timer) -> int:
+    """What an iteration takes to add its cotangents of the constants to those of the others."""
+    if timer is not count_flops:
+        return 0
+    return sum(elements(loop.body.avals[v]) for v in loop.consts if v in active)
+
+
 def _active(loop: Loop, local: LocalBlock) -> set[int]:
     """The body's values that tangents flow through; the carry's are found by going round until nothing changes."""
     program, eqn = loop.body, local.span.equations[-1]
@@ -442,7 +450,7 @@ def _levels(length: int, plans: Sequence[Iteration]) -> Iterator[tuple[_Part, ..
         for inner in inners:
             num, left = divmod(length, math.prod(inner))
             for outer, rest in ((num, left), (num - 1, left + math.prod(inner))):
-                if outer > 1:
+                if outer > 1 and rest != 1:
                     yield (_Part((outer, *inner), plan), *([_Part((rest,), plan)] if rest else []))
         for outer, size in _few_chunks(length):
             yield _Part((outer, size), plan), _Part((length - outer * size,), plan)
@@ -468,7 +476,9 @@ def _mixes(length: int, plans: Iterable[Iteration]) -> Iterator[tuple[_Part, ...
     for less, more in itertools.pairwise(hull):
         # The one that holds more comes last: its backward is over before the other one's needs room.
         for num in _counts(size(less), more.stacked_bytes - less.stacked_bytes, length - 1):
-            yield _Part((length - num,), less), _Part((num,), more)
+            # One iteration is no loop to a compiler, which then mixes it with what is around it.
+            if 1 < num < length - 1:
+                yield _Part((length - num,), less), _Part((num,), more)
 
 
 def _is_above(plan: Iteration, left: Iteration, right: Iteration, size: Callable[[Iteration], int]) -> bool:

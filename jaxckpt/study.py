@@ -11,6 +11,7 @@ from jaxckpt import apply, cuts, graph, shardings, targets
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import SOLVERS, Candidate, candidates, keep_all
 from jaxckpt.errors import OptionError
+from jaxckpt.habits import outside_regions
 from jaxckpt.measurement import Measurement, Objective, compiled_bytes, cotangent_specs, input_specs
 from jaxckpt.trace import Program, refuse_effects, run, size_bytes
 
@@ -50,8 +51,12 @@ class Study:
         )
         dag = graph.build_graph(program)
         self.graph = dag
-        fine = cuts.cut(program, dag, self.active)
-        coarse = cuts.cut(program, dag, self.active, is_coarse=True) if solver == "auto" else fine
+        # Solvers that know one shape of schedule only would find none that goes around a block.
+        self._is_apart = is_apart = (
+            outside_regions(self.chip, program.avals) if solver in ("auto", "chain") else lambda eqn: False
+        )
+        fine = cuts.cut(program, dag, self.active, is_apart=is_apart)
+        coarse = cuts.cut(program, dag, self.active, is_apart=is_apart, is_coarse=True) if solver == "auto" else fine
         self.cuts: list[Blocks] = []
         self._known: dict = {}
         if fine and any(v in self.active for span in fine for v in span.outputs):
@@ -83,6 +88,7 @@ class Study:
             timer=targets.timer(self.cost, self.chip),
             target=self.chip,
             known=self._known,
+            is_apart=self._is_apart,
         )
 
     @property

@@ -24,6 +24,7 @@ of them instead of O(n^2).
 Time O(n^3 levels), or O(p n^2 levels), in vectorised NumPy; space O(n^2 levels), or O(p n levels).
 """
 
+import functools
 import time
 from typing import Literal
 
@@ -131,6 +132,9 @@ class ChainTable:
         self.num_levels = max_bytes // self.unit_bytes
         self._rounding = rounding
         self._about = Intervals(problem)
+        # Reading many schedules back asks for the same again and again.
+        self._keep_levels = functools.cache(self._find_keep_levels)
+        self._drop_levels = functools.cache(self._find_drop_levels)
         self._solve()
 
     def times(self) -> np.ndarray:
@@ -246,7 +250,7 @@ class ChainTable:
         self._keep(s, t, row, dropped=True)
         return row
 
-    def _drop_levels(self, s: int, t: int, o: int) -> int:
+    def _find_drop_levels(self, s: int, t: int, o: int) -> int:
         sizes = (self.problem.values[v].size_bytes for v in self.problem.droppable(s, o, t))
         total = sum(sizes)
         return -(-total // self.unit_bytes) if self._rounding == "down" else total // self.unit_bytes
@@ -291,11 +295,11 @@ class ChainTable:
         best = int((total + sweep[ends]).argmin())
         return int(ends[best]), -1, int(store[splits[best]]), False
 
-    def _keep_levels(self, s: int, t: int, o: int, drop: int) -> tuple[int, int, int]:
+    def _find_keep_levels(self, s: int, t: int, o: int, drop: int) -> tuple[int, int, int]:
         """What keeping block s holds beyond what it drops, from which level on it fits, and its time."""
         option, about = self.problem.blocks[s].options[o], self._about
         held = self._units(about.hold_bytes(s, t, o)) if s + 1 < t else 0
-        forward = self._units(option.forward_peak_bytes + about.waiting[t])
+        forward = self._units(option.peak_until(s, t) + about.waiting[t])
         backward = self._units(option.backward_peak_bytes + about.passing[s])
         time = option.forward_times[about.num_wanted(s, t)] + option.recompute_time
         return held - drop, max(held - drop, forward, backward - drop, 0), time

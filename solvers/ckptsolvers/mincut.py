@@ -10,6 +10,12 @@ Over all rates that gives the lower convex hull of bytes against time; choices o
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+# Of all prices of a network together, and of an edge that no minimum cut cuts: both fit in 32 bits.
+_LARGEST_SUM, _UNCUT = 2**30, 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,36 +51,88 @@ def save_set(
     Returns:
         The saved values of a minimum cut, the one nearest to the inputs. Ties are settled the same way every time.
     """
-    import networkx as nx
-    from networkx.algorithms.flow import boykov_kolmogorov
+    return _Network(operations, targets, save_bytes).cut(bytes_per_time)
 
-    maker = {v: i for i, op in enumerate(operations) for v in op.makes}
-    wanted, stack = set(), [v for v in targets if v in maker]
+
+class _Network:
+    """The flow network of a block: its edges are the same for every exchange rate."""
+
+    def __init__(self, operations: Sequence[Operation], targets: Collection[int], save_bytes: dict[int, int]):
+        maker = {v: i for i, op in enumerate(operations) for v in op.makes}
+        wanted, stack = set(), [v for v in targets if v in maker]
+        while stack:
+            v = stack.pop()
+            if v not in wanted:
+                wanted.add(v)
+                stack.extend(u for u in operations[maker[v]].reads if u in maker)
+        self.maker, self.values = maker, sorted(wanted)
+        if not wanted:
+            return
+        self.ops = sorted({maker[v] for v in wanted})
+        node = {v: 2 + i for i, v in enumerate(self.values)}
+        op_node = {op: 2 + len(node) + i for i, op in enumerate(self.ops)}
+        self.value_nodes = np.array([node[v] for v in self.values])
+        self.maker_nodes = np.array([op_node[maker[v]] for v in self.values])
+        # A value on the source's side must be there; an operation on it is repeated. What has no price is never cut.
+        prices: dict[tuple[int, int], tuple[float, float]] = {}
+        prices |= {(0, node[v]): (np.inf, 0.0) for v in targets if v in wanted}
+        prices |= {(node[v], op_node[maker[v]]): (save_bytes.get(v, np.inf), 0.0) for v in self.values}
+        prices |= {(op_node[op], 1): (0.0, operations[op].time) for op in self.ops}
+        reads = ((op, u) for op in self.ops for u in operations[op].reads if u in maker)
+        prices |= {(op_node[op], node[u]): (np.inf, 0.0) for op, u in reads}
+        size = 2 + len(node) + len(op_node)
+        rows, columns = np.array(list(prices)).T
+        order = np.lexsort((columns, rows))
+        self.columns = columns[order].astype(np.int32)
+        self.starts = np.searchsorted(rows[order], np.arange(size + 1)).astype(np.int32)
+        self.bytes, self.time = np.array(list(prices.values()))[order].T
+        # What is repeated although all that can be is saved is repeated whatever is saved.
+        again = _repeated(operations, maker, targets, save_bytes)
+        self.is_unavoidable = np.isin(rows[order], [op_node[op] for op in again]) & (self.columns == 1)
+
+    def cut(self, bytes_per_time: Fraction) -> frozenset[int]:
+        """The values that a minimum cut saves."""
+        return self._cut(self.bytes + float(bytes_per_time) * self.time) if self.values else frozenset()
+
+    def least_time(self) -> frozenset[int]:
+        """Of the sets that repeat as little as can be the one with the fewest bytes."""
+        if not self.values:
+            return frozenset()
+        return self._cut(self.bytes + np.where((self.time > 0) & ~self.is_unavoidable, np.inf, 0.0))
+
+    def _cut(self, prices: np.ndarray) -> frozenset[int]:
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+        # SciPy's flows are 32-bit integers. What is rounded away is less than a billionth of the whole.
+        is_finite = np.isfinite(prices)
+        scale = _LARGEST_SUM / max(1.0, float(prices[is_finite].sum()))
+        capacities = np.full(len(prices), _UNCUT, np.int32)
+        capacities[is_finite] = np.ceil(prices[is_finite] * scale)
+        size = len(self.starts) - 1
+        network = csr_array((capacities, self.columns, self.starts), shape=(size, size))
+        flow: Any = maximum_flow(network, 0, 1).flow
+        residual = network - flow
+        residual.data = np.maximum(residual.data, 0)
+        residual.eliminate_zeros()
+        is_reached = np.zeros(size, bool)
+        is_reached[breadth_first_order(residual, 0, return_predecessors=False)] = True
+        is_saved = is_reached[self.value_nodes] & ~is_reached[self.maker_nodes]
+        return frozenset(v for v, saved in zip(self.values, is_saved.tolist(), strict=True) if saved)
+
+
+def _repeated(
+    operations: Sequence[Operation], maker: dict[int, int], targets: Collection[int], saved: Collection[int]
+) -> set[int]:
+    """Find the operations that lead to the targets from what is there and what is saved."""
+    again: set[int] = set()
+    stack = [v for v in targets if v in maker and v not in saved]
     while stack:
-        v = stack.pop()
-        if v not in wanted:
-            wanted.add(v)
-            stack.extend(u for u in operations[maker[v]].reads if u in maker)
-    if not wanted:
-        return frozenset()
-    # A value on the source side must be available; an operation there is repeated. An edge without capacity is uncut.
-    graph = nx.DiGraph()
-    graph.add_node("source")
-    for v in sorted(wanted):
-        op = maker[v]
-        if v in save_bytes:
-            graph.add_edge(v, ("op", op), capacity=save_bytes[v] * bytes_per_time.denominator)
-        else:
-            graph.add_edge(v, ("op", op))
-    for op in sorted({maker[v] for v in wanted}):
-        graph.add_edge(("op", op), "sink", capacity=operations[op].time * bytes_per_time.numerator)
-        for u in operations[op].reads:
-            if u in maker:
-                graph.add_edge(("op", op), u)
-    for v in sorted(v for v in targets if v in maker):
-        graph.add_edge("source", v)
-    _, (reachable, _) = nx.minimum_cut(graph, "source", "sink", flow_func=boykov_kolmogorov)
-    return frozenset(v for v in wanted if v in reachable and ("op", maker[v]) not in reachable)
+        op = maker[stack.pop()]
+        if op not in again:
+            again.add(op)
+            stack.extend(u for u in operations[op].reads if u in maker and u not in saved)
+    return again
 
 
 def save_sets(
@@ -101,22 +159,18 @@ def save_sets(
     maker = {v: i for i, op in enumerate(operations) for v in op.makes}
 
     def corner(saved: frozenset[int]) -> tuple[int, int, frozenset[int]]:
-        again: set[int] = set()
-        stack = [v for v in targets if v in maker and v not in saved]
-        while stack:
-            op = maker[stack.pop()]
-            if op not in again:
-                again.add(op)
-                stack.extend(u for u in operations[op].reads if u in maker and u not in saved)
+        again = _repeated(operations, maker, targets, saved)
         return sum(save_bytes[v] for v in saved), sum(operations[i].time for i in again), saved
 
+    network = _Network(operations, targets, save_bytes)
+
     def cut(rate: Fraction) -> tuple[int, int, frozenset[int]]:
-        return corner(save_set(operations, targets=targets, save_bytes=save_bytes, bytes_per_time=rate))
+        return corner(network.cut(rate))
 
     nothing = corner(frozenset())
     if not nothing[1] or not save_bytes:
         return (nothing[2],)
-    least_time = cut(Fraction(sum(save_bytes.values()) + 1))
+    least_time = corner(network.least_time())
     hull, gaps = {nothing, least_time}, [(nothing, least_time)]
     for _ in range(max_cuts):
         gaps = [(a, b) for a, b in gaps if b[0] > a[0] and b[1] < a[1]]
