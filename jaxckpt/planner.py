@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from jaxckpt import shardings, targets
-from jaxckpt.calibration import Calibration, Sample, remember, remembered, short
+from jaxckpt.calibration import Calibration, add_samples, remembered
 from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe, forced_by
 from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning, OptionError
-from jaxckpt.ladder import Ladder
+from jaxckpt.ladder import FAR, Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan
 from jaxckpt.study import Study
@@ -20,9 +20,8 @@ from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 
 # Room left below the budget when nothing is compiled.
 _UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
-# The program is not compiled without a plan where the model expects it to take this many times the room there is,
-# unless what was measured then says that it may come near the budget after all.
-_FAR, _NEAR = 2.0, 1.3
+# A program that was not compiled without a plan is, if what was measured says that it may come near the budget.
+_NEAR = 1.3
 
 _STUDIES: dict[tuple, Study] = {}
 _MAX_STUDIES = 4
@@ -185,6 +184,7 @@ class _Search:
             self._measure,
             expected=self._expected,
             spread=self.record.spread(self.program) if self.record else 0.0,
+            prepare=lambda numbers: study.measure_all(self.candidates[i] for i in numbers),
         )
 
     def run(self) -> Plan:
@@ -224,25 +224,16 @@ class _Search:
         """Add what was measured to the record on disk."""
         if self.request.calibration is None or not self.ladder.known or self.study.solver != "auto":
             return
-        samples = [
-            Sample(
-                program=short(self.program),
-                fraction=self.ladder.predicted_bytes[i] / max(1, self.all_bytes),
-                ratio=self.ladder.ratio(i),
-            )
-            for i in sorted(self.ladder.known)
-        ]
-        old = remembered(self.study.program, self.request.target, self.cache_dir)
-        new = old.with_samples(samples)
-        if new != old:
-            remember(new, self.cache_dir)
+        fractions = {i: self.ladder.predicted_bytes[i] / max(1, self.all_bytes) for i in sorted(self.ladder.known)}
+        record = remembered(self.study.program, self.request.target, self.cache_dir)
+        add_samples(record, self.program, {f: self.ladder.ratio(i) for i, f in fractions.items()}, self.cache_dir)
 
     def _may_wait(self, wanted: Budget) -> bool:
         """Whether the budget is so far below what the model expects without a plan that nobody need compile that."""
         if wanted.size_bytes is None or not self.candidates:
             return False
         room = wanted.size_bytes - self.request.reserve_bytes - self.study.fixed_bytes
-        return self._expected_unplanned() - self.study.fixed_bytes > _FAR * max(0, room)
+        return self._expected_unplanned() - self.study.fixed_bytes > FAR * max(0, room)
 
     def _expected_unplanned(self) -> int:
         return math.ceil(self.ladder.corrected_bytes(self.all_bytes))

@@ -1,7 +1,7 @@
 """Everything known about one program under one objective: blocks, candidate schedules, and what they measured."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,15 @@ from jaxckpt import apply, cuts, graph, shardings, targets
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import SOLVERS, Candidate, candidates, keep_all
 from jaxckpt.errors import OptionError
-from jaxckpt.measurement import Measurement, Objective, compiled_bytes, cotangent_specs, input_specs
+from jaxckpt.measurement import (
+    Measurement,
+    Objective,
+    compiled_bytes,
+    cotangent_specs,
+    input_specs,
+    lowered_for,
+    side_by_side,
+)
 from jaxckpt.trace import Program, refuse_effects, run, size_bytes
 
 
@@ -131,7 +139,17 @@ class Study:
         """Compile the differentiated program under a candidate, or without a plan; each is compiled once."""
         digest = None if candidate is None else candidate.digest
         if digest not in self._measured:
-            fun = functools.partial(run, self.program) if candidate is None else self.planned(candidate)
-            specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
-            self._measured[digest] = compiled_bytes(self.objective.differentiated(fun), specs, self.target)
+            self._measured[digest] = compiled_bytes(*self._differentiated(candidate))
         return self._measured[digest]
+
+    def measure_all(self, candidates: Iterable[Candidate]) -> None:
+        """Compile several candidates side by side; `measure` has them then."""
+        new = {c.digest: c for c in candidates if c.digest not in self._measured}
+        if len(new) > 1:
+            found = side_by_side(lowered_for(*self._differentiated(c)) for c in new.values())
+            self._measured |= dict(zip(new, found, strict=True))
+
+    def _differentiated(self, candidate: Candidate | None) -> tuple[Callable, list[Any], str | None]:
+        fun = functools.partial(run, self.program) if candidate is None else self.planned(candidate)
+        specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
+        return self.objective.differentiated(fun), specs, self.target

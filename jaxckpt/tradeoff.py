@@ -149,7 +149,10 @@ def frontier(
     study = find_study(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
     policies = _policy_points(study, verify)
     unplanned = next(point for point in policies if point.name == UNPLANNED)
-    points = [_plan_point(study, c, unplanned, verify) for c in _chosen(study.candidates, num_points)]
+    chosen = _chosen(study.candidates, num_points)
+    if verify:
+        study.measure_all(chosen)
+    points = [_plan_point(study, c, unplanned, verify) for c in chosen]
     if verify:
         points = _unbeaten(points)
     return Frontier(
