@@ -41,6 +41,7 @@ class Fitted:
         unplanned: the same without plans; None where it was expected so far above the budget, in bytes, that nobody
             compiled it.
         num_compiles: how many steps were compiled to find it.
+        next_bytes: the least that was measured at a batch larger by one, which does not fit; None from `fit`.
         calibration: the hash of the record it was found with; None without one.
         batch: what `largest_batch` found; None from `fit`.
     """
@@ -51,6 +52,7 @@ class Fitted:
     unplanned: Measurement | None
     num_compiles: int
     batch: int | None = None
+    next_bytes: int | None = None
     calibration: str | None = None
 
 

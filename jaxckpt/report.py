@@ -217,13 +217,17 @@ def _saved(groups: Sequence[SavedGroup]) -> Table:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
+    is_part = plan.budget_bytes is None and plan.max_cost is None
     adam = 2 * plan.parameter_bytes
-    yield (
-        "The budget covers arguments, gradients and temporaries of the value and gradient. It does not cover what "
-        f"lives outside: optimizer state (Adam: about {short_bytes(adam)}, twice the parameters), other models, data. "
-        "Leave room for it with reserve=..., or let fit(...) plan the whole step."
-    )
+    if not is_part:
+        yield (
+            "The budget covers arguments, gradients and temporaries of the value and gradient. It does not cover what "
+            f"lives outside: optimizer state (Adam: about {short_bytes(adam)}, twice the parameters), other models, "
+            "data. Leave room for it with reserve=..., or let fit(...) plan the whole step."
+        )
     if plan.unknown:
         yield f"Counted by their bytes, for want of a rule: {', '.join(plan.unknown)}."
-    if plan.measured_peak_bytes is None:
+    if plan.measured_peak_bytes is None and is_part:
+        yield "Sizes are predicted, of the value and gradient alone; of a plan that fit(...) chose, the step was measured."
+    elif plan.measured_peak_bytes is None:
         yield "Nothing was compiled: sizes are predicted and a margin is left. verify=True measures."
