@@ -236,10 +236,13 @@ def refuse(step: Step, budget: int, what: str = "the step") -> NoReturn:
     unplanned = step.measure(step.without)
     least = min(m.device_bytes for m in step.measured.values())
     state = unplanned.device_bytes - unplanned.temp_bytes
+    gradients = f", and the gradients {show_bytes(step.gradient_bytes)}"
+    if state + step.gradient_bytes > budget:
+        gradients += ": together more than the budget. Cut the arguments over more devices, or keep less state"
     raise InfeasibleBudgetError(
         f"no plans fit {what} into budget={show_bytes(budget)}. The least feasible peak is {show_bytes(least)} "
         f"(measured); without plans it is {show_bytes(unplanned.device_bytes)} (measured). Arguments and results, such "
-        f"as parameters and optimizer state, take {show_bytes(state)} of it, which no plan changes",
+        f"as parameters and optimizer state, take {show_bytes(state)} of it, which no plan changes{gradients}",
         budget_bytes=budget,
         least_peak_bytes=least,
         unplanned_peak_bytes=unplanned.device_bytes,

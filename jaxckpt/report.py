@@ -228,6 +228,6 @@ def _notes(plan: Plan) -> Iterator[str]:
     if plan.unknown:
         yield f"Counted by their bytes, for want of a rule: {', '.join(plan.unknown)}."
     if plan.measured_peak_bytes is None and is_part:
-        yield "Sizes are predicted, of the value and gradient alone; of a plan that fit(...) chose, the step was measured."
+        yield "Sizes are predicted, of the value and gradient alone; where fit(...) chose it, the step was measured."
     elif plan.measured_peak_bytes is None:
         yield "Nothing was compiled: sizes are predicted and a margin is left. verify=True measures."
