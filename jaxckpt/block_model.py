@@ -323,6 +323,14 @@ class Model:
             options=options,
         )
 
+    def forward_equations(self, kept: Collection[int]) -> list[Equation]:
+        """What makes these values from the block's inputs."""
+        return self._needed(kept, frozenset())
+
+    def backward_equations(self, saved: frozenset[int]) -> list[Equation]:
+        """The backward, behind what it makes again from the block's inputs and what is saved."""
+        return [*self._needed(self.joint.residuals, saved), *self.joint.backward]
+
     def _forward_times(self, saved: frozenset[int], time: dict[int, int]) -> tuple[int, ...]:
         times = []
         for j in range(len(self.outputs) + 1):

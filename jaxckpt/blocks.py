@@ -1,6 +1,7 @@
 """Blocks as the solver sees them: what each way to keep a block saves, repeats and needs."""
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -15,6 +16,7 @@ from jaxckpt.scans import loop_of
 from jaxckpt.targets import Target, Timer
 from jaxckpt.trace import Program, size_bytes
 
+Profiler = Callable[[LocalBlock, Analysis], Analysis]
 # Regions nest twenty deep at most, so no block runs more often.
 _MOST_REPEATS = 24
 
@@ -58,6 +60,7 @@ def analyse(
     timer: Timer,
     target: Target,
     invariant: Collection[int] | None = None,
+    profiler: Profiler | None = None,
 ) -> Blocks:
     """Analyse every distinct block once and put the solver's problem together.
 
@@ -70,6 +73,7 @@ def analyse(
         timer: times of equations, in the unit of the plan's cost.
         target: the chip, whose compiler decides what is materialised.
         invariant: where the program is a loop's body, its inputs that are the same in every iteration.
+        profiler: puts what is measured of a distinct block in the place of what is modelled.
 
     Returns:
         The problem, with what stands behind its options.
@@ -82,7 +86,7 @@ def analyse(
         local = LocalBlock(program, span, active, arguments, results, invariant)
         key = local.signature()
         if key not in known:
-            known[key] = len(known), _analyse_one(local, timer, target)
+            known[key] = len(known), _analyse_one(local, timer, target, profiler)
         number, analysis = known[key]
         classes.append(number)
         cost += analysis.unplanned_cost
@@ -105,7 +109,7 @@ def analyse(
     )
 
 
-def _analyse_one(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
+def _analyse_one(local: LocalBlock, timer: Timer, target: Target, profiler: Profiler | None) -> Analysis:
     last = local.span.equations[-1]
     if last.effects and local.active_outputs:
         raise UnsupportedProgramError(
@@ -115,8 +119,9 @@ def _analyse_one(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     if last.effects:
         return effectful(local)
     if loop_of(last) is not None and local.active_outputs:
-        return analyse_loop(local, timer, target, analyse)
-    return analyse_block(local, timer, target)
+        return analyse_loop(local, timer, target, functools.partial(analyse, profiler=profiler))
+    analysis = analyse_block(local, timer, target)
+    return analysis if profiler is None else profiler(local, analysis)
 
 
 def _dear(blocks: Sequence[Block], once: Collection[int]) -> tuple[Block, ...]:

@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--solver", default="auto", help="auto, chain, chen or revolve")
     plan.add_argument("--reserve", type=_number_or_text, default=0, help="bytes to leave for optimizer state")
     plan.add_argument("--no-verify", action="store_true", help="predict, do not compile")
+    plan.add_argument("--profile", action="store_true", help="compile each distinct block on its own first")
     plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
 
     measure = _command(commands, "measure", _measure, "compile value and gradient and print the device bytes")
@@ -157,6 +158,7 @@ def _plan(options: argparse.Namespace) -> int:
         verify=not options.no_verify,
         argnums=_argnums(options),
         has_aux=options.has_aux,
+        profile=options.profile,
     )
     if options.output:
         found.save(options.output)

@@ -39,6 +39,7 @@ class Request:
     reserve_bytes: int = 0
     verify: bool = True
     calibration: Calibration | str | None = "auto"
+    profile: bool = False
 
 
 def plan(
@@ -54,6 +55,7 @@ def plan(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     calibration: Calibration | str | None = "auto",
+    profile: bool = False,
 ) -> Plan:
     """Find the cheapest recomputation plan of a function's value and gradient within a budget.
 
@@ -73,6 +75,8 @@ def plan(
         calibration: a record of how far predictions are off; "auto" is what earlier plans left in the user's cache, and
             None uses and keeps nothing. The plan is a function of the program, the target, the versions and the record,
             whose hash it carries.
+        profile: compile each distinct block and option for the target on its own first, and time it where the target is
+            the device that is here, instead of modelling it. That takes a small compile for each.
 
     Returns:
         The plan. Its `str` is the report.
@@ -99,6 +103,7 @@ def plan(
         True
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration)
+    request = replace(request, profile=profile)
     traced = shardings.trace_placed(fun, args)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
@@ -146,21 +151,24 @@ def plan_program(program: Program, goal: Objective, request: Request, cache_dir:
 
     It is planned from prediction, with a warning, where its target cannot be compiled for.
     """
-    study = find_study(program, goal, request.cost, request.solver, request.target)
     try:
+        study = find_study(program, goal, request.cost, request.solver, request.target, request.profile)
         return _Search(study, request, cache_dir).run()
     except CompilerError as error:
         if not request.verify:
             raise
         warnings.warn(f"{error}. Until then this plan is predicted, not measured", JaxckptWarning, stacklevel=3)
+        study = find_study(program, goal, request.cost, request.solver, request.target)
         return _Search(study, replace(request, verify=False), cache_dir).run()
 
 
-def find_study(program: Program, goal: Objective, cost: str, solver: Any, target: str | None) -> Study:
+def find_study(
+    program: Program, goal: Objective, cost: str, solver: Any, target: str | None, is_profiled: bool = False
+) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
     chip = targets.find(target)  # a user's chip may be defined anew under its name
-    key = (program.fingerprint(), program.shardings, goal, cost, solver, target, chip)
-    study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target)
+    key = (program.fingerprint(), program.shardings, goal, cost, solver, target, chip, is_profiled)
+    study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target, is_profiled=is_profiled)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:
         _STUDIES.pop(next(iter(_STUDIES)))
@@ -210,7 +218,8 @@ class _Search:
     def _record(self) -> Calibration | None:
         """The record to plan with; None where there is none, or an empty one."""
         chosen = self.request.calibration
-        if chosen == "auto" and self.study.solver == "auto":
+        # A record is about what the model says.
+        if chosen == "auto" and self.study.solver == "auto" and not self.study.is_profiled:
             chosen = remembered(self.study.program, self.request.target, self.cache_dir)
         return chosen if isinstance(chosen, Calibration) and chosen.samples else None
 
@@ -222,7 +231,8 @@ class _Search:
 
     def _remember(self) -> None:
         """Add what was measured to the record on disk."""
-        if self.request.calibration is None or not self.ladder.known or self.study.solver != "auto":
+        is_modelled = self.study.solver == "auto" and not self.study.is_profiled
+        if self.request.calibration is None or not self.ladder.known or not is_modelled:
             return
         fractions = {i: self.ladder.predicted_bytes[i] / max(1, self.all_bytes) for i in sorted(self.ladder.known)}
         record = remembered(self.study.program, self.request.target, self.cache_dir)

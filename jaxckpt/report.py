@@ -148,7 +148,9 @@ def _sizes(plan: Plan) -> Table:
     table.add_row("unplanned peak", show_bytes(plan.unplanned_peak_bytes), _label(plan.is_unplanned_measured))
     if plan.measured_peak_bytes is not None:
         table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), "measured")
-    table.add_row("planned peak", show_bytes(plan.predicted_peak_bytes), "predicted")
+    table.add_row(
+        "planned peak", show_bytes(plan.predicted_peak_bytes), "profiled" if plan.is_profiled else "predicted"
+    )
     if plan.next_peak_bytes is not None:
         table.add_row("next cheaper plan", show_bytes(plan.next_peak_bytes), "measured, does not fit")
     table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), _label(plan.is_least_measured))

@@ -20,6 +20,7 @@ from jaxckpt.measurement import (
     lowered_for,
     side_by_side,
 )
+from jaxckpt.profiling import Profiler
 from jaxckpt.trace import Program, refuse_effects, run, size_bytes
 
 
@@ -33,6 +34,7 @@ class Study:
         solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
         target: the chip's name, None for the default backend.
         split: over how many devices its values are cut; None is as its most finely cut argument is.
+        is_profiled: compile each distinct block and option on its own, and time it where the device is here.
     """
 
     def __init__(
@@ -43,11 +45,16 @@ class Study:
         solver: Any,
         target: str | None,
         split: int | None = None,
+        *,
+        is_profiled: bool = False,
     ):
         self.split = shardings.split(program) if split is None else split
         self.program, self.objective, self.target = program, objective, target
         self.chip = targets.find(target)
-        self.cost, self.solver = cost, solver
+        self.cost, self.solver, self.is_profiled = cost, solver, is_profiled
+        self.timer = targets.timer(cost, self.chip)
+        is_timed = cost == "time" and target is None
+        self.profiler = Profiler(target, self.chip, self.timer, is_timed=is_timed) if is_profiled else None
         if not (callable(solver) or solver in SOLVERS):
             raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(SOLVERS)}, or a function")
         refuse_effects(program, "the planned function")
@@ -87,8 +94,9 @@ class Study:
             spans,
             active=self.active,
             arguments=set(self.program.inputs),
-            timer=targets.timer(self.cost, self.chip),
+            timer=self.timer,
             target=self.chip,
+            profiler=self.profiler,
         )
 
     @property

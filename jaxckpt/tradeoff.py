@@ -116,8 +116,8 @@ def frontier(
     """Trace the trade-off of peak bytes against step cost, refined where it bends.
 
     It costs one solve, whatever the number of points. What earlier plans of such programs measured corrects the
-    predictions, and points that are measured are remembered in turn. Beside the plans stand the program without one, and
-    the policies that can be written around any function: one checkpoint that saves nothing, all matmuls, or those
+    predictions, and points that are measured are remembered in turn. Beside the plans stand the program without one,
+    and the policies that can be written around any function: one checkpoint that saves nothing, all matmuls, or those
     without batch dimensions.
 
     Args:
