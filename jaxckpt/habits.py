@@ -22,7 +22,12 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
     indices per element, which depend on nothing and are therefore made before anything else; without a checkpoint it
     does so in the forward and keeps four per result. It does not fuse a broadcast into a reduction. GPUs and TPUs read
     operands as they lie.
+
+    On TPU a product reads operands that are fused into it, and what is costly is made again for each reader: of a
+    softmax between two products only its operand is ever a buffer, and of a gelu too.
     """
+    if target.platform == "tpu":
+        return Habits(matmuls_fuse_operands=True, repeats_expensive=True)
     if target.platform != "cpu":
         return Habits()
     layouts = {prims.dot_general_p: _dot, prims.conv_general_dilated_p: _conv}

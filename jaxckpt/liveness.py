@@ -10,7 +10,7 @@ fused from.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxckpt import costs
 from jaxckpt.trace import Equation
@@ -49,12 +49,16 @@ class Habits:
             that as soon as the program starts.
         index_bytes: what it holds instead from the forward to the backward where no checkpoint separates them.
         reductions_fuse_broadcasts: whether it fuses a broadcast into a reduction that reads it.
+        matmuls_fuse_operands: whether it fuses what makes an operand of a product or a convolution into that.
+        repeats_expensive: whether it makes a costly fused result again for each of its readers.
     """
 
     copies: Callable[[Equation], Collection[int]] = _nothing
     scratch_bytes: Callable[[Equation], int] = _no_bytes
     index_bytes: Callable[[Equation], int] = _no_bytes
     reductions_fuse_broadcasts: bool = True
+    matmuls_fuse_operands: bool = False
+    repeats_expensive: bool = False
 
 
 def peak_bytes(
@@ -162,7 +166,7 @@ def buffers_across(
         Values that the forward makes. One that is fused is made again from the buffers it is fused from.
     """
     same: dict[int, int] = {}
-    runs = _resolve([*forward, *backward], same)
+    runs = _resolve([*forward, *backward], same, replace(habits, copies=_nothing))
     made = {v for eqn in forward for v in eqn.outputs}
     buffers = _materialised(runs, _find(kept, same))
     if not habits.reductions_fuse_broadcasts:
@@ -220,8 +224,8 @@ def _resolve(
                 reads,
                 eqn.outputs,
                 eqn.primitive in costs.FUSIBLE,
-                eqn.primitive in costs.READS_FUSED,
-                eqn.primitive in costs.EXPENSIVE,
+                eqn.primitive in costs.READS_FUSED or (habits.matmuls_fuse_operands and costs.is_matmul(eqn)),
+                eqn.primitive in costs.EXPENSIVE and not habits.repeats_expensive,
                 reads[0] if eqn.primitive in costs.IN_PLACE and reads else None,
                 habits.scratch_bytes(eqn),
             )

@@ -165,7 +165,7 @@ def _again(model: Model, saved: Collection[int]) -> _Run:
 
 
 def _can_be_made(aval: Any) -> bool:
-    return not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+    return not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def _seconds(avals: list[Any], run: _Run) -> float:
