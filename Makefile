@@ -41,12 +41,13 @@ $(TARGETS_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(TARGETS_VENV)
 	$(TARGETS_BIN)/python -m pip install --quiet --upgrade pip
 	$(TARGETS_BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(TARGETS_BIN)/jaxckpt targets --install h100
-	$(TARGETS_BIN)/jaxckpt targets --install v5e
+	for chip in h100 v5e; do \
+	  $(TARGETS_BIN)/jaxckpt targets --install $$chip || echo "no compiler for $$chip could be installed: its tests are skipped"; \
+	done
 	touch $@
 
 test-targets: $(TARGETS_STAMP)
-	$(TARGETS_BIN)/python -m pytest -m targets
+	$(TARGETS_BIN)/python -m pytest -m targets -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
