@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import jaxckpt
-from jaxckpt import planner, shardings
+from jaxckpt import chips, installs, planner, shardings
 from jaxckpt.measurement import objective
 
 X = jax.ShapeDtypeStruct((2048, 64), jnp.float32)
@@ -81,3 +82,12 @@ def test_a_block_that_reads_a_key_keeps_its_modelled_times():
     modelled, profiled = studies(dropped, WS[:3], X, key)
     assert profiled.profiler.num_programs > 0 and profiled.candidates
     assert len(profiled.blocks.spans) == len(modelled.blocks.spans)
+
+
+@pytest.mark.targets
+def test_blocks_are_profiled_by_a_compiler_of_a_chip_that_is_not_here():
+    if installs.unusable(chips.find("h100")):
+        pytest.skip("its compiler is not installed")
+    x, ws = jax.ShapeDtypeStruct((131072, 256), jnp.float32), [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 6
+    plan = jaxckpt.plan(loss, ws, x, budget="70%", target="h100:1", profile=True)
+    assert plan.is_profiled and plan.measured_peak_bytes <= plan.budget_bytes
