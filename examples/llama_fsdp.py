@@ -63,7 +63,7 @@ class Config:
 
 
 SIZES = {
-    "toy": Config(num_layers=6, width=64, hidden=160, num_heads=4, num_kv_heads=2, num_tokens=128, vocab=256, batch=16),
+    "toy": Config(num_layers=4, width=32, hidden=64, num_heads=2, num_kv_heads=1, num_tokens=64, vocab=128, batch=16),
     # 1,345 million parameters.
     "1.3b": Config(
         num_layers=24, width=2048, hidden=5504, num_heads=16, num_kv_heads=16, num_tokens=2048, vocab=32000, batch=32
