@@ -180,8 +180,8 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
-    *everything, unread = model.everything()
-    kept.append(tuple(everything))
+    everything, held, unread = model.everything()
+    kept.append((everything, held))
     choices.append(None)
     return Analysis(
         model.block(tuple(option for option, _ in kept), model.time),
@@ -384,6 +384,14 @@ class Model:
             forward_peak_bytes=self._forward_peak(nothing),
             options=options,
         )
+
+    def forward_equations(self, kept: Collection[int]) -> list[Equation]:
+        """What makes these values from the block's inputs."""
+        return self._needed(kept, frozenset())
+
+    def backward_equations(self, saved: frozenset[int]) -> list[Equation]:
+        """The backward, behind what it makes again from the block's inputs and what is saved."""
+        return [*self._needed(self.joint.residuals, saved), *self.joint.backward]
 
     def _forward_times(self, saved: frozenset[int], time: dict[int, int]) -> tuple[int, ...]:
         times = []
