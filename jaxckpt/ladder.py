@@ -6,8 +6,9 @@ import numpy as np
 
 # A candidate that uses this share of its budget is not worth another compile, one below the other is.
 _ENOUGH, _TOO_LITTLE = 0.99, 0.9
-# Between the two, how much of the unplanned step's cost the next guess must save, by the compiles so far.
-_WORTH = (0.0, 0.003, 0.01)
+# From this share of the temporaries' room on, how much of the unplanned step's cost the next guess must save, by the
+# compiles so far; below it, any guess that saves something is tried.
+_MOSTLY, _WORTH = 0.95, (0.0, 0.003, 0.01)
 # A guess that is this much too large may fit all the same, and is tried where it saves as much.
 _NEAR = 0.03
 _MAX_COMPILES = 10
@@ -114,9 +115,6 @@ class Ladder:
         if fits < 0 or self.known[fits] < _TOO_LITTLE * budget_bytes:
             return False
         saved = self.costs[fits] - self.costs[following]
+        used = (self.known[fits] - self.fixed_bytes) / max(1, budget_bytes - self.fixed_bytes)
         is_late = len(self.known) + self.num_before >= len(_WORTH)
-        return (
-            is_late
-            or self.known[fits] - self.fixed_bytes >= _ENOUGH * (budget_bytes - self.fixed_bytes)
-            or saved < _WORTH[len(self.known)]
-        )
+        return is_late or used >= _ENOUGH or (used >= _MOSTLY and saved < _WORTH[len(self.known)])
