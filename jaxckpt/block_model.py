@@ -6,6 +6,7 @@ exactly what JAX is left with after its own dead-code elimination.
 """
 
 import hashlib
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,8 +172,11 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
-    kept.append(model.everything())
-    choices.append(None)
+    everything = model.everything()
+    # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
+    useful = [not _dominates(everything[0], option, 0, 0) for option, _ in kept]
+    kept = [*itertools.compress(kept, useful), everything]
+    choices = [*itertools.compress(choices, useful), None]
     return Analysis(
         model.block(tuple(option for option, _ in kept), model.time),
         model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
