@@ -69,6 +69,14 @@ def test_between_two_layers_a_transformer_is_cut_at_its_stream():
     assert crossing.count(stream) >= 3, crossing
 
 
+@pytest.mark.parametrize("vocab", [8, 1024])
+def test_a_loss_of_large_logits_is_a_block_of_its_own(vocab):
+    config = dataclasses.replace(gpt.TINY, vocab=vocab)
+    for blocks in study(gpt.make_loss(config), *gpt.specs(config)).cuts:
+        loss = {e.primitive.name for e in blocks.spans[-1].equations}
+        assert ("dot_general" not in loss) == (vocab == 1024)
+
+
 def test_a_mask_is_made_in_the_blocks_that_read_it():
     s = study_of("gpt")
     crossing = [s.program.avals[v] for span in s.blocks.spans for v in span.outputs]
