@@ -101,7 +101,7 @@ def test_external_results_do_not_count():
     assert peak_bytes(program.equations, lambda v: size_bytes(program.avals[v]), external=program.outputs) == A
 
 
-def across(fun, *args, num_forward, habits=Habits()):
+def across(fun, *args, num_forward):
     """The program, and what is held between its first equations and the others."""
     program = trace(fun, args).program
     backward = program.equations[num_forward:]
@@ -113,7 +113,7 @@ def across(fun, *args, num_forward, habits=Habits()):
         results=(),
         cotangents={v for eqn in backward for v in eqn.reads} - made,
         kept=(),
-        habits=habits,
+        habits=Habits(),
     )
     return program, found
 
