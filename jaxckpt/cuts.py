@@ -70,7 +70,11 @@ def cut(
     around = _around_alone(program, order, active, is_apart)
     heavy = _heavy(program, graph, order, active, max_blocks)
     borders = _borders(heavy, alive)
-    loss = _before_loss(heavy, borders, alive, is_coarse=is_coarse)
+    loss = _before_loss(heavy, borders, alive)
+    if heavy and not is_coarse:
+        # What is behind the last costly equation is no mere loss where there are products in it.
+        head = any(costs.is_matmul(program.equations[i]) for i in order[heavy[-1] + 1 :])
+        loss |= {heavy[-1] + 1} if head else set()
     if is_coarse and borders:
         level = sorted(alive[b - 1] for b in borders)[(len(borders) - 1) // 4]
         borders = [b for b in borders if alive[b - 1] <= level]
@@ -174,16 +178,15 @@ def _borders(heavy: Sequence[int], alive: Sequence[int]) -> list[int]:
     return borders
 
 
-def _before_loss(heavy: Sequence[int], borders: Sequence[int], alive: Sequence[int], *, is_coarse: bool) -> set[int]:
-    """A cut behind the last costly equation; a coarse one where its result is larger than what most cuts hold.
+def _before_loss(heavy: Sequence[int], borders: Sequence[int], alive: Sequence[int]) -> set[int]:
+    """A cut behind the last costly equation where its result is larger than what most cuts hold, as logits are.
 
-    All of the loss's backward, as large as logits and images are, would else be alive together with what that
-    equation's backward needs.
+    All of the loss's backward would else be alive together with what that equation's backward needs.
     """
-    if not borders or heavy[-1] + 1 >= len(alive):
+    if not borders:
         return set()
     usual = sorted(alive[b - 1] for b in borders)[len(borders) // 2]
-    return {heavy[-1] + 1} if not is_coarse or alive[heavy[-1]] > usual else set()
+    return {heavy[-1] + 1} if alive[heavy[-1]] > usual else set()
 
 
 def _thin(borders: list[int], alive: Sequence[int], max_blocks: int) -> list[int]:

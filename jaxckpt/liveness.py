@@ -114,8 +114,11 @@ def peak_bytes(
     """
     found = _resolve(equations, size, habits, [*kept, *external])
     there = {number for number, copy in found.copies.items() if copy in set(copies)}
+    runs = found.runs
+    if there:
+        runs = _live([run for run in runs if there.isdisjoint(run.makes)], found.find([*kept, *external]))
     return _peak(
-        _live([run for run in found.runs if there.isdisjoint(run.makes)], found.find([*kept, *external])),
+        runs,
         found,
         size,
         at_end=found.find(kept),
