@@ -56,6 +56,7 @@ def plan(
     has_aux: bool = False,
     calibration: Calibration | str | None = "auto",
     profile: bool = False,
+    keep_checkpoints: bool = True,
 ) -> Plan:
     """Find the cheapest recomputation plan of a function's value and gradient within a budget.
 
@@ -77,6 +78,8 @@ def plan(
             whose hash it carries.
         profile: compile each distinct block and option for the target on its own first, and time it where the target is
             the device that is here, instead of modelling it. That takes a small compile for each.
+        keep_checkpoints: leave the function's own `jax.checkpoint` calls as they are; otherwise they are inlined, and
+            the plan alone decides what is recomputed.
 
     Returns:
         The plan. Its `str` is the report.
@@ -104,7 +107,7 @@ def plan(
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration)
     request = replace(request, profile=profile)
-    traced = shardings.trace_placed(fun, args)
+    traced = shardings.trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
 
@@ -167,7 +170,8 @@ def find_study(
 ) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
     chip = targets.find(target)  # a user's chip may be defined anew under its name
-    key = (program.fingerprint(), program.shardings, goal, cost, solver, target, chip, is_profiled)
+    kept = program.keeps_checkpoints
+    key = (program.fingerprint(), kept, program.shardings, goal, cost, solver, target, chip, is_profiled)
     study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target, is_profiled=is_profiled)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:
