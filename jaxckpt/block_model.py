@@ -167,8 +167,8 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
-    *everything, unread = model.everything()
-    kept.append(tuple(everything))
+    everything, held, unread = model.everything()
+    kept.append((everything, held))
     choices.append(None)
     return Analysis(
         model.block(tuple(option for option, _ in kept), model.time),

@@ -9,7 +9,7 @@ made of what the operand is fused from, as soon as that is there.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -433,7 +433,7 @@ def _broadcast(run: _Run, size: Callable[[int], int]) -> list[Copy]:
     return [Copy(v, None, result) for v in run.reads if v >= 0 and size(v) * _SMALL < result]
 
 
-def _breadth_first(runs: Sequence[_Run], buffers: Collection[int], roots: dict[int, frozenset[int]]) -> list[_Run]:
+def _breadth_first(runs: Sequence[_Run], buffers: Set[int], roots: dict[int, frozenset[int]]) -> list[_Run]:
     """The runs that make buffers, in the order in which they become ready."""
     nodes = [run for run in runs if not buffers.isdisjoint(run.makes)]
     maker = {v: i for i, run in enumerate(nodes) for v in run.makes}
