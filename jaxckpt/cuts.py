@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from jaxckpt import costs
-from jaxckpt.scans import loop_of
+from jaxckpt.branches import is_planned_inside
 from jaxckpt.trace import Equation, Program, size_bytes
 
 # What is sunk is made again by every block that reads it, so it must cost next to nothing.
@@ -141,13 +141,13 @@ def _around_alone(
 ) -> set[int]:
     """Cuts before and after each equation that is a block of its own.
 
-    Those are loops that tangents flow through, which have options of their own, effects, which run once, and what
-    the compiler treats worse inside regions.
+    Those are loops and conditionals that tangents flow through, which have options of their own, effects, which run
+    once, and what the compiler treats worse inside regions.
     """
 
     def is_alone(i: int) -> bool:
         eqn = program.equations[i]
-        is_special = loop_of(eqn) is not None or is_apart(eqn)
+        is_special = is_planned_inside(eqn) or is_apart(eqn)
         return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and is_special)
 
     alone = [p for p, i in enumerate(order) if is_alone(i)]

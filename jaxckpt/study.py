@@ -58,6 +58,7 @@ class Study:
         fine = cuts.cut(program, dag, self.active, is_apart=is_apart)
         coarse = cuts.cut(program, dag, self.active, is_apart=is_apart, is_coarse=True) if solver == "auto" else fine
         self.cuts: list[Blocks] = []
+        self._known: dict = {}
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
         found = candidates([b.problem for b in self.cuts], solver)
@@ -87,6 +88,7 @@ class Study:
             timer=targets.timer(self.cost, self.chip),
             target=self.chip,
             is_apart=self._is_apart,
+            known=self._known,
         )
 
     @property
