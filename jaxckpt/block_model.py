@@ -6,6 +6,7 @@ exactly what JAX is left with after its own dead-code elimination.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,8 @@ from jaxckpt.trace import (
 EVERYTHING = "everything"
 # Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
 _TINY, _FOR_NOTHING = 64, 0.001
+# Options that differ by less than these parts of a block's largest value and of its work are alike.
+_ALIKE_BYTES, _ALIKE_TIME = 64, 2000
 
 
 class LocalBlock:
@@ -174,15 +177,19 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     model = Model(local, joint, timer, target)
     kept: list[tuple[Option, frozenset[int]]] = []
     choices: list[Saved] = []
+    spare_bytes = max(map(model.size, model.savable), default=0) // _ALIKE_BYTES
+    spare_time = sum(model.time.values()) // _ALIKE_TIME
     for saved in model.save_sets():
         option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
-        if any(dominates(other, option) for other, _ in kept):
+        if any(dominates(other, option, spare_bytes, spare_time) for other, _ in kept):
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
     everything, held, unread = model.everything()
-    kept.append((everything, held))
-    choices.append(None)
+    # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
+    useful = [not dominates(everything, option) for option, _ in kept]
+    kept = [*itertools.compress(kept, useful), (everything, held)]
+    choices = [*itertools.compress(choices, useful), None]
     return Analysis(
         model.block(tuple(option for option, _ in kept), model.time),
         model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
@@ -210,22 +217,15 @@ def effectful(local: LocalBlock) -> Analysis:
     return Analysis(block, block, (None,), (unread,), 0, 0)
 
 
-def as_it_is(analysis: Analysis) -> Analysis:
-    """A block that is left to JAX and nothing else: a loop, say, in which something has an effect in each iteration."""
-    last = lambda block: replace(block, options=block.options[-1:])  # noqa: E731
-    return replace(
-        analysis,
-        block=last(analysis.block),
-        flops_block=last(analysis.flops_block),
-        saved=analysis.saved[-1:],
-        unread=analysis.unread[-1:],
+def dominates(a: Option, b: Option, spare_bytes: int = 0, spare_time: int = 0) -> bool:
+    """Whether an option is no worse than another, or hardly, in anything."""
+    sizes = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes")
+    return (
+        set(a.saved_outputs) <= set(b.saved_outputs)
+        and all(getattr(a, k) <= getattr(b, k) + spare_bytes for k in sizes)
+        and a.recompute_time <= b.recompute_time + spare_time
+        and all(x <= y + spare_time for x, y in zip(a.forward_times, b.forward_times, strict=True))
     )
-
-
-def dominates(a: Option, b: Option) -> bool:
-    """Whether an option is as good as another one in everything."""
-    keys = ("saved_bytes", "recompute_time", "forward_peak_bytes", "backward_peak_bytes", "forward_times")
-    return set(a.saved_outputs) <= set(b.saved_outputs) and all(getattr(a, k) <= getattr(b, k) for k in keys)
 
 
 class Model:
@@ -396,6 +396,14 @@ class Model:
             forward_peak_bytes=self._forward_peak(nothing),
             options=options,
         )
+
+    def forward_equations(self, kept: Collection[int]) -> list[Equation]:
+        """What makes these values from the block's inputs."""
+        return self._needed(kept, frozenset())
+
+    def backward_equations(self, saved: frozenset[int]) -> list[Equation]:
+        """The backward, behind what it makes again from the block's inputs and what is saved."""
+        return [*self._needed(self.joint.residuals, saved), *self.joint.backward]
 
     def _forward_times(self, saved: frozenset[int], time: dict[int, int]) -> tuple[int, ...]:
         times = []

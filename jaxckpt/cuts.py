@@ -68,7 +68,7 @@ def cut(
         return ()
     alive = _alive_bytes(program, graph, order)
     around = _around_alone(program, order, active, is_apart)
-    heavy = _heavy(graph, order, max_blocks)
+    heavy = _heavy(program, graph, order, active, max_blocks)
     borders = _borders(heavy, alive)
     loss = _before_loss(heavy, borders, alive)
     if heavy and not is_coarse:
@@ -154,10 +154,15 @@ def _around_alone(
     return {b for p in alone for b in (p, p + 1) if 0 < b < len(order)}
 
 
-def _heavy(graph: nx.DiGraph, order: Sequence[int], max_blocks: int) -> list[int]:
-    """Where the costly equations stand in the order."""
+def _heavy(program: Program, graph: nx.DiGraph, order: Sequence[int], active: set[int], max_blocks: int) -> list[int]:
+    """Where the costly equations stand in the order; elementwise ones that no tangent flows through are not."""
+
+    def is_light(i: int) -> bool:
+        eqn = program.equations[i]
+        return eqn.primitive in costs.FUSIBLE and active.isdisjoint(eqn.outputs)
+
     weights = [graph.nodes[i]["flops"] for i in order]
-    return [p for p, w in enumerate(weights) if w * 4 * max_blocks >= sum(weights) and w]
+    return [p for p, w in enumerate(weights) if w * 4 * max_blocks >= sum(weights) and w and not is_light(order[p])]
 
 
 def _borders(heavy: Sequence[int], alive: Sequence[int]) -> list[int]:

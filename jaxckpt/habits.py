@@ -24,7 +24,12 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
     does so in the forward and keeps four per result. Its kernels for reductions do arithmetic on the way, but neither
     comparisons nor layout changes, and nothing whose result is read elsewhere. What is ready first runs first. GPUs and
     TPUs read operands as they lie.
+
+    On TPU a product reads operands that are fused into it, and what is costly is made again for each reader: of a
+    softmax between two products only its operand is ever a buffer, and of a gelu too.
     """
+    if target.platform == "tpu":
+        return Habits(matmuls_fuse_operands=True, repeats_expensive=True)
     if target.platform != "cpu":
         return Habits()
     layouts = {prims.dot_general_p: _dot, prims.conv_general_dilated_p: _conv}

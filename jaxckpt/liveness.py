@@ -9,7 +9,7 @@ made of what the operand is fused from, as soon as that is there.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -75,6 +75,8 @@ class Habits:
         kernel_holds: where reductions are kernels of their own, the operations that these do for themselves, unless
             something else reads the result too; None where a reduction fuses like anything else.
         is_breadth_first: it runs what became ready first, and so makes copies long before they are read.
+        matmuls_fuse_operands: whether it fuses what makes an operand of a product or a convolution into that.
+        repeats_expensive: whether it makes a costly fused result again for each of its readers.
     """
 
     copies: Callable[[Equation], Collection[int]] = _nothing
@@ -82,6 +84,8 @@ class Habits:
     index_bytes: Callable[[Equation], int] = _no_bytes
     kernel_holds: Callable[[Equation], bool] | None = None
     is_breadth_first: bool = False
+    matmuls_fuse_operands: bool = False
+    repeats_expensive: bool = False
 
 
 def peak_bytes(
@@ -335,8 +339,8 @@ def _resolve(
                 reads,
                 eqn.outputs,
                 eqn.primitive in costs.FUSIBLE,
-                eqn.primitive in costs.READS_FUSED,
-                eqn.primitive in costs.EXPENSIVE,
+                eqn.primitive in costs.READS_FUSED or (habits.matmuls_fuse_operands and costs.is_matmul(eqn)),
+                eqn.primitive in costs.EXPENSIVE and not habits.repeats_expensive,
                 reads[0] if eqn.primitive in costs.IN_PLACE and reads else None,
                 habits.scratch_bytes(eqn),
                 habits.kernel_holds is not None and eqn.primitive in costs.FUSIBLE and habits.kernel_holds(eqn),
@@ -433,7 +437,7 @@ def _broadcast(run: _Run, size: Callable[[int], int]) -> list[Copy]:
     return [Copy(v, None, result) for v in run.reads if v >= 0 and size(v) * _SMALL < result]
 
 
-def _breadth_first(runs: Sequence[_Run], buffers: Set[int], roots: dict[int, frozenset[int]]) -> list[_Run]:
+def _breadth_first(runs: Sequence[_Run], buffers: set[int], roots: dict[int, frozenset[int]]) -> list[_Run]:
     """The runs that make buffers, in the order in which they become ready."""
     nodes = [run for run in runs if not buffers.isdisjoint(run.makes)]
     maker = {v: i for i, run in enumerate(nodes) for v in run.makes}

@@ -278,8 +278,7 @@ def flatten(jaxpr: Any, *, keep_checkpoints: bool = True, is_differentiated: boo
     Returns:
         The program.
     """
-    inlined = _INLINED if keep_checkpoints else {**_INLINED, prims.remat_p: "jaxpr"}
-    inlined = inlined | _RULED if is_differentiated else inlined
+    inlined = _INLINED | (_RULED if is_differentiated else {}) | ({} if keep_checkpoints else {prims.remat_p: "jaxpr"})
     avals: list[Any] = []
     equations: list[Equation] = []
 
@@ -287,15 +286,23 @@ def flatten(jaxpr: Any, *, keep_checkpoints: bool = True, is_differentiated: boo
         avals.append(var.aval)
         return len(avals) - 1
 
+    def enter(eqn: Any, operands: Iterable[Atom], stacks: tuple[Any, ...], calls: tuple[Any, ...]) -> list[Atom]:
+        """Copy the equations inside a call."""
+        inner = eqn.params[inlined[eqn.primitive]]
+        # Closed-over arrays of a nested jaxpr are operands like any other.
+        held = zip(getattr(inner, "consts", ()), _opened(inner).constvars, strict=True)
+        return walk(_opened(inner), (*(Constant(c, v.aval) for c, v in held), *operands), stacks, calls)
+
     def insert(program: Program, operands: Sequence[Atom], call: Any, stacks: Any, calls: Any) -> list[Atom]:
         """Copy a flat program's equations, its values renumbered."""
         env = dict(zip(program.inputs, operands, strict=True))
         read = lambda x: env[x] if isinstance(x, int) else x  # noqa: E731
         for eqn in program.equations:
-            if eqn.primitive in inlined:  # a checkpoint that the inner program keeps
+            if eqn.primitive in inlined:  # a call that the inner program keeps
                 infos = (eqn.source_info, *eqn.call_infos, call.source_info, *calls)
-                results = walk(eqn.params["jaxpr"], map(read, eqn.inputs), (*stacks, *eqn.name_stacks), infos)
-                env.update(zip(eqn.outputs, results, strict=True))
+                env.update(
+                    zip(eqn.outputs, enter(eqn, map(read, eqn.inputs), (*stacks, *eqn.name_stacks), infos), strict=True)
+                )
                 continue
             for v in eqn.outputs:
                 avals.append(program.avals[v])
@@ -322,12 +329,7 @@ def flatten(jaxpr: Any, *, keep_checkpoints: bool = True, is_differentiated: boo
             inputs = tuple(map(read, eqn.invars))
             eqn_stacks = (*stacks, eqn.source_info.name_stack)
             if eqn.primitive in inlined:
-                inner = eqn.params[inlined[eqn.primitive]]
-                # Closed-over arrays of a nested jaxpr are operands like any other.
-                held = zip(getattr(inner, "consts", ()), _opened(inner).constvars, strict=True)
-                consts = [Constant(c, v.aval) for c, v in held]
-                results = walk(_opened(inner), (*consts, *inputs), eqn_stacks, (eqn.source_info, *calls))
-                env.update(zip(eqn.outvars, results, strict=True))
+                env.update(zip(eqn.outvars, enter(eqn, inputs, eqn_stacks, (eqn.source_info, *calls)), strict=True))
                 continue
             if eqn.primitive in PROGRAM_CALLS:
                 env.update(

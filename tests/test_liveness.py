@@ -234,3 +234,19 @@ def test_on_cpu_a_poolings_derivative_holds_four_indices_an_element():
     scratch = habits_of(find("cpu"), program.avals).scratch_bytes(pool)
     assert scratch == 4 * 4 * (2 * 8 * 8 * 4 + 2 * 4 * 4 * 4)
     assert not habits_of(find("v5e"), program.avals).scratch_bytes(pool)
+
+
+def test_a_tpus_products_read_what_is_fused_into_them():
+    def attention(q, k, v):
+        scores = q @ k.T
+        return jax.nn.softmax(scores) @ v, scores
+
+    x = jax.ShapeDtypeStruct((512, 8), jnp.float32)
+    program = trace(attention, (x, x, x)).program
+    peaks = {}
+    for name in ("v5e", "h100"):
+        habits = habits_of(find(name), program.avals)
+        size = lambda v: size_bytes(program.avals[v])  # noqa: E731
+        peaks[name] = peak_bytes(program.equations, size, kept=program.outputs, habits=habits)
+    scores = 512 * 512 * 4
+    assert scores <= peaks["v5e"] < 1.2 * scores and peaks["h100"] >= 2 * scores

@@ -169,6 +169,22 @@ def test_options_of_a_long_loop_stand_close_together():
     assert len(options) <= 129
 
 
+def test_a_limit_that_is_the_cost_of_a_checkpointed_body_is_met_exactly():
+    specs = shapes(decoder_args(13, rows=512))
+    by_hand = lambda params, x: decoder_loss(params, x, wrap=checkpointed)  # noqa: E731
+    flops = [costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
+    plan = jaxckpt.plan(decoder_loss, *specs, max_cost=flops[0] / flops[1], cost="flops")
+    assert plan.unplanned_cost == flops[1] and plan.recompute_cost <= flops[0] - flops[1]
+    assert plan.measured_peak_bytes <= jaxckpt.measure(by_hand, *specs).device_bytes
+
+
+def test_no_iteration_of_a_loop_is_left_alone():
+    # Compilers put a loop of one iteration in line, and then hold more than the model says.
+    s = study(rnn_loss, *shapes(rnn_args(60)))
+    plans = [x for choices in s.blocks.choices for x in choices if isinstance(x, LoopPlan)]
+    assert len(plans) > 20 and all(p.lengths != (1,) for plan in plans for p in plan.parts)
+
+
 @pytest.mark.slow
 def test_predicted_bytes_are_those_that_xla_measures():
     s = study(decoder_loss, *shapes(decoder_args(64, rows=4096)))
