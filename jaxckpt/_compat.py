@@ -141,6 +141,14 @@ def is_callback_effect(effect: Any) -> bool:
     return isinstance(effect, tuple(c for c in classes if c is not None))
 
 
+def held_jaxpr(primitive: Any) -> Any:
+    """What a primitive of the new kind stands for: under `JAX_REMAT3=1` checkpoints and names are such ones."""
+    held = getattr(primitive, "jaxpr", None)
+    if held is None:
+        held = jax.make_jaxpr(primitive.expand)(*primitive.in_avals)
+    return getattr(held, "jaxpr", held)
+
+
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carried; the rest are stacked."""
     if "num_carry" in params:

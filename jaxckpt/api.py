@@ -46,6 +46,7 @@ def auto_remat(
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
     cache_dir: str | os.PathLike | None = None,
+    keep_checkpoints: bool = True,
 ) -> Callable:
     """Give back the same function, which recomputes as a plan within the budget says when it is differentiated.
 
@@ -64,6 +65,8 @@ def auto_remat(
         static_argnums: positional arguments to treat as static, as in `jax.jit`.
         static_argnames: keyword arguments to treat as static.
         cache_dir: where plans are kept; None is the user's cache directory.
+        keep_checkpoints: leave the function's own `jax.checkpoint` calls as they are; otherwise they are inlined, and
+            the plan alone decides what is recomputed.
 
     Returns:
         A function with the same arguments and results. As under `jax.jit`, equal calls are traced once: what `fun`
@@ -93,6 +96,7 @@ def auto_remat(
             static_argnums=static_argnums,
             static_argnames=static_argnames,
             cache_dir=cache_dir,
+            keep_checkpoints=keep_checkpoints,
         )
     request = None if budget is None else make_request(budget, None, cost, solver, target, reserve, verify)
     positions = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
@@ -108,7 +112,8 @@ def auto_remat(
             _warn_no_budget()
             return fun(*args, **kwargs)
         inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, positions, names)
-        traced = trace(inner, args, kwargs, memory if all(map(is_settled, fixed)) else None, fixed)
+        shared = memory if all(map(is_settled, fixed)) else None
+        traced = trace(inner, args, kwargs, shared, fixed, keep_checkpoints=keep_checkpoints)
         refuse_effects(traced.program, label)
         leaves = [leaf for leaf, dyn in zip(jax.tree.leaves((args, kwargs)), traced.is_array, strict=True) if dyn]
         results = auto_remat_p.bind(*traced.consts, *leaves, call=call_of(traced.program))
@@ -286,7 +291,9 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
 def _key(program: Program, goal: Any, request: Request) -> str:
     versions = (SCHEMA, jaxckpt.__version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
     place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""), targets.find(request.target))
-    return hashlib.sha256(repr((program.fingerprint(), goal, request, versions, place)).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        repr((program.fingerprint(), program.keeps_checkpoints, goal, request, versions, place)).encode()
+    ).hexdigest()[:32]
 
 
 def _path(cache_dir: str | None, key: str) -> Path:

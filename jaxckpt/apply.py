@@ -8,8 +8,9 @@ import jax
 from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
 
+from jaxckpt.branches import branches_of, run_branches
 from jaxckpt.cuts import Span, spans_at
-from jaxckpt.regions import LoopPart, LoopPlan, Saved
+from jaxckpt.regions import BranchPlan, LoopPart, LoopPlan, Saved
 from jaxckpt.scans import Loop, Run, loop_of, run_loop
 from jaxckpt.trace import Constant, Program, evaluate, outputs_of
 
@@ -55,6 +56,24 @@ def planned(
     return fun
 
 
+def branch_functions(
+    programs: Sequence[Program], plan: BranchPlan, prefix: str, is_forward_mode: bool = False
+) -> list[Callable[..., list[Any]]]:
+    """The branches of a conditional, each run as its plan says."""
+    # A conditional whose branch is known is inlined by compilers, so nothing keeps forward and backward apart.
+    return [
+        planned(
+            program,
+            spans_at(program, tree.blocks),
+            tree.schedule,
+            tree.saved,
+            f"{prefix}.{i}",
+            is_forward_mode=is_forward_mode,
+        )
+        for i, (program, tree) in enumerate(zip(programs, plan.branches, strict=True))
+    ]
+
+
 class _Runner:
     def __init__(
         self,
@@ -87,6 +106,8 @@ class _Runner:
             evaluate(span.equations, env)
         elif isinstance(saved, LoopPlan):
             self._loop(node.block, saved, env)
+        elif isinstance(saved, BranchPlan):
+            self._branches(node.block, saved, env)
         else:
             names = {v: f"{self.prefix}.{node.block}.{i}" for i, v in enumerate(saved)}
             body = functools.partial(evaluate, span.equations, names=names)
@@ -98,6 +119,14 @@ class _Runner:
         operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
         runs = [self._run(loop_of(eqn), part, f"{self.prefix}.{block}.{i}") for i, part in enumerate(plan.parts)]
         env.update(zip(eqn.outputs, run_loop(eqn, operands, runs), strict=True))
+
+    def _branches(self, block: int, plan: BranchPlan, env: dict[int, Any]) -> None:
+        *before, eqn = self.spans[block].equations
+        evaluate(before, env)
+        operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
+        programs = [branch.body for branch in branches_of(eqn)]
+        bodies = branch_functions(programs, plan, f"{self.prefix}.{block}", self.is_forward_mode)
+        env.update(zip(eqn.outputs, run_branches(eqn, operands, bodies), strict=True))
 
     def _run(self, loop: Loop | None, part: LoopPart, prefix: str) -> Run:
         assert loop is not None, "only a scan has a plan of its own"

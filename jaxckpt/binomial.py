@@ -5,10 +5,14 @@ iterations from the last to the first: it starts at the nearest state held befor
 states in slots that have become free on the way, and differentiates it. Which state goes where is a table, made here.
 Stacked inputs are read, and their cotangents written, in place: unlike in nested scans no chunk of them is copied.
 
+The backward's inner loop runs as often as the table says, and of such a loop there is no reverse derivative. Where the
+gradient is differentiated again, both loops are therefore replaced by checkpointed scans of checkpointed scans.
+
 Source: Griewank and Walther, "Algorithm 799: revolve", 2000.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +110,8 @@ def binomial_loop(
         reverse: run from the last slice to the first.
 
     Returns:
-        The last carry, and the stacked results. It can be differentiated in reverse, and that forward; its program has
-        the same size whatever the length.
+        The last carry, and the stacked results. It can be differentiated in reverse, and the gradient in every way; its
+        program has the same size whatever the length.
     """
     table = _table(length, min(num_states, length))
     # Loops below go over slices in the order in which they are stacked.
@@ -117,7 +121,10 @@ def binomial_loop(
     def run(consts: list[Any], carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         return lax.scan(lambda c, x: step(consts, c, x), carry, slices, length=length, reverse=reverse)
 
-    def forward(consts: list[Any], carry: list[Any], slices: list[Any]) -> tuple[Any, Any]:
+    plain = functools.partial(_in_chunks, differentiable_step, length=length, reverse=reverse)
+
+    @jax.custom_jvp
+    def hold(consts: list[Any], carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         def held(state: tuple[list[Any], list[Any]], xs: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
             (carry, slots), (slot, x) = state, xs
             slots = _put(slots, carry, slot)
@@ -127,11 +134,23 @@ def binomial_loop(
         empty = [jnp.zeros((table.num_slots, *x.shape), x.dtype) for x in carry]
         xs = (stacked(table.first), slices)
         (carry, slots), ys = lax.scan(held, (carry, empty), xs, length=length, reverse=reverse)
+        return carry, ys, slots
+
+    @hold.defjvp
+    def hold_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        (carry, ys), (carry_tangents, result_tangents) = jax.jvp(plain, primals, tangents)
+        slots = hold(*primals)[2]
+        # Of the states that are held, the gradient is a function of the first alone.
+        starts = zip(slots, tangents[1], strict=True)
+        slot_tangents = [_put_tangent(s, t, int(table.first[0])) for s, t in starts]
+        return (carry, ys, slots), (carry_tangents, result_tangents, slot_tangents)
+
+    def forward(consts: list[Any], carry: list[Any], slices: list[Any]) -> tuple[Any, Any]:
+        carry, ys, slots = hold(consts, carry, slices)
         return (carry, ys), (consts, slots, slices)
 
-    def backward(residuals: Any, cotangents: Any) -> tuple[Any, Any, Any]:
-        consts, slots, slices = residuals
-        carry_cotangents, result_cotangents = map(_wanted, cotangents)
+    @jax.custom_jvp
+    def turned(consts: Any, slots: Any, slices: Any, carry_cotangents: Any, result_cotangents: Any) -> Any:
         again = jnp.asarray(table.again)
 
         def reach(j: Any, state: Any, start: Any, offset: Any) -> Any:
@@ -154,11 +173,56 @@ def binomial_loop(
         zeros = [jnp.zeros_like(x) for x in _active(consts)]
         init, xs = (slots, carry_cotangents, zeros), (order, slices, result_cotangents)
         (_, cts, const_cts), slice_cts = lax.scan(turn, init, xs, length=length, reverse=not reverse)
+        return const_cts, cts, slice_cts
+
+    @turned.defjvp
+    def turned_jvp(primals: Any, tangents: Any) -> Any:
+        def gradient(consts: Any, slots: Any, slices: Any, *cotangents: Any) -> Any:
+            return tuple(_pull(plain, consts, [s[int(table.first[0])] for s in slots], slices, *cotangents))
+
+        return jax.jvp(gradient, primals, tangents)
+
+    def backward(residuals: Any, cotangents: Any) -> tuple[Any, Any, Any]:
+        consts, slots, slices = residuals
+        const_cts, cts, slice_cts = turned(consts, slots, slices, *map(_wanted, cotangents))
         given = (consts, [s[0] for s in slots], slices)
         return tuple(_spread(x, ct) for x, ct in zip(given, (const_cts, cts, slice_cts), strict=True))  # type: ignore[return-value]
 
     run.defvjp(forward, backward)
     return run(list(consts), list(carry), list(slices))
+
+
+def _in_chunks(
+    step: Step, consts: list[Any], carry: list[Any], slices: list[Any], *, length: int, reverse: bool
+) -> tuple[list[Any], list[Any]]:
+    """The same loop as a scan of checkpointed scans, and one of what is left over."""
+    size = max(1, math.isqrt(length))
+    whole = length - length % size
+
+    def scanned(carry: list[Any], slices: list[Any], num: int = size) -> tuple[list[Any], list[Any]]:
+        return lax.scan(lambda c, x: step(consts, c, x), carry, slices, length=num, reverse=reverse)
+
+    def chunked(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        chunks = [x.reshape(whole // size, size, *x.shape[1:]) for x in slices]
+        inner = jax.checkpoint(scanned, prevent_cse=False)
+        carry, ys = lax.scan(inner, carry, chunks, length=whole // size, reverse=reverse)
+        return carry, [y.reshape(whole, *y.shape[2:]) for y in ys]
+
+    if whole == length:
+        return chunked(carry, slices)
+    first, last = (
+        (slice(length - whole, None), slice(length - whole)) if reverse else (slice(whole), slice(whole, None))
+    )
+    carry, ys = chunked(carry, [x[first] for x in slices])
+    carry, rest = scanned(carry, [x[last] for x in slices], length - whole)
+    return carry, [jnp.concatenate([b, a] if reverse else [a, b]) for a, b in zip(ys, rest, strict=True)]
+
+
+def _put_tangent(slots: Any, tangent: Any, slot: int) -> Any:
+    """The tangent of slots of which only one moves."""
+    if not is_differentiable(jax.typeof(slots)):
+        return np.zeros(slots.shape, jax.dtypes.float0)
+    return jnp.zeros_like(slots).at[slot].set(tangent)
 
 
 def _put(slots: list[Any], carry: list[Any], slot: Any) -> list[Any]:

@@ -7,7 +7,7 @@ exactly what JAX is left with after its own dead-code elimination.
 
 import hashlib
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +89,8 @@ class Analysis:
     unread: tuple[tuple[int, ...], ...]  # for each option, the inputs that only its forward reads
     unplanned_cost: int
     residual_bytes: int  # of what JAX keeps of the block without a checkpoint, whether a compiler needs it or not
+    # Of loops and conditionals, for each option: most alive in the backward beyond what is saved, if that stays.
+    transients: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,16 @@ class Joint:
     gradients: list[int]  # cotangents of arguments
 
 
-def differentiate(local: LocalBlock) -> Joint:
-    """Trace a block with its backward."""
+def differentiate(local: LocalBlock, run: Callable[[dict[int, Any]], None] | None = None) -> Joint:
+    """Trace a block with its backward.
+
+    Args:
+        local: the block.
+        run: adds what its equations make to a dict of values; None runs them as they are.
+
+    Returns:
+        Its forward and backward.
+    """
     program, span = local.program, local.span
     interior = [v for eqn in span.equations for v in eqn.outputs]
 
@@ -117,7 +127,10 @@ def differentiate(local: LocalBlock) -> Joint:
             inner = env | dict(zip(local.active_inputs, active, strict=True))
             # A name is a value of its own: what an operation's derivative reads of its unnamed result is made again
             # even where the named one is saved, so the model must see both.
-            evaluate(span.equations, inner, dict.fromkeys(interior, "value"))
+            if run is None:
+                evaluate(span.equations, inner, dict.fromkeys(interior, "value"))
+            else:
+                run(inner)
             return [inner[v] for v in local.active_outputs], [inner[v] for v in interior]
 
         _, pull, values = jax.vjp(forward, *(env[v] for v in local.active_inputs), has_aux=True)
@@ -168,13 +181,13 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     spare_time = sum(model.time.values()) // _ALIKE_TIME
     for saved in model.save_sets():
         option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
-        if any(_dominates(other, option, spare_bytes, spare_time) for other, _ in kept):
+        if any(dominates(other, option, spare_bytes, spare_time) for other, _ in kept):
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
     everything = model.everything()
     # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
-    useful = [not _dominates(everything[0], option, 0, 0) for option, _ in kept]
+    useful = [not dominates(everything[0], option) for option, _ in kept]
     kept = [*itertools.compress(kept, useful), everything]
     choices = [*itertools.compress(choices, useful), None]
     return Analysis(
@@ -204,8 +217,20 @@ def effectful(local: LocalBlock) -> Analysis:
     return Analysis(block, block, (None,), (unread,), 0, 0)
 
 
-def _dominates(a: Option, b: Option, spare_bytes: int, spare_time: int) -> bool:
-    """Whether an option is no worse than another, or hardly, in anything."""
+def as_it_is(analysis: Analysis) -> Analysis:
+    """A block that is left to JAX and nothing else: a loop, say, in which something has an effect in each iteration."""
+    last = lambda block: replace(block, options=block.options[-1:])  # noqa: E731
+    return replace(
+        analysis,
+        block=last(analysis.block),
+        flops_block=last(analysis.flops_block),
+        saved=analysis.saved[-1:],
+        unread=analysis.unread[-1:],
+    )
+
+
+def dominates(a: Option, b: Option, spare_bytes: int = 0, spare_time: int = 0) -> bool:
+    """Whether an option is as good as another one in everything, or worse by no more than this."""
     sizes = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes")
     return (
         set(a.saved_outputs) <= set(b.saved_outputs)

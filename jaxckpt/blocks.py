@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
 
-from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
+from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, as_it_is, effectful
+from jaxckpt.branch_model import analyse_conditional
+from jaxckpt.branches import branches_of
 from jaxckpt.cuts import Span
-from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
 from jaxckpt.scans import loop_of
@@ -35,6 +36,8 @@ class Blocks:
         classes: `[n]`, equal for blocks with the same equations and shapes.
         unplanned_cost: forward and backward without recomputation, in units of the plan's cost.
         once: the blocks with side effects, which no region may repeat.
+        transients: `[n]`, for each option of a loop or a conditional the most bytes alive in its backward beyond what
+            is saved, were nothing of that freed; empty for other blocks.
     """
 
     program: Program
@@ -47,6 +50,7 @@ class Blocks:
     classes: tuple[int, ...]
     unplanned_cost: int
     once: tuple[int, ...] = ()
+    transients: tuple[tuple[int, ...], ...] = ()
 
 
 def analyse(
@@ -59,6 +63,7 @@ def analyse(
     timer: Timer,
     target: Target,
     invariant: Collection[int] | None = None,
+    known: dict[str, tuple[int, Analysis]] | None = None,
 ) -> Blocks:
     """Analyse every distinct block once and put the solver's problem together.
 
@@ -71,14 +76,15 @@ def analyse(
         timer: times of equations, in the unit of the plan's cost.
         target: the chip, whose compiler decides what is materialised.
         invariant: where the program is a loop's body, its inputs that are the same in every iteration.
+        known: what is known of the blocks of other cuts of the same program, by signature; new ones are added.
 
     Returns:
         The problem, with what stands behind its options.
     """
     results = {x for x in program.outputs if isinstance(x, int)}
     values, place = _crossing_values(program, spans, active, results)
-    known: dict[str, tuple[int, Analysis]] = {}
-    blocks, flops_blocks, choices, classes, residual_bytes, cost = [], [], [], [], [], 0
+    known = {} if known is None else known
+    blocks, flops_blocks, choices, classes, residual_bytes, transients, cost = [], [], [], [], [], [], 0
     for span in spans:
         local = LocalBlock(program, span, active, arguments, results, invariant)
         key = local.signature()
@@ -91,6 +97,7 @@ def analyse(
         flops_blocks.append(_placed(analysis.flops_block, analysis, span, place))
         choices.append(tuple(_globalised(saved, local.values) for saved in analysis.saved))
         residual_bytes.append(analysis.residual_bytes)
+        transients.append(analysis.transients)
     once = tuple(k for k, span in enumerate(spans) if any(eqn.effects for eqn in span.equations))
     return Blocks(
         program=program,
@@ -103,6 +110,7 @@ def analyse(
         residual_bytes=tuple(residual_bytes),
         classes=tuple(classes),
         unplanned_cost=cost + (_summing(program, spans, active) if timer is count_flops else 0),
+        transients=tuple(transients),
     )
 
 
@@ -115,14 +123,13 @@ def _summing(program: Program, spans: Sequence[Span], active: Collection[int]) -
 def _analyse_one(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     last = local.span.equations[-1]
     if last.effects and local.active_outputs:
-        raise UnsupportedProgramError(
-            f"{last.primitive.name} at {last.source or 'an unknown line'} has side effects and is differentiated, so a "
-            "plan can neither repeat nor skip it; move the effect out of the loop or branch it is in"
-        )
+        return as_it_is(analyse_block(local, timer, target))
     if last.effects:
         return effectful(local)
     if loop_of(last) is not None and local.active_outputs:
         return analyse_loop(local, timer, target, analyse)
+    if branches_of(last) and local.active_outputs:
+        return analyse_conditional(local, timer, target, analyse)
     return analyse_block(local, timer, target)
 
 

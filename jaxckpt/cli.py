@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--solver", default="auto", help="auto, chain, chen or revolve")
     plan.add_argument("--reserve", type=_number_or_text, default=0, help="bytes to leave for optimizer state")
     plan.add_argument("--no-verify", action="store_true", help="predict, do not compile")
+    _takes_checkpoints(plan)
     plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
 
     measure = _command(commands, "measure", _measure, "compile value and gradient and print the device bytes")
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument("--cost", choices=("time", "flops"), default="time", help="what a step's cost is counted in")
     curve.add_argument("--num-points", type=int, default=12, help="how many plans at most")
     curve.add_argument("--verify", action="store_true", help="compile every point and measure it")
+    _takes_checkpoints(curve)
     curve.add_argument("--plot", type=Path, help="draw it into this file, such as frontier.png")
 
     show = _command(commands, "show", _show, "print a plan from a file")
@@ -137,6 +139,12 @@ def _takes_function(command: argparse.ArgumentParser) -> None:
     command.add_argument("--has-aux", action="store_true", help="the function returns (value, aux)")
 
 
+def _takes_checkpoints(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--inline-checkpoints", action="store_true", help="let the plan replace the function's own jax.checkpoint calls"
+    )
+
+
 def _number_or_text(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
@@ -157,6 +165,7 @@ def _plan(options: argparse.Namespace) -> int:
         verify=not options.no_verify,
         argnums=_argnums(options),
         has_aux=options.has_aux,
+        keep_checkpoints=not options.inline_checkpoints,
     )
     if options.output:
         found.save(options.output)
@@ -202,6 +211,7 @@ def _frontier(options: argparse.Namespace) -> int:
         verify=options.verify,
         argnums=_argnums(options),
         has_aux=options.has_aux,
+        keep_checkpoints=not options.inline_checkpoints,
     )
     if options.plot:
         from jaxckpt.plotting import draw_frontier
@@ -233,7 +243,7 @@ def _check(options: argparse.Namespace) -> int:
 
     found = Plan.load(options.plan)
     fun, args = _function_and_args(options)
-    found.check(trace(fun, args).program)
+    found.check(trace(fun, args, keep_checkpoints=found.keeps_checkpoints).program)
     print(json.dumps({"matches": True}) if options.json else f"{options.plan} is a plan for {options.function}")
     return _YES
 

@@ -124,6 +124,8 @@ def _nested(primitive: Any, params: dict[str, Any]) -> Cost | None:
         return max((jaxpr_cost(b.jaxpr) for b in params["branches"]), key=lambda c: c.flops)
     if primitive in _SOLVES:
         return jaxpr_cost(params["jaxprs"].solve.jaxpr)
+    if "_prim" in params:
+        return _total([jaxpr_cost(_compat.held_jaxpr(params["_prim"]))])
     bodies = [getattr(params[k], "jaxpr", params[k]) for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params]
     bodies = [b for b in bodies if hasattr(b, "eqns")]
     return _total([jaxpr_cost(b) for b in bodies]) if bodies else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from jaxckpt import costs
-from jaxckpt.scans import loop_of
+from jaxckpt.branches import is_planned_inside
 from jaxckpt.trace import Equation, Program, size_bytes
 
 # What is sunk is made again by every block that reads it, so it must cost next to nothing.
@@ -128,12 +128,13 @@ def _alive_bytes(program: Program, graph: nx.DiGraph, order: Sequence[int]) -> l
 def _around_alone(program: Program, order: Sequence[int], active: set[int]) -> set[int]:
     """Cuts before and after each equation that is a block of its own.
 
-    Those are loops that tangents flow through, which have options of their own, and effects, which run once.
+    Those are loops and conditionals that tangents flow through, which have options of their own, and effects, which
+    run once.
     """
 
     def is_alone(i: int) -> bool:
         eqn = program.equations[i]
-        return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and loop_of(eqn) is not None)
+        return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and is_planned_inside(eqn))
 
     alone = [p for p, i in enumerate(order) if is_alone(i)]
     return {b for p in alone for b in (p, p + 1) if 0 < b < len(order)}

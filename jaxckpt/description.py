@@ -37,6 +37,7 @@ def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:
         target=study.target or jax.default_backend(),
         fingerprint=program.fingerprint(),
         jax_version=_compat.JAX_VERSION,
+        keeps_checkpoints=program.keeps_checkpoints,
         parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in study.objective.inputs),
         lines=line_digests(program),
         unknown=tuple(sorted(set().union(*(study.graph.nodes[i]["unknown"] for i in study.graph)))),

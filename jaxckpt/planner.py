@@ -58,6 +58,7 @@ def plan(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     calibration: Calibration | str | None = "auto",
+    keep_checkpoints: bool = True,
 ) -> Plan:
     """Find the cheapest recomputation plan of a function's value and gradient within a budget.
 
@@ -77,6 +78,8 @@ def plan(
         calibration: a record of how far predictions are off; "auto" is what earlier plans left in the user's cache, and
             None uses and keeps nothing. The plan is a function of the program, the target, the versions and the record,
             whose hash it carries.
+        keep_checkpoints: leave the function's own `jax.checkpoint` calls as they are; otherwise they are inlined, and
+            the plan alone decides what is recomputed.
 
     Returns:
         The plan. Its `str` is the report.
@@ -103,7 +106,7 @@ def plan(
         True
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration)
-    traced = shardings.trace_placed(fun, args)
+    traced = shardings.trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
 
@@ -163,7 +166,7 @@ def plan_program(program: Program, goal: Objective, request: Request, cache_dir:
 def find_study(program: Program, goal: Objective, cost: str, solver: Any, target: str | None) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
     chip = targets.find(target)  # a user's chip may be defined anew under its name
-    key = (program.fingerprint(), program.shardings, goal, cost, solver, target, chip)
+    key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
     study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:

@@ -1,5 +1,6 @@
 """A plan: what to save and what to recompute, with the numbers it was chosen by. Frozen, printable, saved as JSON."""
 
+import functools
 import hashlib
 import json
 import os
@@ -19,9 +20,9 @@ from jaxckpt.cuts import spans_at
 from jaxckpt.errors import PlanFileError, PlanMismatchError
 from jaxckpt.files import write_text
 from jaxckpt.regions import Saved, blocks_from_json, check_cover, saved_from_json, saved_to_json
-from jaxckpt.trace import Program, trace
+from jaxckpt.trace import Program, run, trace
 
-SCHEMA = 2
+SCHEMA = 3
 _FORMAT = "jaxckpt plan"
 
 
@@ -71,6 +72,7 @@ class Plan:
         calibration: hash of the calibration record it was made with; None where there was none.
         fingerprint: of the program it was made for.
         jax_version: under which JAX.
+        keeps_checkpoints: whether the function's own checkpoints are left as they are.
         parameter_bytes: of what is differentiated.
         saved: what is saved, grouped by equal blocks.
         schedule: the tree of regions; None where the program fits as it is.
@@ -101,6 +103,7 @@ class Plan:
     calibration: str | None
     fingerprint: str
     jax_version: str
+    keeps_checkpoints: bool
     parameter_bytes: int
     saved: tuple[SavedGroup, ...]
     schedule: Schedule | None
@@ -133,11 +136,11 @@ class Plan:
         Raises:
             PlanMismatchError: when called, if the function or its shapes are not those of the plan.
         """
-        if self.schedule is None:
+        if self.schedule is None and self.keeps_checkpoints:
             return fun
 
         def with_plan(*args: Any, **kwargs: Any) -> Any:
-            traced = trace(fun, args, kwargs)
+            traced = trace(fun, args, kwargs, keep_checkpoints=self.keeps_checkpoints)
             self.check(traced.program)
             leaves = jax.tree.leaves((args, kwargs))
             dynamic = [leaf for leaf, dyn in zip(leaves, traced.is_array, strict=True) if dyn]
@@ -155,7 +158,8 @@ class Plan:
         Raises:
             PlanFileError: the plan's blocks are not the program's equations.
         """
-        assert self.schedule is not None
+        if self.schedule is None:
+            return functools.partial(run, program)
         if {i for block in self.blocks for i in block} != set(range(len(program.equations))):
             raise PlanFileError("the plan is damaged: its blocks are not the program's equations; plan again")
         spans = spans_at(program, self.blocks)

@@ -34,8 +34,19 @@ class LoopPlan:
     parts: tuple[LoopPart, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchPlan:
+    """How a conditional is run.
+
+    Attributes:
+        branches: the plan of each branch, over its equations as flattening it numbers them.
+    """
+
+    branches: tuple["Tree", ...]
+
+
 # What a kept block saves by name; None leaves the block to JAX, without a checkpoint.
-Saved = tuple[int, ...] | LoopPlan | None
+Saved = tuple[int, ...] | LoopPlan | BranchPlan | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +66,22 @@ class Tree:
 
 def saved_to_json(saved: Saved) -> Any:
     """A block's save as plain data."""
+    if isinstance(saved, BranchPlan):
+        return {"branches": [_tree_to_json(tree) for tree in saved.branches]}
     if not isinstance(saved, LoopPlan):
         return saved
     return {
         "parts": [
-            {
-                "lengths": part.lengths,
-                "num_states": part.num_states,
-                "blocks": part.body.blocks,
-                "schedule": part.body.schedule.to_json(),
-                "saved": [saved_to_json(s) for s in part.body.saved],
-            }
-            for part in saved.parts
+            {"lengths": part.lengths, "num_states": part.num_states, **_tree_to_json(part.body)} for part in saved.parts
         ]
+    }
+
+
+def _tree_to_json(tree: Tree) -> dict[str, Any]:
+    return {
+        "blocks": tree.blocks,
+        "schedule": tree.schedule.to_json(),
+        "saved": [saved_to_json(s) for s in tree.saved],
     }
 
 
@@ -81,6 +95,8 @@ def saved_from_json(data: Any) -> Saved:
         return None
     if not isinstance(data, dict):
         return tuple(map(int, data))
+    if "branches" in data:
+        return BranchPlan(branches=tuple(map(_tree_from_json, data["branches"])))
     return LoopPlan(parts=tuple(map(_part_from_json, data["parts"])))
 
 
@@ -89,13 +105,17 @@ def _part_from_json(data: dict[str, Any]) -> LoopPart:
     num_states = None if data["num_states"] is None else int(data["num_states"])
     if not lengths or min(lengths) < 1 or (num_states is not None and (num_states < 1 or len(lengths) > 1)):
         raise ValueError(f"a loop's lengths are {lengths}, the states it holds {num_states}")
-    body = Tree(
+    return LoopPart(lengths=lengths, body=_tree_from_json(data), num_states=num_states)
+
+
+def _tree_from_json(data: dict[str, Any]) -> Tree:
+    tree = Tree(
         blocks=blocks_from_json(data["blocks"]),
         schedule=Schedule.from_json(data["schedule"]),
         saved=tuple(map(saved_from_json, data["saved"])),
     )
-    check_cover(body.schedule, len(body.blocks))
-    return LoopPart(lengths=lengths, body=body, num_states=num_states)
+    check_cover(tree.schedule, len(tree.blocks))
+    return tree
 
 
 def blocks_from_json(data: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

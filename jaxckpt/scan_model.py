@@ -18,6 +18,7 @@ from ckptsolvers.schedule import Node, region
 from jaxckpt import cuts, graph
 from jaxckpt.binomial import num_again
 from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock
+from jaxckpt.branches import Branch
 from jaxckpt.candidates import chain_schedules
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
 from jaxckpt.scans import Loop, loop_of
@@ -39,7 +40,7 @@ _MAX_AGAIN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Iteration:
+class Iteration:
     """A plan of the body, and what one iteration takes under it.
 
     Attributes:
@@ -89,7 +90,7 @@ class _Part:
     """Iterations run alike: levels and the plan of one iteration."""
 
     lengths: tuple[int, ...]
-    plan: _Iteration
+    plan: Iteration
     num_states: int | None = None
 
     @property
@@ -106,7 +107,7 @@ class _Part:
         return LoopPart(lengths=self.lengths, body=self.plan.tree, num_states=self.num_states)
 
     def again(self, forward: int, unit: str) -> int:
-        """What runs again, in a unit of `_Iteration`, of which one iteration's forward takes so much."""
+        """What runs again, in a unit of `Iteration`, of which one iteration's forward takes so much."""
         if self.num_states is not None:
             # An iteration's backward begins with as much of its forward as that needs.
             whole = self.length * getattr(self.plan, f"whole_{unit}")
@@ -129,10 +130,10 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
     loop = loop_of(local.span.equations[-1])
     assert loop is not None
     active = _active(loop, local)
-    body = _Body(loop, active, timer, target, analyse)
+    body = Body(loop, active, timer, target, analyse)
     model = _LoopModel(local, loop, body, active, is_cpu=target.platform == "cpu")
     iterations = list(body.iterations())
-    plans = _pareto(iterations, lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
+    plans = pareto(iterations, lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
     divisions = itertools.chain(
         _levels(loop.length, plans),
         _mixes(loop.length, plans),
@@ -152,13 +153,17 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
         unread=tuple(model.unread() for _ in range(len(kept) + 1)),
         unplanned_cost=loop.length * (body.whole.unplanned_cost + _summing(loop, active, timer)),
         residual_bytes=everything.saved_bytes,
+        transients=(
+            *(model.transient(parts) for *_, parts in kept),
+            everything.backward_peak_bytes - everything.saved_bytes,
+        ),
     )
 
 
-class _Body:
-    """One iteration: its blocks, cut as finely as any program and not at all, and its plans."""
+class Body:
+    """One iteration, or a branch: its blocks, cut as finely as any program and not at all, and its plans."""
 
-    def __init__(self, loop: Loop, active: set[int], timer: Timer, target: Target, analyse: Callable):
+    def __init__(self, loop: Loop | Branch, active: set[int], timer: Timer, target: Target, analyse: Callable):
         program = loop.body
         self.loop = loop
         dag = graph.build_graph(program)
@@ -182,21 +187,24 @@ class _Body:
 
     @property
     def forward_time(self) -> int:
+        """Of all it makes."""
         return self.whole.problem.forward_time
 
     @property
     def forward_flops(self) -> int:
+        """The same in FLOPs."""
         return self.whole.flops_problem.forward_time
 
     @property
     def forward_peak_bytes(self) -> int:
+        """Most bytes alive in it."""
         return self.whole.problem.blocks[0].forward_peak_bytes
 
-    def everything(self) -> _Iteration:
+    def everything(self) -> Iteration:
         """What JAX does without a plan."""
         return next(self._iterations(self.whole, Schedule((Keep(0, len(self.whole.problem.blocks[0].options) - 1),))))
 
-    def iterations(self) -> Iterator[_Iteration]:
+    def iterations(self) -> Iterator[Iteration]:
         """The plans: schedules of the blocks as they are, and inside one checkpoint around the body."""
         for blocks in self.cuts:
             if len(blocks.spans) == 1:
@@ -206,14 +214,14 @@ class _Body:
             for schedule in schedules:
                 yield from self._iterations(blocks, schedule)
 
-    def _iterations(self, blocks, inside: Schedule) -> Iterator[_Iteration]:
+    def _iterations(self, blocks, inside: Schedule) -> Iterator[Iteration]:
         judged, in_flops = simulate(blocks.problem, inside), simulate(blocks.flops_problem, inside)
         # What is run again makes no results: they went to the next iteration long ago.
         whole, whole_in_flops = (simulate(_without_results(p), inside) for p in (blocks.problem, blocks.flops_problem))
         saved = tuple(blocks.choices[n.block][n.option] for n, _ in inside.walk() if isinstance(n, Keep))
         for is_wrapped in (False, True):
             schedule = Schedule((region(inside.nodes),)) if is_wrapped else inside
-            yield _Iteration(
+            yield Iteration(
                 tree=Tree(blocks=tuple(s.positions for s in blocks.spans), schedule=schedule, saved=saved),
                 stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
                 peak_bytes=(whole if is_wrapped else judged).peak_bytes,
@@ -248,7 +256,7 @@ class _Body:
 class _LoopModel:
     """Bytes and times of the whole loop, divided into parts."""
 
-    def __init__(self, local: LocalBlock, loop: Loop, body: _Body, active: set[int], is_cpu: bool):
+    def __init__(self, local: LocalBlock, loop: Loop, body: Body, active: set[int], is_cpu: bool):
         self.is_cpu = is_cpu
         self.local, self.loop, self.body = local, loop, body
         size = lambda vs: sum(size_bytes(loop.body.avals[v]) for v in vs)  # noqa: E731
@@ -291,6 +299,13 @@ class _LoopModel:
             joined + moving + max(backward) + self.cotangent_bytes,
             sum(part.again(self.body.forward_time, "time") for part in parts),
         )
+
+    def transient(self, parts: Sequence[_Part]) -> int:
+        """Bytes alive in the backward beyond what is saved, if nothing of that is freed before the end."""
+        needs = [self._inner(part) + part.plan.peak_bytes for part in parts]
+        held = itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes)
+        freeing = max(h + need for (_, h), need in zip(itertools.pairwise(held), needs, strict=True))
+        return self.numbers(parts).backward_peak - freeing + max(needs)
 
     def options(self, parts: Sequence[_Part], name: str = "") -> tuple[Option, Option]:
         """The option in units of the plan's cost, and in FLOPs."""
@@ -421,7 +436,7 @@ def _without_results(problem: Problem) -> Problem:
     return Problem(blocks=tuple(blocks), values=tuple(values))
 
 
-def _levels(length: int, plans: Sequence[_Iteration]) -> Iterator[tuple[_Part, ...]]:
+def _levels(length: int, plans: Sequence[Iteration]) -> Iterator[tuple[_Part, ...]]:
     """Every plan at one to three levels.
 
     Levels are divisors of the length, and a grid where those are few; what is left over runs last, at one level. It
@@ -450,11 +465,11 @@ def _few_chunks(length: int) -> Iterator[tuple[int, int]]:
             rest = max(rest + 1, math.ceil(rest * _GROWTH))
 
 
-def _mixes(length: int, plans: Iterable[_Iteration]) -> Iterator[tuple[_Part, ...]]:
+def _mixes(length: int, plans: Iterable[Iteration]) -> Iterator[tuple[_Part, ...]]:
     """Two plans side by side, those that are neighbours on the convex hull of bytes against time."""
     size = lambda plan: length * plan.stacked_bytes + plan.peak_bytes  # noqa: E731
-    hull: list[_Iteration] = []
-    for plan in _pareto(plans, lambda p: (size(p), p.again_time)):
+    hull: list[Iteration] = []
+    for plan in pareto(plans, lambda p: (size(p), p.again_time)):
         while len(hull) > 1 and _is_above(hull[-1], hull[-2], plan, size):
             hull.pop()
         hull.append(plan)
@@ -466,7 +481,7 @@ def _mixes(length: int, plans: Iterable[_Iteration]) -> Iterator[tuple[_Part, ..
                 yield _Part((length - num,), less), _Part((num,), more)
 
 
-def _is_above(plan: _Iteration, left: _Iteration, right: _Iteration, size: Callable[[_Iteration], int]) -> bool:
+def _is_above(plan: Iteration, left: Iteration, right: Iteration, size: Callable[[Iteration], int]) -> bool:
     """Whether a plan lies on or above the line between two others."""
     bytes_left, bytes_right = size(plan) - size(left), size(right) - size(left)
     return (left.again_time - plan.again_time) * bytes_right <= (left.again_time - right.again_time) * bytes_left
@@ -481,10 +496,10 @@ def _counts(base_bytes: int, each_bytes: int, most: int) -> Iterator[int]:
         num = max(num + 1, math.ceil(enough))
 
 
-def _binomial(length: int, plans: Iterable[_Iteration], carry_bytes: int) -> Iterator[tuple[_Part, ...]]:
+def _binomial(length: int, plans: Iterable[Iteration], carry_bytes: int) -> Iterator[tuple[_Part, ...]]:
     """Binomial loops, where they do not run iterations again too many times."""
     # Nothing of an iteration is held for another one, so what its plan saves does not matter.
-    for plan in _pareto((p for p in plans if not p.is_wrapped), lambda p: (p.peak_bytes, p.whole_time)):
+    for plan in pareto((p for p in plans if not p.is_wrapped), lambda p: (p.peak_bytes, p.whole_time)):
         for count in _counts(plan.peak_bytes, carry_bytes, length - 1):
             if num_again(length, count) <= _MAX_AGAIN * length:
                 yield (_Part((length,), plan, count),)
@@ -494,7 +509,7 @@ def _grid(length: int) -> set[int]:
     return {round(2 ** (i / 2)) for i in range(2, 2 * length.bit_length())}
 
 
-def _pareto(items: Iterable[_T], key: Callable[[_T], tuple[int, ...]]) -> list[_T]:
+def pareto(items: Iterable[_T], key: Callable[[_T], tuple[int, ...]]) -> list[_T]:
     """Items that no other one beats in everything, in the order of their keys."""
     pairs = sorted(((key(x), x) for x in items), key=lambda pair: pair[0])
     keys = np.array([k for k, _ in pairs], np.float64)
@@ -511,9 +526,9 @@ def _thin(
     """Those that are best by what they save or by their peak, for the time they take; of these, not too many."""
     by_saved = lambda x: (x[0].saved, x[0].again)  # noqa: E731
     by_peak = lambda x: (max(x[0].forward_peak, x[0].backward_peak), x[0].again)  # noqa: E731
-    chosen = {id(x): x for by in (by_saved, by_peak) for x in _spread(_pareto(items, by), lambda x, by=by: by(x)[0])}
+    chosen = {id(x): x for by in (by_saved, by_peak) for x in _spread(pareto(items, by), lambda x, by=by: by(x)[0])}
     chosen |= {id(x): x for x in items if is_wanted(x)}
-    return _pareto(chosen.values(), lambda x: x[0])
+    return pareto(chosen.values(), lambda x: x[0])
 
 
 def _spread(items: Sequence[_T], size: Callable[[_T], int]) -> list[_T]:

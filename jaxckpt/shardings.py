@@ -66,13 +66,13 @@ def devices_of(target: str | None) -> tuple[Any, ...]:
     return compilers.devices(chips.find(target), chips.topology(target))
 
 
-def trace_placed(fun: Callable, args: Sequence[Any]) -> Traced:
+def trace_placed(fun: Callable, args: Sequence[Any], *, keep_checkpoints: bool = True) -> Traced:
     """Trace a function, and note on which devices its arguments lie.
 
     Raises:
         ShardingError: some arguments lie on several devices, and one that is not small does not say where it does.
     """
-    traced = trace(fun, args)
+    traced = trace(fun, args, keep_checkpoints=keep_checkpoints)
     leaves = [x for x, dyn in zip(jax.tree.leaves((tuple(args), {})), traced.is_array, strict=True) if dyn]
     names = [*(f"closed-over array {i}" for i in range(len(traced.consts))), *traced.arg_names]
     found = completed([*map(_replicable, traced.consts), *leaves], names)

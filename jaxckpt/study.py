@@ -53,6 +53,7 @@ class Study:
         fine = cuts.cut(program, dag, self.active)
         coarse = cuts.cut(program, dag, self.active, is_coarse=True) if solver == "auto" else fine
         self.cuts: list[Blocks] = []
+        self._known: dict = {}
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
         found = candidates([b.problem for b in self.cuts], solver)
@@ -81,6 +82,7 @@ class Study:
             arguments=set(self.program.inputs),
             timer=targets.timer(self.cost, self.chip),
             target=self.chip,
+            known=self._known,
         )
 
     @property

@@ -93,6 +93,7 @@ class Program:
         outputs: values or constants returned.
         shardings: on which devices each input lies; empty where all are on one. No part of the fingerprint, since
             arguments inside `jit` do not show theirs.
+        keeps_checkpoints: whether the user's own checkpoints are left as they are; otherwise they are inlined.
     """
 
     avals: list[Any]
@@ -100,6 +101,7 @@ class Program:
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
     shardings: tuple[Any, ...] = ()
+    keeps_checkpoints: bool = True
     _lines: tuple[str, ...] | None = field(default=None, init=False, repr=False)
 
     def lines(self) -> tuple[str, ...]:
@@ -203,6 +205,8 @@ def trace(
     kwargs: dict[str, Any] | None = None,
     memory: Memory | None = None,
     key: Any = None,
+    *,
+    keep_checkpoints: bool = True,
 ) -> Traced:
     """Trace a function to a flat program.
 
@@ -212,6 +216,7 @@ def trace(
         kwargs: likewise.
         memory: of earlier calls; equal ones give the same object.
         key: stands for `fun` among the functions that share the memory.
+        keep_checkpoints: leave the user's own checkpoints as they are; otherwise their insides are inlined.
 
     Returns:
         The program and its trees. What `fun` raises while it is traced is raised unchanged.
@@ -227,7 +232,7 @@ def trace(
     def make() -> Traced:
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
         return Traced(
-            program=flatten(closed.jaxpr),
+            program=flatten(closed.jaxpr, keep_checkpoints=keep_checkpoints),
             consts=tuple(closed.consts),
             in_tree=in_tree,
             is_array=is_array,
@@ -260,8 +265,17 @@ def call_with_leaves(fun: Callable, in_tree: Any, static: Sequence[Any], is_arra
     return fun(*args, **kwargs)
 
 
-def flatten(jaxpr: Any) -> Program:
-    """Flatten a jaxpr: number its values, inline calls, and leave out what no output and no effect needs."""
+def flatten(jaxpr: Any, *, keep_checkpoints: bool = True) -> Program:
+    """Flatten a jaxpr: number its values, inline calls, and leave out what no output and no effect needs.
+
+    Args:
+        jaxpr: what to flatten.
+        keep_checkpoints: leave checkpoints as they are; otherwise inline them, in loops and branches too.
+
+    Returns:
+        The program.
+    """
+    inlined = _INLINED if keep_checkpoints else {**_INLINED, prims.remat_p: "jaxpr"}
     avals: list[Any] = []
     equations: list[Equation] = []
 
@@ -274,12 +288,18 @@ def flatten(jaxpr: Any) -> Program:
         env = dict(zip(program.inputs, operands, strict=True))
         read = lambda x: env[x] if isinstance(x, int) else x  # noqa: E731
         for eqn in program.equations:
+            if eqn.primitive in inlined:  # a checkpoint that the inner program keeps
+                infos = (eqn.source_info, *eqn.call_infos, call.source_info, *calls)
+                results = walk(eqn.params["jaxpr"], map(read, eqn.inputs), (*stacks, *eqn.name_stacks), infos)
+                env.update(zip(eqn.outputs, results, strict=True))
+                continue
             for v in eqn.outputs:
                 avals.append(program.avals[v])
                 env[v] = len(avals) - 1
             equations.append(
                 replace(
                     eqn,
+                    params=eqn.params if keep_checkpoints else _without_checkpoints(eqn),
                     inputs=tuple(map(read, eqn.inputs)),
                     outputs=tuple(env[v] for v in eqn.outputs),
                     call_infos=(*eqn.call_infos, call.source_info, *calls),
@@ -297,11 +317,12 @@ def flatten(jaxpr: Any) -> Program:
         for eqn in jaxpr.eqns:
             inputs = tuple(map(read, eqn.invars))
             eqn_stacks = (*stacks, eqn.source_info.name_stack)
-            if eqn.primitive in _INLINED:
-                inner = eqn.params[_INLINED[eqn.primitive]]
+            if eqn.primitive in inlined:
+                inner = eqn.params[inlined[eqn.primitive]]
                 # Closed-over arrays of a nested jaxpr are operands like any other.
-                consts = [Constant(c, v.aval) for c, v in zip(inner.consts, inner.jaxpr.constvars, strict=True)]
-                results = walk(inner.jaxpr, (*consts, *inputs), eqn_stacks, (eqn.source_info, *calls))
+                held = zip(getattr(inner, "consts", ()), _opened(inner).constvars, strict=True)
+                consts = [Constant(c, v.aval) for c, v in held]
+                results = walk(_opened(inner), (*consts, *inputs), eqn_stacks, (eqn.source_info, *calls))
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             if eqn.primitive in PROGRAM_CALLS:
@@ -314,7 +335,7 @@ def flatten(jaxpr: Any) -> Program:
             equations.append(
                 Equation(
                     primitive=eqn.primitive,
-                    params=eqn.params,
+                    params=eqn.params if keep_checkpoints else _without_checkpoints(eqn),
                     inputs=inputs,
                     outputs=outputs,
                     source_info=eqn.source_info,
@@ -329,7 +350,44 @@ def flatten(jaxpr: Any) -> Program:
     inputs = tuple(new(v) for v in [*jaxpr.constvars, *jaxpr.invars])
     outputs = tuple(walk(jaxpr, inputs, (), ()))
     live = live_equations(equations, outputs)
-    return Program(avals=avals, inputs=inputs, equations=tuple(live), outputs=outputs)
+    return Program(
+        avals=avals,
+        inputs=inputs,
+        equations=tuple(live),
+        outputs=outputs,
+        keeps_checkpoints=keep_checkpoints,
+    )
+
+
+def _opened(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+# Where a checkpoint inside is inlined too; others, such as `custom_vjp`, say themselves how they are differentiated.
+_ENTERED = (prims.scan_p, prims.while_p, prims.cond_p)
+
+
+def _without_checkpoints(eqn: Any) -> dict[str, Any]:
+    """An equation's parameters, with the checkpoints in a loop's body and in branches inlined."""
+    if eqn.primitive not in _ENTERED:
+        return eqn.params
+    return {k: tuple(map(_inlined, v)) if k == "branches" else _inlined(v) for k, v in eqn.params.items()}
+
+
+def _inlined(value: Any) -> Any:
+    if not hasattr(value, "eqns") or not _has_checkpoints(_opened(value)):
+        return value
+    program = flatten(_opened(value), keep_checkpoints=False)
+    # Closed-over arrays come first among the inputs, and are none of the new jaxpr's.
+    fun = functools.partial(run, program, *value.consts)
+    return jax.make_jaxpr(fun)(*(spec_of(program.avals[v]) for v in program.inputs[len(value.consts) :]))
+
+
+def _has_checkpoints(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive is prims.remat_p or any(map(_has_checkpoints, jex.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def live_equations(equations: Sequence[Equation], outputs: Iterable[Atom]) -> list[Equation]:

@@ -107,6 +107,7 @@ def frontier(
     verify: bool = False,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    keep_checkpoints: bool = True,
 ) -> Frontier:
     """Trace the trade-off of peak bytes against step cost, refined where it bends.
 
@@ -123,6 +124,7 @@ def frontier(
         verify: compile every point and measure it; a plan that then takes more bytes than a cheaper one is left out.
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
+        keep_checkpoints: as in `plan`.
 
     Returns:
         The frontier. Its `str` is a table.
@@ -145,7 +147,7 @@ def frontier(
     """
     if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
         raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
-    traced = shardings.trace_placed(fun, args)
+    traced = shardings.trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
     study = find_study(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
     policies = _policy_points(study, verify)
     unplanned = next(point for point in policies if point.name == UNPLANNED)

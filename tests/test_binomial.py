@@ -53,14 +53,47 @@ def test_gradients_are_those_of_the_plain_loop(length, num_states, reverse):
         assert_close(*grads, 1e-12)
 
 
-def test_second_derivatives_forward_over_reverse():
+@pytest.mark.parametrize(("length", "reverse"), [(1, False), (9, True), (11, False), (11, True)])
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+def test_second_derivatives_are_those_of_the_plain_loop(outer, length, reverse):
+    with x64():
+        w, h, u, b = args(length)
+
+        def gradient_of(loop):
+            return jax.grad(lambda s: loss(loop, w * s[0], h * s[1], u * s[2], b))
+
+        loops = with_states(length, 2, reverse), plain(reverse)
+        assert_close(*(jit(outer(gradient_of(loop)))(jnp.ones(3)) for loop in loops), 1e-10)
+
+
+def test_a_gradients_derivative_by_its_cotangents():
     with x64():
         w, h, u, b = args(9)
-        hessians = [
-            jax.jacfwd(jax.grad(lambda h, loop=loop: loss(loop, w, h, u, b)))(h)
-            for loop in (with_states(9, 2), plain(False))
-        ]
-        assert_close(*hessians, 1e-10)
+
+        def pulled(loop):
+            _, pull = jax.vjp(lambda h: loop([w], [h, jnp.int32(0)], [u, b])[0][0], h)
+            return jax.grad(lambda ct: jnp.sum(pull(ct)[0] ** 2))(jnp.ones_like(h))
+
+        assert_close(pulled(with_states(9, 2)), pulled(plain(False)), 1e-10)
+
+
+def test_the_second_derivative_holds_few_states():
+    length, rows, width = 256, 256, 16
+
+    def temp_bytes(loop):
+        def fun(w, x):
+            (x,), _ = loop([w], [x], [])
+            return jnp.sum(x**2)
+
+        second = jax.grad(lambda w, x: jnp.sum(jax.grad(fun)(w, x) ** 2))
+        specs = [jax.ShapeDtypeStruct(s, "float32") for s in ((width, width), (rows, width))]
+        compiled = jax.jit(second, compiler_options=compiler_options() or None).lower(*specs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    layer = lambda k, c, x: ([jnp.tanh(c[0] @ k[0])], [])  # noqa: E731
+    few = temp_bytes(lambda *a: binomial.binomial_loop(layer, layer, *a, length=length, num_states=4))
+    all_of_them = temp_bytes(lambda k, c, x: lax.scan(lambda c, x: layer(k, c, x), c, x, length=length))
+    assert few < 0.4 * all_of_them
 
 
 @pytest.mark.parametrize("num_states", [1, 2, 3, 6, 20])
@@ -127,5 +160,6 @@ def test_a_decorated_loop_with_few_states_keeps_its_transformations():
             lambda f: jax.grad(jax.checkpoint(f))(w, xs),
             lambda f: jax.jvp(lambda w: f(w, xs), (w,), (ones,)),
             lambda f: jax.jvp(lambda w: jax.grad(f)(w, xs), (w,), (ones,)),
+            lambda f: jit(jax.grad(lambda w: jnp.sum(jax.grad(f)(w, xs) ** 2)))(w),
         ):
             assert_close(transformed(planned), transformed(fun), 1e-10)

@@ -109,9 +109,10 @@ def test_measure_prints_the_bytes_and_their_parts(capsys):
 
 def test_options_reach_the_planner(capsys):
     call = ["plan", "zoo_model:aux_loss", "--args", "zoo_model:swapped_args", "--has-aux", "--no-verify", "--json"]
-    assert main([*call, "--argnums", "0", "1", "--solver", "chen", "--max-cost", "1.5"]) == 0
+    assert main([*call, "--argnums", "0", "1", "--solver", "chen", "--max-cost", "1.5", "--inline-checkpoints"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["solver"] == "chen" and data["max_cost"] == 1.5 and data["budget_bytes"] is None
+    assert data["keeps_checkpoints"] is False
     assert data["parameter_bytes"] == 4 * (6 * 256 + 256 * 16)
 
 

@@ -75,3 +75,43 @@ def test_without_a_derivative_effects_happen_once():
     planned(*args())
     jax.effects_barrier()
     assert [i for i, _ in seen] == [2, 4]
+
+
+def in_a_scan(say, x, w):
+    def step(c, _):
+        c = jnp.tanh(c @ w)
+        say(c)
+        return c, None
+
+    return jax.lax.scan(step, x, length=5)[0]
+
+
+def in_a_branch(say, x, w):
+    return jax.lax.cond(jnp.sum(x) > -1e9, lambda x: in_a_scan(say, x, w), lambda x: x, x)
+
+
+@pytest.mark.parametrize("kind", ["debug", "ordered"])
+@pytest.mark.parametrize("where", [in_a_scan, in_a_branch])
+def test_effects_in_differentiated_loops_and_branches_happen_once(where, kind):
+    seen: list[float] = []
+
+    def say(x):
+        jax.debug.callback(lambda v: seen.append(float(v)), jnp.sum(x), ordered=kind == "ordered")
+
+    def loss(weights, x):
+        for i, w in enumerate(weights):
+            x = jnp.tanh(x @ w)
+            if i == 2:
+                x = where(say, x, w)
+        return jnp.sum(x**2)
+
+    planned = jaxckpt.auto_remat(loss, budget="92%", cost="flops")
+    wanted = jit(jax.value_and_grad(loss))(*args())
+    jax.effects_barrier()
+    said = sorted(seen)
+    seen.clear()
+    got = jit(jax.value_and_grad(planned))(*args())
+    jax.effects_barrier()
+    assert len(said) == 5 and sorted(seen) == pytest.approx(said)
+    assert_close(got, wanted, 1e-5)
+    assert count(jax.grad(planned), *args())["checkpoint"] > 1

@@ -1,0 +1,248 @@
+"""A conditional as a block: its options are a plan for each of its branches.
+
+JAX hands what any branch keeps for its backward from the forward conditional to the backward one, and every branch
+returns room for all of it, values of one shape shared between branches. What an option holds is therefore read off
+JAX's own derivative of the planned conditional. A conditional takes as long as its dearest branch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ckptsolvers import Block, Keep, Option, Schedule
+
+from jaxckpt import graph
+from jaxckpt.apply import branch_functions
+from jaxckpt.block_model import EVERYTHING, Analysis, Joint, LocalBlock, differentiate, dominates
+from jaxckpt.branches import Branch, branches_of, run_branches
+from jaxckpt.regions import BranchPlan, Tree
+from jaxckpt.scan_model import Body, Iteration, pareto
+from jaxckpt.targets import Target, Timer
+from jaxckpt.trace import Constant, evaluate, is_differentiable, size_bytes
+from jaxckpt.transients import transient_bytes
+
+# Each is differentiated by JAX, which takes some hundredths of a second.
+_MAX_OPTIONS = 16
+# Sizes below the largest one by more than this many halvings are one size.
+_MAX_HALVINGS = 8
+
+
+def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> Analysis:
+    """Analyse a block whose last equation is a conditional; the others are cheap and lead to its operands.
+
+    Args:
+        local: the block.
+        timer: times of equations.
+        target: the chip.
+        analyse: analyses the branches' blocks.
+
+    Returns:
+        Its options; the last one leaves it to JAX.
+    """
+    arms = [_Arm(branch, local, timer, target, analyse) for branch in branches_of(local.span.equations[-1])]
+    model = _Model(local, arms)
+    found = [model.options(picks) for picks in _distinct(_picks(arms))]
+    found = [x for i, x in enumerate(found) if not any(_replaces(y, x, j < i) for j, y in enumerate(found) if j != i)]
+    everything = model.options([arm.everything for arm in arms], EVERYTHING)
+    block, flops_block = model.blocks()
+    options = [*found, everything]
+    return Analysis(
+        block=replace(block, options=tuple(x.option for x in options)),
+        flops_block=replace(flops_block, options=tuple(x.in_flops for x in options)),
+        saved=(*(x.plan for x in found), None),
+        unread=tuple(x.unread for x in options),
+        transients=tuple(x.option.backward_peak_bytes - x.option.saved_bytes for x in options),
+        unplanned_cost=max(arm.cost for arm in arms),
+        residual_bytes=everything.option.saved_bytes,
+    )
+
+
+class _Arm:
+    """A branch with its plans."""
+
+    def __init__(self, branch: Branch, local: LocalBlock, timer: Timer, target: Target, analyse: Callable):
+        self.branch = branch
+        self._transients: dict[int, int] = {}  # by identity of plans, all of which are kept
+        active = _active(branch, local)
+        self.body = Body(branch, active, timer, target, analyse) if active else None
+        if self.body is None:
+            self.everything = _untouched(branch)
+            self.plans = [self.everything]
+            self.cost = self.forward_time = self.forward_flops = self.forward_peak_bytes = 0
+            return
+        self.everything = self.body.everything()
+        self._all = plans = [self.everything, *self.body.iterations()]
+        self.plans = pareto(plans, lambda p: (p.stacked_bytes, self.peak_bytes(p), p.again_time))
+        self.cost = self.body.whole.unplanned_cost
+        self.forward_time, self.forward_flops = self.body.forward_time, self.body.forward_flops
+        self.forward_peak_bytes = self.body.forward_peak_bytes
+
+    def transient_bytes(self, plan: Iteration) -> int:
+        """Most alive at once in the backward, beyond what came from the forward: that stays until the end."""
+        if self.body is None:
+            return 0
+        if id(plan) not in self._transients:
+            self._transients[id(plan)] = self._transient_bytes(plan)
+        return self._transients[id(plan)]
+
+    def peak_bytes(self, plan: Iteration) -> int:
+        """Most alive at once in the backward, what came from the forward with it."""
+        return plan.stacked_bytes + self.transient_bytes(plan)
+
+    def _transient_bytes(self, plan: Iteration) -> int:
+        assert self.body is not None
+        blocks = next(b for b in self.body.cuts if tuple(s.positions for s in b.spans) == plan.tree.blocks)
+        return max(transient_bytes(blocks, node) for node in plan.tree.schedule.nodes)
+
+
+def _untouched(branch: Branch) -> Iteration:
+    """What is done with a branch that no tangent flows through."""
+    positions = tuple(range(len(branch.body.equations)))
+    tree = Tree(
+        blocks=(positions,) if positions else (),
+        schedule=Schedule((Keep(0, 0),) if positions else ()),
+        saved=(None,) if positions else (),
+    )
+    return Iteration(
+        tree=tree,
+        stacked_bytes=0,
+        peak_bytes=0,
+        again_time=0,
+        again_flops=0,
+        whole_time=0,
+        whole_flops=0,
+        is_wrapped=False,
+    )
+
+
+def _active(branch: Branch, local: LocalBlock) -> set[int]:
+    """The branch's values that tangents flow through."""
+    body, eqn = branch.body, local.span.equations[-1]
+    inputs = {
+        v
+        for v, x in zip(body.inputs, eqn.inputs[1:], strict=True)
+        if isinstance(x, int) and x in local.active and is_differentiable(body.avals[v])
+    }
+    outputs = {
+        x
+        for x, v in zip(body.outputs, eqn.outputs, strict=True)
+        if isinstance(x, int) and v in local.active and is_differentiable(body.avals[x])
+    }
+    active = graph.active_values(body, inputs, outputs)
+    return active if any(v in active for e in body.equations for v in e.outputs) else set()
+
+
+def _picks(arms: Sequence[_Arm]) -> Iterator[list[Iteration]]:
+    """A plan for each branch: the quickest that hold no more than a number of bytes, and that peak no higher."""
+    for size in (lambda arm, p: p.stacked_bytes, lambda arm, p: arm.peak_bytes(p)):
+        for limit in _limits([size(arm, p) for arm in arms for p in arm.plans]):
+            picks = []
+            for arm in arms:
+                least = min(size(arm, p) for p in arm.plans)
+                inside = [p for p in arm.plans if size(arm, p) <= max(limit, least)]
+                picks.append(min(inside, key=lambda p, arm=arm: (p.again_time, size(arm, p))))
+            yield picks
+
+
+def _limits(sizes: Sequence[int]) -> Iterator[int]:
+    """The largest of some sizes, and others that stand as far apart as leaves half of the options to each kind."""
+    falling = sorted(set(sizes), reverse=True)
+    ratio = (falling[0] / max(1, falling[-1], falling[0] >> _MAX_HALVINGS)) ** (2 / _MAX_OPTIONS)
+    last = None
+    for size in falling:
+        if last is None or size * ratio <= last or size == falling[-1]:
+            yield size
+            last = size
+
+
+def _distinct(picks: Iterable[list[Iteration]]) -> list[list[Iteration]]:
+    return list({tuple(map(id, p)): p for p in picks}.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """An option with what stands behind it."""
+
+    option: Option
+    in_flops: Option
+    plan: BranchPlan
+    unread: tuple[int, ...]
+
+
+def _replaces(a: _Found, b: _Found, is_first: bool) -> bool:
+    """Whether an option is as good as another one in everything; of two equal ones the first stays."""
+    return dominates(a.option, b.option) and (is_first or not dominates(b.option, a.option))
+
+
+class _Model:
+    """Bytes and times of the whole conditional under a plan for each branch."""
+
+    def __init__(self, local: LocalBlock, arms: Sequence[_Arm]):
+        self.local, self.arms = local, arms
+        outer = lambda vs: sum(size_bytes(local.program.avals[v]) for v in vs)  # noqa: E731
+        *self.before, self.eqn = local.span.equations
+        made = {v for eqn in self.before for v in eqn.outputs}.intersection(self.eqn.reads)
+        waiting = [v for v in local.active_inputs if v in local.crossing]
+        self.cotangent_bytes = outer([*local.active_outputs, *waiting, *made.intersection(local.active)])
+        self.result_bytes = outer(v for v in local.outputs if v not in local.results)
+        self.operand_bytes = outer(made)
+
+    def options(self, picks: Sequence[Iteration], name: str = "") -> _Found:
+        """One option, in units of the plan's cost and in FLOPs."""
+        plan = BranchPlan(branches=tuple(p.tree for p in picks))
+        joint = self._differentiated(None if name else plan)
+        size = lambda v: size_bytes(joint.avals[v])  # noqa: E731
+        outputs = [joint.value.get(v, -1) for v in self.local.outputs]
+        saved = sum(size(v) for v in joint.residuals if v not in outputs)
+        inner = max(arm.transient_bytes(p) for arm, p in zip(self.arms, picks, strict=True))
+        option = Option(
+            name=name or "branches",
+            saved_bytes=saved,
+            recompute_time=self._again(picks, "time"),
+            forward_times=self._times("forward_time", is_saved=saved > 0),
+            forward_peak_bytes=self.result_bytes + saved + max(arm.forward_peak_bytes for arm in self.arms),
+            backward_peak_bytes=saved + inner + self.cotangent_bytes,
+            saved_outputs=tuple(i for i, v in enumerate(outputs) if v in joint.residuals),
+        )
+        in_flops = replace(
+            option,
+            recompute_time=self._again(picks, "flops"),
+            forward_times=self._times("forward_flops", is_saved=saved > 0),
+        )
+        read = {v for eqn in joint.backward for v in eqn.reads}
+        inputs = (joint.value[v] for v in self.local.span.inputs)
+        return _Found(
+            option=option,
+            in_flops=in_flops,
+            plan=plan,
+            unread=tuple(i for i, v in enumerate(inputs) if v not in read),
+        )
+
+    def blocks(self) -> tuple[Block, Block]:
+        """The block without its options, in units of the plan's cost and in FLOPs."""
+        block = Block(
+            forward_times=self._times("forward_time"),
+            forward_peak_bytes=(
+                self.result_bytes + self.operand_bytes + max(arm.forward_peak_bytes for arm in self.arms)
+            ),
+            options=(),
+        )
+        return block, replace(block, forward_times=self._times("forward_flops"))
+
+    def _times(self, unit: str, is_saved: bool = False) -> tuple[int, ...]:
+        one = max(getattr(arm, unit) for arm in self.arms)
+        return (one if is_saved else 0, *[one] * len(self.local.outputs))
+
+    def _again(self, picks: Sequence[Iteration], unit: str) -> int:
+        return max(getattr(p, f"again_{unit}") for p in picks)
+
+    def _differentiated(self, plan: BranchPlan | None) -> Joint:
+        if plan is None:
+            return differentiate(self.local)
+        bodies = branch_functions([arm.branch.body for arm in self.arms], plan, "jaxckpt")
+
+        def run(env: dict) -> None:
+            evaluate(self.before, env)
+            operands = [x.value if isinstance(x, Constant) else env[x] for x in self.eqn.inputs]
+            env.update(zip(self.eqn.outputs, run_branches(self.eqn, operands, bodies), strict=True))
+
+        return differentiate(self.local, run)
