@@ -41,12 +41,14 @@ $(TARGETS_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(TARGETS_VENV)
 	$(TARGETS_BIN)/python -m pip install --quiet --upgrade pip
 	$(TARGETS_BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(TARGETS_BIN)/jaxckpt targets --install h100
-	$(TARGETS_BIN)/jaxckpt targets --install v5e
 	touch $@
+	for chip in h100 v5e; do \
+	  $(TARGETS_BIN)/jaxckpt targets --install $$chip && continue; \
+	  echo "the compiler for $$chip could not be installed: its tests are skipped"; rm -f $@; \
+	done
 
 test-targets: $(TARGETS_STAMP)
-	$(TARGETS_BIN)/python -m pytest -m targets
+	$(TARGETS_BIN)/python -m pytest -m targets -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ def largest_batch(
         donate_argnums: as in `jax.jit`.
 
     Returns:
-        The fitted step, with `.batch`.
+        The fitted step, with `.batch`, and in `.next_bytes` what a batch larger by one takes at least.
 
     Raises:
         BudgetError: a budget that cannot be read, or a percentage: there is no one unplanned peak.
@@ -95,7 +95,8 @@ class _Search:
         if not fits:
             refuse(self.steps[1], self.budget_bytes, "the step at a batch of 1")
         found = fitted(self.steps[fits], self.budget_bytes, fits)
-        return replace(found, num_compiles=sum(len(step.measured) for step in self.steps.values()))
+        num_compiles = sum(len(step.measured) for step in self.steps.values())
+        return replace(found, num_compiles=num_compiles, next_bytes=self.least[fits + 1])
 
     def _is_within(self, batch: int) -> bool:
         step = self.steps[batch] = self.steps.get(batch) or self.at(batch)

@@ -139,7 +139,7 @@ def differentiate(local: LocalBlock, run: Callable[[dict[int, Any]], None] | Non
     inputs = [spec_of(program.avals[v]) for v in span.inputs]
     cotangents = [spec_of(program.avals[v].to_ct_aval()) for v in local.active_outputs]
     closed = jax.make_jaxpr(joint)(inputs, cotangents)
-    flat = flatten(closed.jaxpr)
+    flat = flatten(closed.jaxpr, is_differentiated=True)
     inputs = flat.inputs[len(closed.consts) :]
     cotangents = inputs[len(span.inputs) :]
     values = dict(zip(span.inputs, inputs, strict=False))
@@ -185,16 +185,16 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
             continue
         kept.append((option, saved))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
-    everything = model.everything()
+    everything, held, unread = model.everything()
     # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
-    useful = [not dominates(everything[0], option) for option, _ in kept]
-    kept = [*itertools.compress(kept, useful), everything]
+    useful = [not dominates(everything, option) for option, _ in kept]
+    kept = [*itertools.compress(kept, useful), (everything, held)]
     choices = [*itertools.compress(choices, useful), None]
     return Analysis(
         model.block(tuple(option for option, _ in kept), model.time),
         model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
         tuple(choices),
-        tuple(model.unread(saved) for _, saved in kept),
+        (*(model.unread(saved) for _, saved in kept[:-1]), unread),
         sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
         model.residual_bytes(),
     )
@@ -285,45 +285,60 @@ class Model:
         work = [sum(self.time[id(eqn)] for eqn in self._needed(self.joint.residuals, s)) for s in (large, saved)]
         return large if work[0] - work[1] <= _FOR_NOTHING * sum(self.time.values()) else saved
 
-    def everything(self) -> tuple[Option, frozenset[int]]:
-        """The option that leaves the block to JAX, and what it holds."""
-        held = self._residuals_kept()
+    def everything(self) -> tuple[Option, frozenset[int], tuple[int, ...]]:
+        """The option that leaves the block to JAX, what it holds, and the inputs that its backward does not read."""
+        across = self._across()
+        held = frozenset(v for v in across.values if self.size(v))
         # What is fused is made from what is held wherever it is read.
         fused = self._needed({v for eqn in self._backward_alone for v in eqn.reads}, held)
         late = set(map(id, self.late))
         backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
         indices = sum(map(self.habits.index_bytes, backward))
-        peak = indices + self._backward_peak(backward, held, replace(self.habits, scratch_bytes=lambda eqn: 0))
-        # Nothing keeps a copied cotangent from being fused into the copy and, once more, into its other readers: what
-        # it is made of, in another block, lives until the last of them. A softmax's is made of three values.
-        copied = {v for eqn in self.joint.backward for v in self.habits.copies(eqn)}
-        peak += 3 * sum(map(self.size, copied.intersection(self.joint.cotangents)))
+        habits = replace(self.habits, scratch_bytes=lambda eqn: 0)
+        peak = indices + self._backward_peak(backward, held, habits, across.copies)
         option = self.option(EVERYTHING, held)
         scratch = self._scratch_bytes()
-        return replace(
+        copied = sum(copy.bytes(self.size) for copy in across.copies)
+        option = replace(
             option,
-            saved_bytes=option.saved_bytes - scratch + indices,
+            saved_bytes=option.saved_bytes - scratch + indices + copied,
             recompute_time=0,
             forward_times=self._everything_times(self.time),
             # What runs early is over long before.
-            forward_peak_bytes=option.forward_peak_bytes + scratch - sum(map(self.habits.scratch_bytes, self.early)),
+            forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes)
+            + scratch
+            - sum(map(self.habits.scratch_bytes, self.early)),
             backward_peak_bytes=peak,
-        ), held
+            last_forward_peak_bytes=self._last_forward_peak(),
+        )
+        inputs = (self.joint.value[v] for v in self.local.span.inputs)
+        return option, held, tuple(i for i, v in enumerate(inputs) if v not in across.read)
+
+    def _last_forward_peak(self) -> int:
+        """The forward's peak where the cotangents are there already, which are counted elsewhere."""
+        if not self.habits.is_breadth_first or self.local.is_body:
+            return 0
+        needed = self._needed(self.joint.residuals, frozenset())
+        peak = self._backward_peak([*needed, *self.joint.backward], frozenset())
+        return max(0, peak - sum(map(self.size, self.joint.cotangents)))
 
     def _scratch_bytes(self) -> int:
         return sum(map(self.habits.scratch_bytes, self.joint.backward))
 
-    def _residuals_kept(self) -> frozenset[int]:
+    def _across(self) -> liveness.Across:
         """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
-        forward = [eqn for eqn in self.joint.forward if id(eqn) not in set(map(id, self.late))]
-        held = liveness.buffers_across(
-            [*forward, *self.early],
+        late = set(map(id, self.late))
+        return liveness.held_across(
+            [*(eqn for eqn in self.joint.forward if id(eqn) not in late), *self.early],
             self._backward_alone,
             self.size,
-            kept=[*self.outputs, *self.joint.waiting, *self.joint.gradients],
-            habits=self.habits,
+            results=[v for v in self.outputs if v >= 0],
+            cotangents=self.joint.cotangents,
+            kept=[*self.joint.waiting, *self.joint.gradients],
+            external=[self.joint.value[v] for v in self.local.results if v in self.joint.value],
+            # In a loop's body forward and backward are loops of their own, each with its own copies.
+            habits=liveness.Habits() if self.local.is_body else replace(self.habits, scratch_bytes=lambda eqn: 0),
         )
-        return frozenset(v for v in held if self.size(v))
 
     @property
     def _backward_alone(self) -> list[Equation]:
@@ -394,6 +409,14 @@ class Model:
             options=options,
         )
 
+    def forward_equations(self, kept: Collection[int]) -> list[Equation]:
+        """What makes these values from the block's inputs."""
+        return self._needed(kept, frozenset())
+
+    def backward_equations(self, saved: frozenset[int]) -> list[Equation]:
+        """The backward, behind what it makes again from the block's inputs and what is saved."""
+        return [*self._needed(self.joint.residuals, saved), *self.joint.backward]
+
     def _forward_times(self, saved: frozenset[int], time: dict[int, int]) -> tuple[int, ...]:
         times = []
         for j in range(len(self.outputs) + 1):
@@ -423,13 +446,18 @@ class Model:
         return liveness.peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
 
     def _backward_peak(
-        self, equations: Sequence[Equation], saved: frozenset[int], habits: liveness.Habits | None = None
+        self,
+        equations: Sequence[Equation],
+        saved: frozenset[int],
+        habits: liveness.Habits | None = None,
+        copies: Collection[liveness.Copy] = (),
     ) -> int:
         waiting = set(self.joint.waiting)
         return liveness.peak_bytes(
             equations,
             self.size,
             held={*saved, *self.joint.cotangents},
+            copies=copies,
             kept=waiting,
             external=set(self.joint.gradients) - waiting,
             habits=habits or self.habits,

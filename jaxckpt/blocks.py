@@ -1,13 +1,14 @@
 """Blocks as the solver sees them: what each way to keep a block saves, repeats and needs."""
 
+import functools
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
 
-from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, as_it_is, effectful
+from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
 from jaxckpt.branch_model import analyse_conditional
 from jaxckpt.branches import branches_of
 from jaxckpt.cuts import Span
@@ -15,10 +16,11 @@ from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
 from jaxckpt.scans import loop_of
 from jaxckpt.targets import Target, Timer, count_flops
-from jaxckpt.trace import Program, elements, size_bytes
+from jaxckpt.trace import Equation, Program, elements, size_bytes
 
-# Regions nest twenty deep at most, so no block runs more often.
-_MOST_REPEATS = 24
+Profiler = Callable[[LocalBlock, Analysis], Analysis]
+# More than any budget: what a block needs that must not run without being kept.
+_NO_ROOM = 2**50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ def analyse(
     target: Target,
     invariant: Collection[int] | None = None,
     known: dict[str, tuple[int, Analysis]] | None = None,
+    is_apart: Callable[[Equation], bool] = lambda eqn: False,
+    profiler: Profiler | None = None,
 ) -> Blocks:
     """Analyse every distinct block once and put the solver's problem together.
 
@@ -77,6 +81,8 @@ def analyse(
         target: the chip, whose compiler decides what is materialised.
         invariant: where the program is a loop's body, its inputs that are the same in every iteration.
         known: what is known of the blocks of other cuts of the same program, by signature; new ones are added.
+        is_apart: which operations that tangents flow through no region may cover; each is a block of its own.
+        profiler: puts what is measured of a distinct block in the place of what is modelled.
 
     Returns:
         The problem, with what stands behind its options.
@@ -89,7 +95,7 @@ def analyse(
         local = LocalBlock(program, span, active, arguments, results, invariant)
         key = local.signature()
         if key not in known:
-            known[key] = len(known), _analyse_one(local, timer, target)
+            known[key] = len(known), _analyse_one(local, timer, target, is_apart, profiler)
         number, analysis = known[key]
         classes.append(number)
         cost += analysis.unplanned_cost
@@ -103,7 +109,7 @@ def analyse(
         program=program,
         graph=graph,
         spans=tuple(spans),
-        problem=Problem(blocks=_dear(blocks, once), values=values),
+        problem=Problem(blocks=tuple(blocks), values=values),
         flops_problem=Problem(blocks=tuple(flops_blocks), values=values),
         once=once,
         choices=tuple(choices),
@@ -120,34 +126,37 @@ def _summing(program: Program, spans: Sequence[Span], active: Collection[int]) -
     return sum((num - 1) * elements(program.avals[v]) for v, num in num_readers.items())
 
 
-def _analyse_one(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
+def _analyse_one(
+    local: LocalBlock,
+    timer: Timer,
+    target: Target,
+    is_apart: Callable[[Equation], bool],
+    profiler: Profiler | None,
+) -> Analysis:
     last = local.span.equations[-1]
     if last.effects and local.active_outputs:
-        return as_it_is(analyse_block(local, timer, target))
+        return _outside(analyse_block(local, timer, target))
     if last.effects:
-        return effectful(local)
+        return _outside(effectful(local))
     if loop_of(last) is not None and local.active_outputs:
-        return analyse_loop(local, timer, target, analyse)
+        return analyse_loop(local, timer, target, functools.partial(analyse, profiler=profiler))
     if branches_of(last) and local.active_outputs:
-        return analyse_conditional(local, timer, target, analyse)
-    return analyse_block(local, timer, target)
+        return analyse_conditional(local, timer, target, functools.partial(analyse, profiler=profiler))
+    found = analyse_block(local, timer, target)
+    if profiler is not None:
+        found = profiler(local, found)
+    return _outside(found) if local.active_outputs and is_apart(last) else found
 
 
-def _dear(blocks: Sequence[Block], once: Collection[int]) -> tuple[Block, ...]:
-    """Make blocks with effects so dear that repeating one costs more than any plan that does not."""
-    if not once:
-        return tuple(blocks)
-    price = 1 + _MOST_REPEATS * sum(b.forward_time + max(o.recompute_time for o in b.options) for b in blocks)
-    priced = lambda times: (price,) * len(times)  # noqa: E731
-    return tuple(
-        replace(
-            block,
-            forward_times=priced(block.forward_times),
-            options=tuple(replace(o, forward_times=priced(o.forward_times)) for o in block.options),
-        )
-        if k in once
-        else block
-        for k, block in enumerate(blocks)
+def _outside(analysis: Analysis) -> Analysis:
+    """The block as one that no region covers: left to JAX where it stands, and never run without being kept."""
+    alone = lambda block: replace(block, forward_peak_bytes=_NO_ROOM, options=block.options[-1:])  # noqa: E731
+    return replace(
+        analysis,
+        block=alone(analysis.block),
+        flops_block=alone(analysis.flops_block),
+        saved=analysis.saved[-1:],
+        unread=analysis.unread[-1:],
     )
 
 

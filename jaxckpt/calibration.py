@@ -11,17 +11,17 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxckpt import _compat, keeping
 from jaxckpt.errors import PlanFileError
 from jaxckpt.files import write_text
+from jaxckpt.ladder import offset_at
 from jaxckpt.trace import Program
 
 _LOG = logging.getLogger("jaxckpt")
@@ -82,7 +82,8 @@ class Calibration:
         """
         own = sorted((s.fraction, s.ratio) for s in self._own(program))
         if own:
-            return float(np.interp(fraction, [x for x, _ in own], [ratio for _, ratio in own]))
+            places = [x for x, _ in own]
+            return 1 + offset_at(fraction, places, [x * (ratio - 1) for x, ratio in own]) / fraction
         if not self.samples:
             return 1.0
         weights = [math.exp(-0.5 * (math.log(fraction / s.fraction) / _BANDWIDTH) ** 2) + 1e-9 for s in self.samples]
@@ -164,7 +165,16 @@ def remembered(program: Program, target: str | None, cache_dir: str | os.PathLik
         target: the chip's name; None is the default backend.
         cache_dir: None is the user's cache directory.
     """
-    empty = Calibration(target=_label(target), jaxlib_version=_compat.JAXLIB_VERSION, family=family_of(program))
+    return _read(family_of(program), target, cache_dir)
+
+
+def remembered_of(programs: Sequence[Program], target: str | None) -> Calibration:
+    """The same of whole steps that differentiate programs of these families."""
+    return _read(keeping.digest(("a step of", *map(family_of, programs)))[:16], target, None)
+
+
+def _read(family: str, target: str | None, cache_dir: str | os.PathLike | None) -> Calibration:
+    empty = Calibration(target=_label(target), jaxlib_version=_compat.JAXLIB_VERSION, family=family)
     path = _path(empty, cache_dir)
     if not path.exists():
         return empty
@@ -175,6 +185,23 @@ def remembered(program: Program, target: str | None, cache_dir: str | os.PathLik
         return empty
     keys = (empty.target, empty.jaxlib_version, empty.family)
     return found if (found.target, found.jaxlib_version, found.family) == keys else empty
+
+
+def add_samples(
+    record: Calibration, program: str, ratios: Mapping[float, float], cache_dir: str | os.PathLike | None = None
+) -> None:
+    """Keep a record with what was measured of a program since.
+
+    Args:
+        record: what was there.
+        program: its fingerprint.
+        ratios: measured over predicted temporaries, by the fraction of the unplanned ones.
+        cache_dir: None is the user's cache directory.
+    """
+    found = [Sample(program=short(program), fraction=f, ratio=ratio) for f, ratio in ratios.items()]
+    new = record.with_samples(found)
+    if new != record:
+        remember(new, cache_dir)
 
 
 def remember(record: Calibration, cache_dir: str | os.PathLike | None = None) -> None:

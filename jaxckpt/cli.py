@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--reserve", type=_number_or_text, default=0, help="bytes to leave for optimizer state")
     plan.add_argument("--no-verify", action="store_true", help="predict, do not compile")
     _takes_checkpoints(plan)
+    plan.add_argument("--profile", action="store_true", help="compile each distinct block on its own first")
     plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
 
     measure = _command(commands, "measure", _measure, "compile value and gradient and print the device bytes")
@@ -166,6 +167,7 @@ def _plan(options: argparse.Namespace) -> int:
         argnums=_argnums(options),
         has_aux=options.has_aux,
         keep_checkpoints=not options.inline_checkpoints,
+        profile=options.profile,
     )
     if options.output:
         found.save(options.output)

@@ -40,6 +40,8 @@ EXPENSIVE = _find(
 )
 # No operations: a compiler folds them into whatever reads them.
 LAYOUT = _find("broadcast_in_dim expand_dims iota reshape rev slice squeeze transpose split unstack tile empty2")
+COMPARES = _find("and eq eq_to ge gt is_finite le le_to lt lt_to ne not or select_n xor clamp")
+BROADCASTS = _find("broadcast_in_dim iota")
 # The same buffer under another shape.
 ALIAS = _find("reshape squeeze expand_dims name stop_gradient sharding_constraint copy reduce_precision")
 # Moving data by index: no operations, but a result of its own.

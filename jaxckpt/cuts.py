@@ -5,7 +5,7 @@ them where bytes are equal, so that dropping a block's last output drops the cos
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -38,7 +38,13 @@ class Span:
 
 
 def cut(
-    program: Program, graph: nx.DiGraph, active: set[int], *, max_blocks: int = 130, is_coarse: bool = False
+    program: Program,
+    graph: nx.DiGraph,
+    active: set[int],
+    *,
+    max_blocks: int = 130,
+    is_coarse: bool = False,
+    is_apart: Callable[[Equation], bool] = lambda eqn: False,
 ) -> tuple[Span, ...]:
     """Cut a program into blocks.
 
@@ -51,6 +57,7 @@ def cut(
         active: values that tangents flow through, from `active_values`.
         max_blocks: how many blocks at most; the solver's time grows with the cube of it.
         is_coarse: cut at the lowest quarter of the places only.
+        is_apart: whether an equation that tangents flow through must be a block of its own.
 
     Returns:
         The blocks in order.
@@ -60,10 +67,14 @@ def cut(
     if not order:
         return ()
     alive = _alive_bytes(program, graph, order)
-    around = _around_alone(program, order, active)
+    around = _around_alone(program, order, active, is_apart)
     heavy = _heavy(program, graph, order, active, max_blocks)
     borders = _borders(heavy, alive)
     loss = _before_loss(heavy, borders, alive)
+    if heavy and not is_coarse:
+        # What is behind the last costly equation is no mere loss where there are products in it.
+        head = any(costs.is_matmul(program.equations[i]) for i in order[heavy[-1] + 1 :])
+        loss |= {heavy[-1] + 1} if head else set()
     if is_coarse and borders:
         level = sorted(alive[b - 1] for b in borders)[(len(borders) - 1) // 4]
         borders = [b for b in borders if alive[b - 1] <= level]
@@ -125,16 +136,19 @@ def _alive_bytes(program: Program, graph: nx.DiGraph, order: Sequence[int]) -> l
     return alive
 
 
-def _around_alone(program: Program, order: Sequence[int], active: set[int]) -> set[int]:
+def _around_alone(
+    program: Program, order: Sequence[int], active: set[int], is_apart: Callable[[Equation], bool]
+) -> set[int]:
     """Cuts before and after each equation that is a block of its own.
 
-    Those are loops and conditionals that tangents flow through, which have options of their own, and effects, which
-    run once.
+    Those are loops and conditionals that tangents flow through, which have options of their own, effects, which run
+    once, and what the compiler treats worse inside regions.
     """
 
     def is_alone(i: int) -> bool:
         eqn = program.equations[i]
-        return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and is_planned_inside(eqn))
+        is_special = is_planned_inside(eqn) or is_apart(eqn)
+        return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and is_special)
 
     alone = [p for p, i in enumerate(order) if is_alone(i)]
     return {b for p in alone for b in (p, p + 1) if 0 < b < len(order)}
@@ -152,8 +166,16 @@ def _heavy(program: Program, graph: nx.DiGraph, order: Sequence[int], active: se
 
 
 def _borders(heavy: Sequence[int], alive: Sequence[int]) -> list[int]:
-    """One cut between each two costly equations, where least is alive; positions in the order where blocks start."""
-    return [min(range(a, b), key=lambda p: (alive[p], p)) + 1 for a, b in itertools.pairwise(heavy)]
+    """One cut between each two costly equations, where least is alive; positions in the order where blocks start.
+
+    Where that is so in several places: right behind the costly one, or else behind the last, since what is made there
+    of one value of the same size, as by a relu behind a residual sum, would be held beside that value.
+    """
+    borders = []
+    for a, b in itertools.pairwise(heavy):
+        least = min(alive[a:b])
+        borders.append(1 + (a if alive[a] == least else max(p for p in range(a, b) if alive[p] == least)))
+    return borders
 
 
 def _before_loss(heavy: Sequence[int], borders: Sequence[int], alive: Sequence[int]) -> set[int]:

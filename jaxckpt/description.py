@@ -38,6 +38,7 @@ def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:
         fingerprint=program.fingerprint(),
         jax_version=_compat.JAX_VERSION,
         keeps_checkpoints=program.keeps_checkpoints,
+        is_profiled=study.is_profiled,
         parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in study.objective.inputs),
         lines=line_digests(program),
         unknown=tuple(sorted(set().union(*(study.graph.nodes[i]["unknown"] for i in study.graph)))),

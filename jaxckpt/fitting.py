@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from jaxckpt.calibration import Calibration, add_samples, remembered_of
 from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe
 from jaxckpt.errors import InfeasibleBudgetError
-from jaxckpt.ladder import Ladder
+from jaxckpt.keeping import digest
+from jaxckpt.ladder import FAR, Ladder
 from jaxckpt.measurement import Measurement
 from jaxckpt.plans import Plan
 from jaxckpt.sharing import Picks, apart, together
@@ -36,8 +38,11 @@ class Fitted:
         plans: of the decorated functions, in the order they are differentiated. Their peaks are predicted: it is the
             step that was measured.
         measurement: of the whole step.
-        unplanned: the same without plans; None where `largest_batch` had no need to compile it.
+        unplanned: the same without plans; None where it was expected so far above the budget, in bytes, that nobody
+            compiled it.
         num_compiles: how many steps were compiled to find it.
+        next_bytes: the least that was measured at a batch larger by one, which does not fit; None from `fit`.
+        calibration: the hash of the record it was found with; None without one.
         batch: what `largest_batch` found; None from `fit`.
     """
 
@@ -47,6 +52,8 @@ class Fitted:
     unplanned: Measurement | None
     num_compiles: int
     batch: int | None = None
+    next_bytes: int | None = None
+    calibration: str | None = None
 
 
 def fit(
@@ -70,8 +77,9 @@ def fit(
         donate_argnums: as in `jax.jit`.
 
     Returns:
-        The jitted step with its plans and what it measured. It takes one compile without plans, and some three with;
-        a few more where several functions share the budget.
+        The jitted step with its plans and what it measured. It takes one compile without plans, unless the budget is
+        in bytes and far below, and some three with; a few more where several functions share the budget. What was
+        measured is remembered, as in `plan`, and saves compiles the next time.
 
     Raises:
         OptionError: the step differentiates no decorated function.
@@ -94,7 +102,19 @@ def fit(
     """
     wanted = parse_budget(budget)
     whole = Step(step, args, cost, target, donate_argnums)
-    return fitted(whole, wanted.resolve(whole.measure(whole.without).device_bytes))
+    if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes):
+        return fitted(whole, wanted.resolve(whole.measure(whole.without).device_bytes))
+    return fitted(whole, wanted.size_bytes)
+
+
+def _may_wait(step: Step, budget_bytes: int) -> bool:
+    """Whether the step is expected so far above the budget without plans that nobody need compile that.
+
+    Several functions hold their bytes one after the other or all at once, which the unplanned step says.
+    """
+    if len(step.peaks) != 1:
+        return False
+    return step.peaks[0][-1] > FAR * max(0, budget_bytes - step.predicted_bytes(0))
 
 
 def fitted(step: Step, budget_bytes: int, batch: int | None = None) -> Fitted:
@@ -104,9 +124,11 @@ def fitted(step: Step, budget_bytes: int, batch: int | None = None) -> Fitted:
         InfeasibleBudgetError: no choice of plans fits.
     """
     unplanned = step.measured.get(step.without)
-    picks = step.without
+    picks, calibration = step.without, None
     if unplanned is None or unplanned.device_bytes > budget_bytes:
-        picks = _searched(step, budget_bytes) if step.keys else None
+        record = remembered_of(step.programs, step.target)
+        calibration = record.hash if record.samples else None
+        picks = _searched(step, budget_bytes, record) if step.keys else None
         if picks is None:
             refuse(step, budget_bytes)
     return Fitted(
@@ -116,20 +138,32 @@ def fitted(step: Step, budget_bytes: int, batch: int | None = None) -> Fitted:
         unplanned=unplanned,
         num_compiles=len(step.measured),
         batch=batch,
+        calibration=calibration,
     )
 
 
-def _searched(step: Step, budget_bytes: int) -> Picks | None:
+def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | None:
     """The cheapest picks on one path from the least bytes to the least work that fit."""
     adds_up = _adds_up(step)
     path = (together if adds_up else apart)(step.peaks, step.costs)
     combine = sum if adds_up else max
     predicted = [combine(row[i] for row, i in zip(step.peaks, picks, strict=True)) for picks in path]
-    state, offset = _outside(step, predicted[0], predicted[-1])
+    state, offset = _outside(step, predicted[-1])
     costs = [step.cost(picks) for picks in path]
-    ladder = Ladder(state + offset, predicted, costs, lambda i: step.measure(path[i]).device_bytes, num_before=1)
+    # What the unplanned step says of gradients is part of what the samples are relative to.
+    name = digest((step.name, adds_up, step.without in step.measured))
+    ladder = Ladder(
+        state + offset,
+        predicted,
+        costs,
+        lambda i: step.measure(path[i]).device_bytes,
+        expected=lambda size: record.ratio(name, max(1, size) / max(1, predicted[-1])),
+        spread=record.spread(name),
+        num_before=int(step.without in step.measured),
+    )
     ladder.known |= {i: step.measured[p].device_bytes for i, p in enumerate(path[:-1]) if p in step.measured}
     chosen = ladder.cheapest(budget_bytes)
+    add_samples(record, name, {predicted[i] / max(1, predicted[-1]): ladder.ratio(i) for i in sorted(ladder.known)})
     if chosen is None or adds_up:
         return None if chosen is None else path[chosen]
     return _raised(step, path[chosen], budget_bytes)
@@ -142,13 +176,13 @@ def _adds_up(step: Step) -> bool:
     return len(step.peaks) > 1 and unplanned is not None and unplanned.temp_bytes > (at_once + in_turn) / 2
 
 
-def _outside(step: Step, least_bytes: int, unplanned_bytes: int) -> tuple[int, int]:
+def _outside(step: Step, unplanned_bytes: int) -> tuple[int, int]:
     """Arguments and results, and what else is alive with the functions' temporaries: gradients, as far as measured."""
-    measured, predicted = step.measured.get(step.without), unplanned_bytes
+    measured = step.measured.get(step.without)
     if measured is None:
-        measured, predicted = step.measure(tuple(0 for _ in step.keys)), least_bytes
+        return step.state_bytes, step.gradient_bytes
     state = measured.device_bytes - measured.temp_bytes
-    return state, min(max(0, measured.temp_bytes - predicted), step.gradient_bytes)
+    return state, min(max(0, measured.temp_bytes - unplanned_bytes), step.gradient_bytes)
 
 
 def _raised(step: Step, picks: Picks, budget_bytes: int) -> Picks:
@@ -202,10 +236,13 @@ def refuse(step: Step, budget: int, what: str = "the step") -> NoReturn:
     unplanned = step.measure(step.without)
     least = min(m.device_bytes for m in step.measured.values())
     state = unplanned.device_bytes - unplanned.temp_bytes
+    gradients = f", and the gradients {show_bytes(step.gradient_bytes)}"
+    if state + step.gradient_bytes > budget:
+        gradients += ": together more than the budget. Cut the arguments over more devices, or keep less state"
     raise InfeasibleBudgetError(
         f"no plans fit {what} into budget={show_bytes(budget)}. The least feasible peak is {show_bytes(least)} "
         f"(measured); without plans it is {show_bytes(unplanned.device_bytes)} (measured). Arguments and results, such "
-        f"as parameters and optimizer state, take {show_bytes(state)} of it, which no plan changes",
+        f"as parameters and optimizer state, take {show_bytes(state)} of it, which no plan changes{gradients}",
         budget_bytes=budget,
         least_peak_bytes=least,
         unplanned_peak_bytes=unplanned.device_bytes,

@@ -4,11 +4,12 @@ Seen in XLA's scheduled programs. Only what was seen is listed.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jax.extend.core import primitives as prims
 
+from jaxckpt import costs
 from jaxckpt.liveness import Habits
 from jaxckpt.targets import Target
 from jaxckpt.trace import Equation, size_bytes
@@ -20,9 +21,15 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
     On CPU, XLA multiplies `[batch, m, k]` by `[batch, k, n]` and convolves images with their features last; it brings
     other operands into this order, those of weight gradients above all. It finds the maxima of a pooling with four
     indices per element, which depend on nothing and are therefore made before anything else; without a checkpoint it
-    does so in the forward and keeps four per result. It does not fuse a broadcast into a reduction. GPUs and TPUs read
-    operands as they lie.
+    does so in the forward and keeps four per result. Its kernels for reductions do arithmetic on the way, but neither
+    comparisons nor layout changes, and nothing whose result is read elsewhere. What is ready first runs first. GPUs and
+    TPUs read operands as they lie.
+
+    On TPU a product reads operands that are fused into it, and what is costly is made again for each reader: of a
+    softmax between two products only its operand is ever a buffer, and of a gelu too.
     """
+    if target.platform == "tpu":
+        return Habits(matmuls_fuse_operands=True, repeats_expensive=True)
     if target.platform != "cpu":
         return Habits()
     layouts = {prims.dot_general_p: _dot, prims.conv_general_dilated_p: _conv}
@@ -48,9 +55,34 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
         # Of the first operand's elements, the pooling's results.
         return 4 * _INDEX_BYTES * math.prod(shape(eqn.inputs[0])) if eqn.primitive is _POOLING_DERIVATIVE else 0
 
-    return Habits(copies=copies, scratch_bytes=scratch_bytes, index_bytes=index_bytes, reductions_fuse_broadcasts=False)
+    return Habits(
+        copies=copies,
+        scratch_bytes=scratch_bytes,
+        index_bytes=index_bytes,
+        kernel_holds=lambda eqn: eqn.primitive in _KERNEL_HOLDS,
+        is_breadth_first=True,
+    )
 
 
+def outside_regions(target: Target, avals: Sequence[Any]) -> Callable[[Equation], bool]:
+    """Return which operations a target runs with less memory where no region covers them.
+
+    On CPU that is a pooling of maxima: inside a region its derivative holds four indices for each element of the
+    image from the start of the program on, outside of any four for each result. Where there are as many results as
+    elements nothing is won.
+    """
+
+    def is_outside(eqn: Equation) -> bool:
+        if eqn.primitive not in _POOLINGS:
+            return False
+        (result,), (image, *_) = eqn.outputs, eqn.reads
+        return 2 * math.prod(avals[result].shape) <= math.prod(avals[image].shape)
+
+    return is_outside if target.platform == "cpu" else lambda eqn: False
+
+
+_KERNEL_HOLDS = (costs.CHEAP | costs.EXPENSIVE | costs.BROADCASTS) - costs.COMPARES
+_POOLINGS = frozenset({prims.reduce_window_max_p, prims.reduce_window_min_p})
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p
 _INDEX_BYTES = 4
 

@@ -26,10 +26,10 @@ _COMMAND = (sys.executable, "-m", "jaxckpt.isolated")
 _SIZES = ("argument", "output", "alias", "temp", "generated_code")
 
 
-def compiled_sizes(
+def sizes_later(
     fun: Callable, specs: Sequence[Any], donate_argnums: int | Sequence[int], target: str, options: Any
-) -> SimpleNamespace:
-    """Compile a function in another process.
+) -> Callable[[], SimpleNamespace]:
+    """Export a function; what is returned compiles it in another process, and may be called in any thread.
 
     Args:
         fun: what to compile.
@@ -39,11 +39,8 @@ def compiled_sizes(
         options: the compiler's.
 
     Returns:
-        What `memory_analysis` says.
-
-    Raises:
-        CompilerError: the process ended without an answer, with how.
-        RuntimeError: the compiler's own error.
+        A function to what `memory_analysis` says. It raises `CompilerError`, with how, where the process ended without
+        an answer, and `RuntimeError` with the compiler's own error.
     """
     chip = chips.find(target)
     given = {donate_argnums} if isinstance(donate_argnums, int) else set(donate_argnums)
@@ -59,10 +56,14 @@ def compiled_sizes(
         "options": options,
         "places": [_described(leaf.sharding) for leaf in leaves],
     }
-    found = _answer(asked, target)
-    if "error" in found:
-        raise RuntimeError(found["error"])
-    return SimpleNamespace(**found)
+
+    def sizes() -> SimpleNamespace:
+        found = _answer(asked, target)
+        if "error" in found:
+            raise RuntimeError(found["error"])
+        return SimpleNamespace(**found)
+
+    return sizes
 
 
 def _answer(asked: dict[str, Any], target: str) -> dict[str, Any]:

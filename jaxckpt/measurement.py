@@ -1,12 +1,14 @@
 """Device bytes, as the target's own compiler counts them."""
 
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -209,6 +211,13 @@ def compiled_bytes(
     Raises:
         CompilerError: the target's compiler is not here, or failed.
     """
+    return lowered_for(fun, specs, target, donate_argnums)()
+
+
+def lowered_for(
+    fun: Callable, specs: Sequence[Any], target: str | None, donate_argnums: int | Sequence[int] = ()
+) -> Callable[[], Measurement]:
+    """Trace and lower a function as `compiled_bytes` does; what is returned compiles it, in any thread."""
     chip = targets.find(target)
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise CompilerError(
@@ -224,16 +233,48 @@ def compiled_bytes(
     name = keeping.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
     kept = keeping.read(name)
     if kept is not None:
-        return Measurement(**{**kept, "target": label})
+        found = Measurement(**{**kept, "target": label})
+        return lambda: found
     if target is not None and isolated.SWITCH in os.environ:
-        compiled = functools.partial(isolated.compiled_sizes, fun, placed, donate_argnums, target, options)
+        compiled = isolated.sizes_later(fun, placed, donate_argnums, target, options)
     else:
         compiled = lambda: lowered.compile(compiler_options=options).memory_analysis()  # noqa: E731
-    found = _compiled(compiled, chip, label, lambda needed: _refusal(fun, placed, needed, label))
-    found = replace(found, compile_s=time.perf_counter() - started)
-    if found.compile_s > _WORTH_KEEPING_S:
-        keeping.write(name, asdict(found))
-    return found
+    refusal = functools.partial(_refusal, fun, placed, donate_argnums, label)
+    lowering_s = time.perf_counter() - started
+
+    def finished() -> Measurement:
+        started = time.perf_counter()
+        found = _compiled(compiled, chip, label, refusal)
+        found = replace(found, compile_s=lowering_s + time.perf_counter() - started)
+        if found.compile_s > _WORTH_KEEPING_S:
+            keeping.write(name, asdict(found))
+        return found
+
+    return finished
+
+
+def side_by_side(programs: Iterable[Callable[[], Measurement]]) -> list[Measurement]:
+    """Compile lowered programs, as many at a time as there are cores, while the next ones are lowered.
+
+    Args:
+        programs: what `lowered_for` returns; an iterator lowers each only when it is asked for.
+
+    Returns:
+        What each takes, in order.
+
+    Raises:
+        CompilerError: the first one that failed.
+    """
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_cores == 1:
+        return [program() for program in programs]
+    context = contextvars.copy_context()
+    # One line says that they compile, not one line each.
+    context.run(_SHOW.set, _show_nothing)
+    with watched("several plans side by side"), concurrent.futures.ThreadPoolExecutor(num_cores) as pool:
+        # A context is entered by one thread at a time.
+        running = [pool.submit(context.copy().run, program) for program in programs]
+        return [each.result() for each in running]
 
 
 def _versions(chip: targets.Target) -> tuple[Any, ...]:
@@ -290,8 +331,13 @@ def show_progress(show: Callable[[str], contextlib.AbstractContextManager]) -> I
         _SHOW.reset(token)
 
 
+def _show_nothing(text: str) -> contextlib.AbstractContextManager:
+    del text
+    return contextlib.nullcontext()
+
+
 _SHOW: contextvars.ContextVar[Callable[[str], contextlib.AbstractContextManager]] = contextvars.ContextVar(
-    "show", default=lambda text: contextlib.nullcontext()
+    "show", default=_show_nothing
 )
 
 
@@ -307,22 +353,35 @@ def _options(platform: str) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
 
 
-def _refusal(fun: Callable, specs: Sequence[Any], needed: int, target: str) -> Measurement:
+def _refusal(
+    fun: Callable, specs: Sequence[Any], donate_argnums: int | Sequence[int], target: str, needed: int
+) -> Measurement:
     """The compiler will not build a program of this size for the chip, which says how large it is."""
     leaves = jax.tree.leaves(list(specs))
     arguments = sum(shardings.local_bytes(leaf, getattr(leaf, "sharding", None)) for leaf in leaves)
     split = shardings.step_split(leaves)
-    outputs = sum(-(-size_bytes(x) // split) for x in jax.tree.leaves(jax.eval_shape(fun, *specs)))
+    results = Counter((x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(fun, *specs)))
+    donated = Counter((x.shape, x.dtype) for x in donated_leaves(specs, donate_argnums))
+    outputs, aliased = (
+        sum(count * -(-size_bytes(jax.ShapeDtypeStruct(*kind)) // split) for kind, count in kinds.items())
+        for kinds in (results, results & donated)
+    )
     return Measurement(
-        device_bytes=arguments + outputs + needed,
+        device_bytes=arguments + outputs - aliased + needed,
         argument_bytes=arguments,
         output_bytes=outputs,
-        alias_bytes=0,
+        alias_bytes=aliased,
         temp_bytes=needed,
         code_bytes=0,
         target=target,
         compile_s=0.0,
     )
+
+
+def donated_leaves(args: Sequence[Any], donate_argnums: int | Sequence[int]) -> list[Any]:
+    """Those of a call's arguments that give their buffers away."""
+    numbers = (donate_argnums,) if isinstance(donate_argnums, int) else donate_argnums
+    return jax.tree.leaves([args[i] for i in numbers])
 
 
 @functools.cache

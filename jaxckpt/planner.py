@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from jaxckpt import shardings, targets
-from jaxckpt.calibration import Calibration, Sample, remember, remembered, short
+from jaxckpt.calibration import Calibration, add_samples, remembered
 from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe, forced_by
 from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning, OptionError
-from jaxckpt.ladder import Ladder
+from jaxckpt.ladder import FAR, Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan
 from jaxckpt.study import Study
@@ -20,9 +20,8 @@ from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 
 # Room left below the budget when nothing is compiled.
 _UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
-# The program is not compiled without a plan where the model expects it to take this many times the room there is,
-# unless what was measured then says that it may come near the budget after all.
-_FAR, _NEAR = 2.0, 1.3
+# A program that was not compiled without a plan is, if what was measured says that it may come near the budget.
+_NEAR = 1.3
 
 # Within a cost, how many more candidates are compiled where the model was too low, by how much it must be.
 _MAX_LOWER, _LOWER = 3, 1.02
@@ -43,6 +42,7 @@ class Request:
     reserve_bytes: int = 0
     verify: bool = True
     calibration: Calibration | str | None = "auto"
+    profile: bool = False
 
 
 def plan(
@@ -59,6 +59,7 @@ def plan(
     has_aux: bool = False,
     calibration: Calibration | str | None = "auto",
     keep_checkpoints: bool = True,
+    profile: bool = False,
 ) -> Plan:
     """Find the cheapest recomputation plan of a function's value and gradient within a budget.
 
@@ -80,6 +81,8 @@ def plan(
             whose hash it carries.
         keep_checkpoints: leave the function's own `jax.checkpoint` calls as they are; otherwise they are inlined, and
             the plan alone decides what is recomputed.
+        profile: compile each distinct block and option for the target on its own first, and time it where the target is
+            the device that is here, instead of modelling it. That takes a small compile for each.
 
     Returns:
         The plan. Its `str` is the report.
@@ -106,6 +109,7 @@ def plan(
         True
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration)
+    request = replace(request, profile=profile)
     traced = shardings.trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
@@ -153,21 +157,25 @@ def plan_program(program: Program, goal: Objective, request: Request, cache_dir:
 
     It is planned from prediction, with a warning, where its target cannot be compiled for.
     """
-    study = find_study(program, goal, request.cost, request.solver, request.target)
     try:
+        study = find_study(program, goal, request.cost, request.solver, request.target, request.profile)
         return _Search(study, request, cache_dir).run()
     except CompilerError as error:
         if not request.verify:
             raise
         warnings.warn(f"{error}. Until then this plan is predicted, not measured", JaxckptWarning, stacklevel=3)
+        study = find_study(program, goal, request.cost, request.solver, request.target)
         return _Search(study, replace(request, verify=False), cache_dir).run()
 
 
-def find_study(program: Program, goal: Objective, cost: str, solver: Any, target: str | None) -> Study:
+def find_study(
+    program: Program, goal: Objective, cost: str, solver: Any, target: str | None, is_profiled: bool = False
+) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
     chip = targets.find(target)  # a user's chip may be defined anew under its name
     key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
-    study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target)
+    key += (is_profiled,)
+    study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target, is_profiled=is_profiled)
     _STUDIES[key] = study
     while len(_STUDIES) > _MAX_STUDIES:
         _STUDIES.pop(next(iter(_STUDIES)))
@@ -191,6 +199,7 @@ class _Search:
             self._measure,
             expected=self._expected,
             spread=self.record.spread(self.program) if self.record else 0.0,
+            prepare=lambda numbers: study.measure_all(self.candidates[i] for i in numbers),
         )
 
     def run(self) -> Plan:
@@ -216,7 +225,8 @@ class _Search:
     def _record(self) -> Calibration | None:
         """The record to plan with; None where there is none, or an empty one."""
         chosen = self.request.calibration
-        if chosen == "auto" and self.study.solver == "auto":
+        # A record is about what the model says.
+        if chosen == "auto" and self.study.solver == "auto" and not self.study.is_profiled:
             chosen = remembered(self.study.program, self.request.target, self.cache_dir)
         return chosen if isinstance(chosen, Calibration) and chosen.samples else None
 
@@ -228,27 +238,19 @@ class _Search:
 
     def _remember(self) -> None:
         """Add what was measured to the record on disk."""
-        if self.request.calibration is None or not self.ladder.known or self.study.solver != "auto":
+        is_modelled = self.study.solver == "auto" and not self.study.is_profiled
+        if self.request.calibration is None or not self.ladder.known or not is_modelled:
             return
-        samples = [
-            Sample(
-                program=short(self.program),
-                fraction=self.ladder.predicted_bytes[i] / max(1, self.all_bytes),
-                ratio=self.ladder.ratio(i),
-            )
-            for i in sorted(self.ladder.known)
-        ]
-        old = remembered(self.study.program, self.request.target, self.cache_dir)
-        new = old.with_samples(samples)
-        if new != old:
-            remember(new, self.cache_dir)
+        fractions = {i: self.ladder.predicted_bytes[i] / max(1, self.all_bytes) for i in sorted(self.ladder.known)}
+        record = remembered(self.study.program, self.request.target, self.cache_dir)
+        add_samples(record, self.program, {f: self.ladder.ratio(i) for i, f in fractions.items()}, self.cache_dir)
 
     def _may_wait(self, wanted: Budget) -> bool:
         """Whether the budget is so far below what the model expects without a plan that nobody need compile that."""
         if wanted.size_bytes is None or not self.candidates:
             return False
         room = wanted.size_bytes - self.request.reserve_bytes - self.study.fixed_bytes
-        return self._expected_unplanned() - self.study.fixed_bytes > _FAR * max(0, room)
+        return self._expected_unplanned() - self.study.fixed_bytes > FAR * max(0, room)
 
     def _expected_unplanned(self) -> int:
         return math.ceil(self.ladder.corrected_bytes(self.all_bytes))

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -81,6 +81,7 @@ class Plan:
         block_labels: `[n]`, how a person recognises each block.
         lines: digests of the program's lines, to say what changed.
         unknown: primitives counted by their bytes, for want of a rule.
+        is_profiled: whether its blocks were compiled one by one before, and not modelled.
     """
 
     budget_bytes: int | None
@@ -112,6 +113,7 @@ class Plan:
     block_labels: tuple[str, ...]
     lines: tuple[str, ...]
     unknown: tuple[str, ...]
+    is_profiled: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -212,7 +214,7 @@ class Plan:
             raise PlanFileError(
                 f"{where} has plan schema {data.get('schema')!r} and this jaxckpt reads {SCHEMA}; upgrade or plan again"
             )
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls) if f.default is MISSING or f.name in data}
         if missing := names - set(data):
             raise PlanFileError(f"{where} is damaged: it lacks {', '.join(sorted(missing))}")
         try:

@@ -148,7 +148,9 @@ def _sizes(plan: Plan) -> Table:
     table.add_row("unplanned peak", show_bytes(plan.unplanned_peak_bytes), _label(plan.is_unplanned_measured))
     if plan.measured_peak_bytes is not None:
         table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), "measured")
-    table.add_row("planned peak", show_bytes(plan.predicted_peak_bytes), "predicted")
+    table.add_row(
+        "planned peak", show_bytes(plan.predicted_peak_bytes), "profiled" if plan.is_profiled else "predicted"
+    )
     if plan.next_peak_bytes is not None:
         table.add_row("next cheaper plan", show_bytes(plan.next_peak_bytes), "measured, does not fit")
     table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), _label(plan.is_least_measured))
@@ -217,13 +219,17 @@ def _saved(groups: Sequence[SavedGroup]) -> Table:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
+    is_part = plan.budget_bytes is None and plan.max_cost is None
     adam = 2 * plan.parameter_bytes
-    yield (
-        "The budget covers arguments, gradients and temporaries of the value and gradient. It does not cover what "
-        f"lives outside: optimizer state (Adam: about {short_bytes(adam)}, twice the parameters), other models, data. "
-        "Leave room for it with reserve=..., or let fit(...) plan the whole step."
-    )
+    if not is_part:
+        yield (
+            "The budget covers arguments, gradients and temporaries of the value and gradient. It does not cover what "
+            f"lives outside: optimizer state (Adam: about {short_bytes(adam)}, twice the parameters), other models, "
+            "data. Leave room for it with reserve=..., or let fit(...) plan the whole step."
+        )
     if plan.unknown:
         yield f"Counted by their bytes, for want of a rule: {', '.join(plan.unknown)}."
-    if plan.measured_peak_bytes is None:
+    if plan.measured_peak_bytes is None and is_part:
+        yield "Sizes are predicted, of the value and gradient alone; where fit(...) chose it, the step was measured."
+    elif plan.measured_peak_bytes is None:
         yield "Nothing was compiled: sizes are predicted and a margin is left. verify=True measures."

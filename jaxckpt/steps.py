@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 
-from jaxckpt import _compat
+from jaxckpt import _compat, keeping, shardings
 from jaxckpt.candidates import Candidate
 from jaxckpt.errors import OptionError
-from jaxckpt.measurement import Measurement, Objective, compiled_bytes
-from jaxckpt.shardings import step_split
+from jaxckpt.measurement import Measurement, Objective, compiled_bytes, donated_leaves
 from jaxckpt.sharing import Picks
 from jaxckpt.study import Study
 from jaxckpt.trace import Program, run, size_bytes
@@ -66,7 +65,7 @@ class Step:
         donate_argnums: int | Sequence[int],
     ):
         self.fun, self.args, self.target, self.donate_argnums = fun, args, target, donate_argnums
-        self.free = Choice(cost, target, step_split(args))
+        self.free = Choice(cost, target, shardings.step_split(args))
         self.results = jax.eval_shape(_under(self.free, fun), *args)
         if not self.free.studies:
             raise OptionError(
@@ -91,23 +90,42 @@ class Step:
         return tuple(len(row) - 1 for row in self.options)
 
     @property
+    def programs(self) -> list[Program]:
+        """The decorated functions' programs."""
+        return [study.program for study in self.free.studies.values()]
+
+    @property
+    def name(self) -> str:
+        """A digest of the step's arguments and of what is planned in it."""
+        shapes = [(x.shape, str(x.dtype), str(getattr(x, "sharding", None))) for x in jax.tree.leaves(self.args)]
+        return keeping.digest((*shapes, self.donate_argnums, *(p.fingerprint() for p in self.programs)))
+
+    @property
     def gradient_bytes(self) -> int:
-        """Of all decorated functions; temporaries of the step."""
+        """Of all decorated functions, on each device; temporaries of the step."""
         return sum(
-            size_bytes(study.program.avals[study.program.inputs[i]])
+            -(-size_bytes(study.program.avals[study.program.inputs[i]]) // study.split)
             for study in self.free.studies.values()
             for i in study.objective.inputs
         )
 
     @property
-    def predicted_least_bytes(self) -> int:
-        """Device bytes under the plans with least, from the model: state, gradients, and the largest peak."""
-        numbers = (self.donate_argnums,) if isinstance(self.donate_argnums, int) else self.donate_argnums
-        read = _sizes(self.args)
+    def state_bytes(self) -> int:
+        """Arguments and results on each device, from their shapes: what no plan changes."""
+        donated = donated_leaves(self.args, self.donate_argnums)
+        read = sum(shardings.local_bytes(x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
         # A result takes the buffer of a donated argument that is like it.
-        made = _sizes(self.results) - _sizes([self.args[i] for i in numbers])
-        state = sum(count * size_bytes(spec) for sizes in (read, made) for spec, count in sizes.items())
-        return state + self.gradient_bytes + max((row[0] for row in self.peaks), default=0)
+        made = Counter(map(_alike, jax.tree.leaves(self.results))) - Counter(map(_alike, donated))
+        return read + sum(count * -(-size_bytes(spec) // self.free.split) for spec, count in made.items())
+
+    def predicted_bytes(self, predicted_peak: int) -> int:
+        """Device bytes of the step, from the model, where this is the largest peak of its functions."""
+        return self.state_bytes + self.gradient_bytes + predicted_peak
+
+    @property
+    def predicted_least_bytes(self) -> int:
+        """The same under the plans with least."""
+        return self.predicted_bytes(max((row[0] for row in self.peaks), default=0))
 
     def least_picks(self, most: int) -> list[Picks]:
         """The picks with the least predicted bytes."""
@@ -137,8 +155,8 @@ class Step:
         return jax.jit(fun, donate_argnums=self.donate_argnums, compiler_options=options or None)
 
 
-def _sizes(tree: Any) -> Counter:
-    return Counter(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(tree))
+def _alike(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _under(choice: Choice, fun: Callable) -> Callable:

@@ -1,7 +1,7 @@
 """Everything known about one program under one objective: blocks, candidate schedules, and what they measured."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,17 @@ from jaxckpt import apply, cuts, graph, shardings, targets
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import SOLVERS, Candidate, candidates, keep_all
 from jaxckpt.errors import OptionError
-from jaxckpt.measurement import Measurement, Objective, compiled_bytes, cotangent_specs, input_specs
+from jaxckpt.habits import outside_regions
+from jaxckpt.measurement import (
+    Measurement,
+    Objective,
+    compiled_bytes,
+    cotangent_specs,
+    input_specs,
+    lowered_for,
+    side_by_side,
+)
+from jaxckpt.profiling import Profiler
 from jaxckpt.trace import Program, refuse_effects, run, size_bytes
 
 
@@ -25,6 +35,7 @@ class Study:
         solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
         target: the chip's name, None for the default backend.
         split: over how many devices its values are cut; None is as its most finely cut argument is.
+        is_profiled: compile each distinct block and option on its own, and time it where the device is here.
     """
 
     def __init__(
@@ -35,11 +46,16 @@ class Study:
         solver: Any,
         target: str | None,
         split: int | None = None,
+        *,
+        is_profiled: bool = False,
     ):
         self.split = shardings.split(program) if split is None else split
         self.program, self.objective, self.target = program, objective, target
         self.chip = targets.find(target)
-        self.cost, self.solver = cost, solver
+        self.cost, self.solver, self.is_profiled = cost, solver, is_profiled
+        self.timer = targets.timer(cost, self.chip)
+        is_timed = cost == "time" and target is None
+        self.profiler = Profiler(target, self.chip, self.timer, is_timed=is_timed) if is_profiled else None
         if not (callable(solver) or solver in SOLVERS):
             raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(SOLVERS)}, or a function")
         refuse_effects(program, "the planned function")
@@ -50,8 +66,12 @@ class Study:
         )
         dag = graph.build_graph(program)
         self.graph = dag
-        fine = cuts.cut(program, dag, self.active)
-        coarse = cuts.cut(program, dag, self.active, is_coarse=True) if solver == "auto" else fine
+        # Solvers that know one shape of schedule only would find none that goes around a block.
+        self._is_apart = is_apart = (
+            outside_regions(self.chip, program.avals) if solver in ("auto", "chain") else lambda eqn: False
+        )
+        fine = cuts.cut(program, dag, self.active, is_apart=is_apart)
+        coarse = cuts.cut(program, dag, self.active, is_apart=is_apart, is_coarse=True) if solver == "auto" else fine
         self.cuts: list[Blocks] = []
         self._known: dict = {}
         if fine and any(v in self.active for span in fine for v in span.outputs):
@@ -80,9 +100,11 @@ class Study:
             spans,
             active=self.active,
             arguments=set(self.program.inputs),
-            timer=targets.timer(self.cost, self.chip),
+            timer=self.timer,
             target=self.chip,
             known=self._known,
+            is_apart=self._is_apart,
+            profiler=self.profiler,
         )
 
     @property
@@ -133,7 +155,17 @@ class Study:
         """Compile the differentiated program under a candidate, or without a plan; each is compiled once."""
         digest = None if candidate is None else candidate.digest
         if digest not in self._measured:
-            fun = functools.partial(run, self.program) if candidate is None else self.planned(candidate)
-            specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
-            self._measured[digest] = compiled_bytes(self.objective.differentiated(fun), specs, self.target)
+            self._measured[digest] = compiled_bytes(*self._differentiated(candidate))
         return self._measured[digest]
+
+    def measure_all(self, candidates: Iterable[Candidate]) -> None:
+        """Compile several candidates side by side; `measure` has them then."""
+        new = {c.digest: c for c in candidates if c.digest not in self._measured}
+        if len(new) > 1:
+            found = side_by_side(lowered_for(*self._differentiated(c)) for c in new.values())
+            self._measured |= dict(zip(new, found, strict=True))
+
+    def _differentiated(self, candidate: Candidate | None) -> tuple[Callable, list[Any], str | None]:
+        fun = functools.partial(run, self.program) if candidate is None else self.planned(candidate)
+        specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
+        return self.objective.differentiated(fun), specs, self.target

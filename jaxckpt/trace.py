@@ -24,6 +24,8 @@ from jaxckpt.errors import UnsupportedProgramError
 
 # Calls that stand for their body and nothing else.
 _INLINED = {prims.jit_p: "jaxpr", prims.closed_call_p: "call_jaxpr"}
+# Calls with a derivative of their own.
+_RULED = {prims.custom_jvp_call_p: "call_jaxpr", prims.custom_vjp_call_p: "call_jaxpr"}
 # Primitives whose parameter `call` holds a flat program: decorated functions inside the one that is traced.
 PROGRAM_CALLS: set[Any] = set()
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
@@ -265,17 +267,18 @@ def call_with_leaves(fun: Callable, in_tree: Any, static: Sequence[Any], is_arra
     return fun(*args, **kwargs)
 
 
-def flatten(jaxpr: Any, *, keep_checkpoints: bool = True) -> Program:
+def flatten(jaxpr: Any, *, keep_checkpoints: bool = True, is_differentiated: bool = False) -> Program:
     """Flatten a jaxpr: number its values, inline calls, and leave out what no output and no effect needs.
 
     Args:
         jaxpr: what to flatten.
         keep_checkpoints: leave checkpoints as they are; otherwise inline them, in loops and branches too.
+        is_differentiated: it will not be differentiated again, so calls with rules for that are inlined too.
 
     Returns:
         The program.
     """
-    inlined = _INLINED if keep_checkpoints else {**_INLINED, prims.remat_p: "jaxpr"}
+    inlined = _INLINED | (_RULED if is_differentiated else {}) | ({} if keep_checkpoints else {prims.remat_p: "jaxpr"})
     avals: list[Any] = []
     equations: list[Equation] = []
 
@@ -283,15 +286,23 @@ def flatten(jaxpr: Any, *, keep_checkpoints: bool = True) -> Program:
         avals.append(var.aval)
         return len(avals) - 1
 
+    def enter(eqn: Any, operands: Iterable[Atom], stacks: tuple[Any, ...], calls: tuple[Any, ...]) -> list[Atom]:
+        """Copy the equations inside a call."""
+        inner = eqn.params[inlined[eqn.primitive]]
+        # Closed-over arrays of a nested jaxpr are operands like any other.
+        held = zip(getattr(inner, "consts", ()), _opened(inner).constvars, strict=True)
+        return walk(_opened(inner), (*(Constant(c, v.aval) for c, v in held), *operands), stacks, calls)
+
     def insert(program: Program, operands: Sequence[Atom], call: Any, stacks: Any, calls: Any) -> list[Atom]:
         """Copy a flat program's equations, its values renumbered."""
         env = dict(zip(program.inputs, operands, strict=True))
         read = lambda x: env[x] if isinstance(x, int) else x  # noqa: E731
         for eqn in program.equations:
-            if eqn.primitive in inlined:  # a checkpoint that the inner program keeps
+            if eqn.primitive in inlined:  # a call that the inner program keeps
                 infos = (eqn.source_info, *eqn.call_infos, call.source_info, *calls)
-                results = walk(eqn.params["jaxpr"], map(read, eqn.inputs), (*stacks, *eqn.name_stacks), infos)
-                env.update(zip(eqn.outputs, results, strict=True))
+                env.update(
+                    zip(eqn.outputs, enter(eqn, map(read, eqn.inputs), (*stacks, *eqn.name_stacks), infos), strict=True)
+                )
                 continue
             for v in eqn.outputs:
                 avals.append(program.avals[v])
@@ -318,12 +329,7 @@ def flatten(jaxpr: Any, *, keep_checkpoints: bool = True) -> Program:
             inputs = tuple(map(read, eqn.invars))
             eqn_stacks = (*stacks, eqn.source_info.name_stack)
             if eqn.primitive in inlined:
-                inner = eqn.params[inlined[eqn.primitive]]
-                # Closed-over arrays of a nested jaxpr are operands like any other.
-                held = zip(getattr(inner, "consts", ()), _opened(inner).constvars, strict=True)
-                consts = [Constant(c, v.aval) for c, v in held]
-                results = walk(_opened(inner), (*consts, *inputs), eqn_stacks, (eqn.source_info, *calls))
-                env.update(zip(eqn.outvars, results, strict=True))
+                env.update(zip(eqn.outvars, enter(eqn, inputs, eqn_stacks, (eqn.source_info, *calls)), strict=True))
                 continue
             if eqn.primitive in PROGRAM_CALLS:
                 env.update(

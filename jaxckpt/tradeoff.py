@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxckpt import shardings
+from jaxckpt.calibration import Calibration, add_samples, remembered
 from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe
 from jaxckpt.errors import OptionError
@@ -24,6 +25,8 @@ from jaxckpt.trace import run
 
 UNPLANNED = "unplanned"
 PLAN = "plan"
+# Predicted temporaries to the device bytes to expect.
+Expected = Callable[[int], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,7 @@ class Frontier:
         fingerprint: of the program.
         forward_flops: of one forward pass.
         num_candidates: how many plans these were chosen from.
+        calibration: hash of the record that predictions were corrected by; None where there was none.
     """
 
     points: tuple[Point, ...]
@@ -71,6 +75,7 @@ class Frontier:
     fingerprint: str
     forward_flops: int
     num_candidates: int
+    calibration: str | None = None
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -111,9 +116,10 @@ def frontier(
 ) -> Frontier:
     """Trace the trade-off of peak bytes against step cost, refined where it bends.
 
-    It costs one solve, whatever the number of points. Beside the plans stand the program without one, and the policies
-    that can be written around any function: one checkpoint that saves nothing, all matmuls, or those without batch
-    dimensions.
+    It costs one solve, whatever the number of points. What earlier plans of such programs measured corrects the
+    predictions, and points that are measured are remembered in turn. Beside the plans stand the program without one,
+    and the policies that can be written around any function: one checkpoint that saves nothing, all matmuls, or those
+    without batch dimensions.
 
     Args:
         fun: a function of pytrees; leaves that are not arrays are static.
@@ -149,10 +155,18 @@ def frontier(
         raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
     traced = shardings.trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
     study = find_study(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
-    policies = _policy_points(study, verify)
+    record = remembered(traced.program, target)
+    expected, calibration = functools.partial(_expected, study, record), record.hash if record.samples else None
+    policies = _policy_points(study, verify, expected)
     unplanned = next(point for point in policies if point.name == UNPLANNED)
-    points = [_plan_point(study, c, unplanned, verify) for c in _chosen(study.candidates, num_points)]
+    chosen = _chosen(study.candidates, num_points)
     if verify:
+        study.measure_all(chosen)
+    points = [
+        _plan_point(study, c, unplanned, verify, expected, record.hash if record.samples else None) for c in chosen
+    ]
+    if verify:
+        _remember(study, record, chosen)
         points = _unbeaten(points)
     return Frontier(
         points=tuple(sorted([*points, *policies], key=lambda p: (p.peak_bytes, -p.cost_ratio))),
@@ -161,7 +175,23 @@ def frontier(
         fingerprint=traced.program.fingerprint(),
         forward_flops=study.forward_flops,
         num_candidates=len(study.candidates),
+        calibration=calibration,
     )
+
+
+def _expected(study: Study, record: Calibration, peak_bytes: int) -> int:
+    """Device bytes to expect where the model says this of the temporaries."""
+    if not study.candidates or not peak_bytes:
+        return study.fixed_bytes + peak_bytes
+    fraction = peak_bytes / max(1, study.unplanned.judgement.peak_bytes)
+    return study.fixed_bytes + math.ceil(peak_bytes * record.ratio(study.program.fingerprint(), fraction))
+
+
+def _remember(study: Study, record: Calibration, measured: Sequence[Candidate]) -> None:
+    unplanned = max(1, study.unplanned.judgement.peak_bytes)
+    temporaries = {c.judgement.peak_bytes: study.measure(c).device_bytes - study.fixed_bytes for c in measured}
+    ratios = {peak / unplanned: size / peak for peak, size in temporaries.items() if peak}
+    add_samples(record, study.program.fingerprint(), ratios)
 
 
 def _chosen(candidates: Sequence[Candidate], num_points: int) -> list[Candidate]:
@@ -191,7 +221,9 @@ def _miss(xs: Sequence[float], ys: Sequence[float], chosen: Sequence[int], i: in
     return abs(dx * (ys[i] - ys[a]) - dy * (xs[i] - xs[a])) / max(1e-9, math.hypot(dx, dy))
 
 
-def _plan_point(study: Study, candidate: Candidate, unplanned: Point, verify: bool) -> Point:
+def _plan_point(
+    study: Study, candidate: Candidate, unplanned: Point, verify: bool, expected: Expected, calibration: str | None
+) -> Point:
     measured = study.measure(candidate).device_bytes if verify else None
     plan = describe(
         study,
@@ -199,14 +231,14 @@ def _plan_point(study: Study, candidate: Candidate, unplanned: Point, verify: bo
         budget_bytes=None,
         max_cost=None,
         unplanned_peak_bytes=unplanned.peak_bytes,
-        predicted_peak_bytes=study.fixed_bytes + candidate.judgement.peak_bytes,
+        predicted_peak_bytes=expected(candidate.judgement.peak_bytes),
         measured_peak_bytes=measured,
         next_peak_bytes=None,
-        least_peak_bytes=study.fixed_bytes + study.candidates[0].judgement.peak_bytes,
+        least_peak_bytes=expected(study.candidates[0].judgement.peak_bytes),
         is_unplanned_measured=verify,
         is_least_measured=False,
         num_compiles=int(verify),
-        calibration=None,
+        calibration=calibration,
     )
     return Point(
         name=PLAN,
@@ -218,28 +250,28 @@ def _plan_point(study: Study, candidate: Candidate, unplanned: Point, verify: bo
     )
 
 
-def _policy_points(study: Study, verify: bool) -> list[Point]:
+def _policy_points(study: Study, verify: bool, expected: Expected) -> list[Point]:
     """The program without a plan, and under one checkpoint around everything."""
     plain = functools.partial(run, study.program)
     without = differentiated_cost(study, plain)
     peak = study.unplanned.judgement.peak_bytes if study.candidates else without.peak_bytes
     measured = study.measure(None).device_bytes if verify else None
-    points = [_policy_point(study, UNPLANNED, without, without, peak, measured)]
+    points = [_policy_point(UNPLANNED, without, without, expected(peak), measured)]
     specs = [*input_specs(study.program), *cotangent_specs(study.program, study.objective)]
     for name, fun in policy_functions(plain).items():
         found = differentiated_cost(study, fun)
         if verify:
             measured = compiled_bytes(study.objective.differentiated(fun), specs, study.target).device_bytes
-        points.append(_policy_point(study, name, found, without, found.peak_bytes, measured))
+        points.append(_policy_point(name, found, without, expected(found.peak_bytes), measured))
     return points
 
 
 def _policy_point(
-    study: Study, name: str, found: DifferentiatedCost, without: DifferentiatedCost, peak: int, measured: int | None
+    name: str, found: DifferentiatedCost, without: DifferentiatedCost, peak: int, measured: int | None
 ) -> Point:
     return Point(
         name=name,
-        predicted_peak_bytes=study.fixed_bytes + peak,
+        predicted_peak_bytes=peak,
         measured_peak_bytes=measured,
         recompute_flops=found.flops - without.flops,
         cost_ratio=found.cost / max(1, without.cost),

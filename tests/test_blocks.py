@@ -6,7 +6,7 @@ import functools
 import jax
 import pytest
 from helpers import CASES, study, study_of
-from zoo import gpt, models
+from zoo import gpt, models, unet
 
 from jaxckpt import costs
 from jaxckpt.trace import run
@@ -140,3 +140,12 @@ def test_the_work_of_keeping_everything_is_one_sweep():
     for s in map(study_of, CASES):
         assert s.unplanned.judgement.extra_work == 0
         assert s.recompute_flops(s.unplanned) == 0
+
+
+def test_a_unet_under_a_plan_takes_on_cpu_what_is_predicted():
+    with jax.numpy_rank_promotion("allow"):
+        config = unet.Config(levels=1, width=16, image=64)
+        s = study(unet.make_loss(config), *unet.specs(config), target="cpu")
+        candidate = s.candidates[0]
+        predicted = s.fixed_bytes + candidate.judgement.peak_bytes
+        assert abs(predicted / s.measure(candidate).device_bytes - 1) <= 0.1

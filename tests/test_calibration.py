@@ -102,8 +102,11 @@ def test_sizes_and_depth_do_not_change_the_family_but_operations_do():
 
 def test_a_programs_own_samples_are_interpolated_and_others_averaged():
     own = record(sample(0.2, 1.2), sample(0.4, 1.0), sample(0.3, 9.0, "another"))
-    assert own.ratio(PROGRAM, 0.3) == pytest.approx(1.1)
+    # Between two plans what they hold beyond their predictions is interpolated, in bytes.
+    assert own.ratio(PROGRAM, 0.3) == pytest.approx(1 + 0.02 / 0.3)
     assert own.ratio(PROGRAM, 0.9) == 1.0
+    assert record(sample(0.4, 1.1)).ratio(PROGRAM, 0.8) == pytest.approx(1.05)
+    assert record(sample(0.4, 1.1)).ratio(PROGRAM, 0.1) == pytest.approx(1.13)
     assert own.spread(PROGRAM) == 0
     others = record(sample(0.2, 1.3, "a"), sample(0.2, 1.1, "b"))
     assert 1.1 < others.ratio(PROGRAM, 0.5) < 1.3
@@ -158,7 +161,8 @@ def test_a_smooth_error_takes_three_compiles_at_most(budget, slope, level):
     if chosen is not None:
         used = ladder.known[chosen] / budget
         assert used <= 1 and (used >= 0.9 or chosen == 100 or ladder.known[chosen + 1] > budget)
-        assert len(ladder.known) <= 3
+        # One more where measured bytes hardly grow with predicted ones.
+        assert len(ladder.known) <= (3 if level + slope > 0.5 else 4)
 
 
 def test_what_is_known_already_is_where_the_climb_begins():

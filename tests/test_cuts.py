@@ -131,3 +131,48 @@ def test_tangents_stop_where_a_gradient_does():
     active = graph.active_values(program, {program.inputs[0]}, {program.outputs[0]})
     made = {e.primitive.name: set(e.outputs) for e in program.equations}
     assert made["sin"] <= active and made["cos"].isdisjoint(active)
+
+
+def pooled(w, x):
+    """Two convolutions with residual sums, and a pooling between them."""
+
+    def conv(w, x):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x = jax.nn.relu(x + conv(w[0], x))
+    x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return jnp.sum(jax.nn.relu(x + conv(w[1], x)) ** 2)
+
+
+POOLED = jax.ShapeDtypeStruct((2, 3, 3, 8, 8), jnp.float32), jax.ShapeDtypeStruct((2, 32, 32, 8), jnp.float32)
+
+
+def poolings(s):
+    """The blocks with a pooling."""
+    return [
+        k for k, span in enumerate(s.blocks.spans) if any("reduce_window" in e.primitive.name for e in span.equations)
+    ]
+
+
+def test_on_cpu_a_pooling_is_alone_and_no_region_covers_it():
+    s = study(pooled, *POOLED, target="cpu")
+    (k,) = poolings(s)
+    assert len(s.blocks.spans[k].equations) == 1
+    assert len(s.blocks.problem.blocks[k].options) == 1
+    assert s.candidates
+    for candidate in s.candidates:
+        (k,) = [k for k, b in enumerate(candidate.problem.blocks) if b.forward_peak_bytes > 2**40]
+        assert candidate.judgement.num_forwards[k] == 1
+        assert candidate.judgement.peak_bytes < 2**40
+
+
+def test_elsewhere_a_pooling_is_like_any_operation():
+    s = study(pooled, *POOLED, target="h100")
+    (k,) = poolings(s)
+    assert s.blocks.problem.blocks[k].forward_peak_bytes < 2**40
+
+
+def test_what_is_made_of_a_value_of_the_same_size_is_held_instead_of_it():
+    # Right behind the costly operation where nothing is lower, or else behind the last of the lowest places.
+    assert cuts._borders([0, 4], [1, 1, 1, 2, 0]) == [1]
+    assert cuts._borders([0, 4], [2, 1, 1, 2, 0]) == [3]

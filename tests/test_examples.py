@@ -6,7 +6,7 @@ import pytest
 from ckptsolvers.revolve import num_forwards
 
 import jaxckpt
-from examples import gpt2, mlp_revolve
+from examples import gpt2, llama_fsdp, mlp_revolve
 
 
 def test_gpt2_trains_along_the_same_curve_with_a_plan():
@@ -43,7 +43,7 @@ def test_batches_repeat_with_the_seed():
     assert (first != other).any()
 
 
-@pytest.mark.parametrize("name", ["examples/gpt2.py", "examples/mlp_revolve.py"])
+@pytest.mark.parametrize("name", ["examples/gpt2.py", "examples/llama_fsdp.py", "examples/mlp_revolve.py"])
 def test_runs_as_a_file(name):
     shown = subprocess.run([sys.executable, name, "--help"], capture_output=True, text=True, check=True)
     assert "usage" in shown.stdout
@@ -67,3 +67,19 @@ def test_a_wrong_count_is_seen():
 @pytest.mark.parametrize("num_states", range(1, 10))
 def test_formula_agrees_with_the_solver_package(num_states):
     assert mlp_revolve.num_advances(10, num_states) == num_forwards(10, num_states)
+
+
+@pytest.mark.slow
+def test_a_sharded_llama_is_fitted_in_bytes_of_each_device(capsys):
+    # optax raises floats to integer powers, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        assert llama_fsdp.main(["--size", "toy", "--target", "cpu:8", "--budget", "80%"]) == 0
+    shown = capsys.readouterr().out
+    assert "45,344 parameters on cpu:8" in shown and "measured on each device" in shown
+
+
+def test_the_llama_is_of_the_size_it_says():
+    params, state, tokens = llama_fsdp.specs(llama_fsdp.SIZES["1.3b"])
+    assert sum(x.size for x in jax.tree.leaves(params)) == 1_345_423_360
+    assert sum(x.size for x in jax.tree.leaves(state)) == 2 * 1_345_423_360 + 1
+    assert tokens.shape == (32, 2049)

@@ -182,3 +182,28 @@ def test_paths_lead_from_the_least_bytes_to_the_least_work():
     assert together([[0, 50, 100]], [[1.0, 0.9, 0.0]]) == [(0,), (1,), (2,)]
     # What lies between two that are all but equal in bytes is left out.
     assert together([[1000, 5000, 5001, 5002]], [[1.0, 0.9, 0.8, 0.0]]) == [(0,), (1,), (3,)]
+
+
+def test_the_second_fit_of_a_step_takes_fewer_compiles():
+    step, args = make_step(jaxckpt.auto_remat(chain)), (WS, WS, X)
+    first = jaxckpt.fit(step, *args, budget="55%")
+    again = jaxckpt.fit(step, *args, budget="55%")
+    assert first.calibration is None and again.calibration is not None
+    # One without plans, for the percentage, and one with.
+    assert again.num_compiles == 2 <= first.num_compiles
+    assert again.measurement.device_bytes <= 0.55 * again.unplanned.device_bytes
+
+
+def test_a_step_far_above_a_budget_in_bytes_is_not_compiled_without_plans():
+    step, args = make_step(jaxckpt.auto_remat(chain)), (WS, WS, X)
+    whole = jaxckpt.fit(step, *args, budget="100%").measurement
+    budget = whole.argument_bytes + whole.output_bytes + whole.temp_bytes // 3
+    fitted = jaxckpt.fit(step, *args, budget=budget)
+    assert fitted.unplanned is None and fitted.measurement.device_bytes <= budget
+    roomy = jaxckpt.fit(step, *args, budget=2 * whole.device_bytes)
+    assert roomy.unplanned is not None and roomy.plans[0].schedule is None
+
+
+def test_state_and_gradients_that_are_too_large_are_named():
+    with pytest.raises(jaxckpt.InfeasibleBudgetError, match=r"gradients .* more than the budget"):
+        jaxckpt.fit(make_step(jaxckpt.auto_remat(chain)), WS, WS, X, budget=1_000_000)

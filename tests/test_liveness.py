@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.habits import habits_of
-from jaxckpt.liveness import Habits, buffers_across, peak_bytes
+from jaxckpt.liveness import Copy, Habits, _packed_bytes, held_across, peak_bytes
 from jaxckpt.targets import find
 from jaxckpt.trace import size_bytes, trace
 
@@ -101,27 +101,100 @@ def test_external_results_do_not_count():
     assert peak_bytes(program.equations, lambda v: size_bytes(program.avals[v]), external=program.outputs) == A
 
 
-def across(fun, *args, num_forward, reductions_fuse_broadcasts=True):
-    """The program, and the buffers between its first equations and the others."""
+def across(fun, *args, num_forward):
+    """The program, and what is held between its first equations and the others."""
     program = trace(fun, args).program
-    found = buffers_across(
+    backward = program.equations[num_forward:]
+    made = {v for eqn in program.equations[:num_forward] for v in eqn.outputs}
+    found = held_across(
         program.equations[:num_forward],
-        program.equations[num_forward:],
+        backward,
         lambda v: size_bytes(program.avals[v]),
+        results=(),
+        cotangents={v for eqn in backward for v in eqn.reads} - made,
         kept=(),
-        habits=Habits(reductions_fuse_broadcasts=reductions_fuse_broadcasts),
+        habits=Habits(),
     )
     return program, found
 
 
-def test_buffers_across_are_what_the_backward_reads_of_the_forward():
+def test_across_is_what_the_backward_reads_of_the_forward():
     program, found = across(lambda x, w, v: jnp.sum(jnp.tanh(x @ w) @ v), X, X, X, num_forward=2)
-    assert found == set(program.equations[1].outputs)
+    assert found.values == set(program.equations[1].outputs)
 
 
 def test_a_fused_value_across_is_made_again_from_its_buffer():
     program, found = across(lambda x, w: jnp.sum((x @ w) * 2 + 1), X, X, num_forward=2)
-    assert found == set(program.equations[0].outputs)
+    assert found.values == set(program.equations[0].outputs)
+    assert found.forward_peak_bytes == A
+
+
+def test_a_copy_across_stands_for_what_only_it_reads():
+    def fun(x, w, v):
+        y = x @ w
+        return v @ y
+
+    program = trace(fun, (X, X, X)).program
+    first, second = (eqn for eqn in program.equations if eqn.primitive.name == "dot_general")
+    habits = Habits(copies=lambda eqn: first.outputs if eqn is second else ())
+    found = held_across(
+        [first], [second], lambda v: A, results=(), cotangents=program.inputs[2:], kept=(), habits=habits
+    )
+    assert not found.values
+    assert found.copies == {Copy(first.outputs[0], second.outputs[0])}
+    assert found.forward_peak_bytes == 2 * A
+
+
+CPU = Habits(kernel_holds=lambda eqn: eqn.primitive.name != "select_n")
+
+
+def cpu_peak(fun, *args):
+    program = trace(fun, args).program
+    return peak_bytes(program.equations, lambda v: size_bytes(program.avals[v]), kept=program.outputs, habits=CPU)
+
+
+def test_a_reductions_kernel_does_arithmetic_itself():
+    assert cpu_peak(lambda x: jnp.sum(jnp.tanh(x * 2) + 1), X) == 4
+    assert cpu_peak(lambda x: jnp.sum(jnp.where(x > 0, x, 0.0)), X) >= A
+
+
+def test_what_a_reduction_shares_is_a_buffer():
+    def fun(x, w):
+        y = x - w
+        return jnp.sum(y * y), jnp.max(y + 1)
+
+    assert cpu_peak(fun, X, X) >= A
+    # A row that two products repeat is written out once.
+    row, wide = jax.ShapeDtypeStruct((64,), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    times = lambda x, r: jax.lax.mul(x, jax.lax.broadcast_in_dim(r, (64, 64), (1,)))  # noqa: E731
+    assert cpu_peak(lambda x, r: jnp.sum(times(x, r)), wide, row) == 4
+    shared = lambda x, y, r: (lambda b: (jnp.sum(x * b), jnp.sum(y * b)))(jnp.broadcast_to(r, (64, 64)))  # noqa: E731
+    assert cpu_peak(shared, wide, wide, row) >= 64 * 64 * 4
+
+
+def test_what_is_ready_first_runs_first():
+    def fun(x, w, v):
+        y = x @ w
+        for _ in range(4):
+            y = y @ w
+        return jnp.sum((v @ w) * jnp.sum(y))
+
+    program = trace(fun, (X, X, X)).program
+    size = lambda v: size_bytes(program.avals[v])  # noqa: E731
+    found = [
+        peak_bytes(program.equations, size, kept=program.outputs, habits=Habits(is_breadth_first=flag)) // A
+        for flag in (False, True)
+    ]
+    assert found == [2, 3]
+
+
+def test_a_heap_has_gaps():
+    # Two large buffers, one after the other, share a place; what spans both cannot use the gap between them.
+    assert _packed_bytes([(4, 0, 1), (4, 2, 3)]) == 4
+    assert _packed_bytes([(4, 0, 2), (4, 2, 3)]) == 8
+    # The small one that lives through both lies on top, although only five bytes are there at any time.
+    assert _packed_bytes([(4, 0, 1), (4, 2, 3), (1, 0, 3)]) == 5
+    assert _packed_bytes([(3, 0, 1), (3, 1, 2), (2, 2, 4), (2, 1, 1), (2, 2, 3)]) == 8
 
 
 def test_a_scatter_writes_over_the_array_it_changes():
@@ -161,3 +234,19 @@ def test_on_cpu_a_poolings_derivative_holds_four_indices_an_element():
     scratch = habits_of(find("cpu"), program.avals).scratch_bytes(pool)
     assert scratch == 4 * 4 * (2 * 8 * 8 * 4 + 2 * 4 * 4 * 4)
     assert not habits_of(find("v5e"), program.avals).scratch_bytes(pool)
+
+
+def test_a_tpus_products_read_what_is_fused_into_them():
+    def attention(q, k, v):
+        scores = q @ k.T
+        return jax.nn.softmax(scores) @ v, scores
+
+    x = jax.ShapeDtypeStruct((512, 8), jnp.float32)
+    program = trace(attention, (x, x, x)).program
+    peaks = {}
+    for name in ("v5e", "h100"):
+        habits = habits_of(find(name), program.avals)
+        size = lambda v: size_bytes(program.avals[v])  # noqa: E731
+        peaks[name] = peak_bytes(program.equations, size, kept=program.outputs, habits=habits)
+    scores = 512 * 512 * 4
+    assert scores <= peaks["v5e"] < 1.2 * scores and peaks["h100"] >= 2 * scores

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +239,55 @@ def test_a_refusal_says_how_much_was_needed():
     text = "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (26.06G) exceeds available HBM (15.75G)"
     assert compilers.refused_bytes(RuntimeError(text)) == int(26.06 * 2**30)
     assert compilers.refused_bytes(RuntimeError("INTERNAL: something else (26.06G)")) is None
+
+
+def test_a_refused_step_gives_donated_buffers_back(monkeypatch):
+    def refuse(*args, **options):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (2.00G) exceeds"
+        )
+
+    monkeypatch.setattr("jax._src.stages.Lowered.compile", refuse)
+    step = lambda ws, x: ([w * 2.0 for w in ws], jnp.sum(x))  # noqa: E731
+    kept, given = (measurement.compiled_bytes(step, (WS, X), None, donated) for donated in ((), 0))
+    state = 8 * 256 * 256 * 4
+    assert (kept.alias_bytes, given.alias_bytes) == (0, state)
+    assert kept.device_bytes - given.device_bytes == state
+    assert kept.device_bytes == 2 * state + 4096 * 256 * 4 + 4 + 2**31
+
+
+# Several at a time.
+
+
+def test_programs_compile_side_by_side_in_order(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    alive, most = set(), []
+    original = measurement._compiled
+
+    def watched(*args):
+        alive.add(threading.get_ident())
+        most.append(len(alive))
+        time.sleep(0.2)
+        try:
+            return original(*args)
+        finally:
+            alive.discard(threading.get_ident())
+
+    monkeypatch.setattr(measurement, "_compiled", watched)
+    sizes = (256, 512, 1024, 2048)
+    specs = [[WS, jax.ShapeDtypeStruct((n, 256), jnp.float32)] for n in sizes]
+    found = measurement.side_by_side(measurement.lowered_for(chain, each, None) for each in specs)
+    assert [f.argument_bytes for f in found] == [8 * 256 * 256 * 4 + n * 256 * 4 for n in sizes]
+    assert max(most) == 3
+
+
+def test_a_failure_among_several_is_the_typed_error(monkeypatch):
+    def crash(*args, **options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: out of luck")
+
+    monkeypatch.setattr("jax._src.stages.Lowered.compile", crash)
+    with pytest.raises(jaxckpt.CompilerError, match="out of luck"):
+        measurement.side_by_side(measurement.lowered_for(chain, [WS, X], None) for _ in range(2))
 
 
 # On the command line.

@@ -132,3 +132,15 @@ def test_cite_prints_bibtex_once(capsys):
     assert len(keys) == len(set(keys)) >= 8
     assert cli.main(["cite", "nonsense"]) == 2
     assert "revolve" in capsys.readouterr().err
+
+
+def test_what_was_measured_corrects_the_next_curve():
+    cold = jaxckpt.frontier(residual_loss, *ARGS, num_points=4)
+    measured = jaxckpt.frontier(residual_loss, *ARGS, num_points=4, verify=True)
+    warm = jaxckpt.frontier(residual_loss, *ARGS, num_points=4)
+    assert cold.calibration is None and warm.calibration == warm.plans[0].calibration is not None
+    by_digest = {p.plan.schedule: p for p in measured.points if p.plan}
+    compared = [(p, by_digest[p.plan.schedule]) for p in warm.points if p.plan and p.plan.schedule in by_digest]
+    assert compared
+    for point, known in compared:
+        assert point.predicted_peak_bytes == pytest.approx(known.measured_peak_bytes, rel=0.02)

@@ -299,7 +299,7 @@ class ChainTable:
         """What keeping block s holds beyond what it drops, from which level on it fits, and its time."""
         option, about = self.problem.blocks[s].options[o], self._about
         held = self._units(about.hold_bytes(s, t, o)) if s + 1 < t else 0
-        forward = self._units(option.forward_peak_bytes + about.waiting[t])
+        forward = self._units(option.peak_until(s, t) + about.waiting[t])
         backward = self._units(option.backward_peak_bytes + about.passing[s])
         time = option.forward_times[about.num_wanted(s, t)] + option.recompute_time
         return held - drop, max(held - drop, forward, backward - drop, 0), time

@@ -147,6 +147,7 @@ def _all_sizes(problem: Problem) -> Iterator[int]:
         yield block.forward_peak_bytes
         for option in block.options:
             yield from (option.saved_bytes, option.forward_peak_bytes, option.backward_peak_bytes)
+            yield option.last_forward_peak_bytes
 
 
 def _cumulative(numbers: list[int]) -> list[int]:

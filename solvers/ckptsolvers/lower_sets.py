@@ -200,7 +200,7 @@ class _Search:
         """What keeping a block in a sequence that ends at `stop` takes."""
         option, about, values = self.problem.blocks[k].options[o], self.about, self.problem.values
         return _Kept(
-            forward_bytes=option.forward_peak_bytes + about.waiting[stop],
+            forward_bytes=option.peak_until(k, stop) + about.waiting[stop],
             backward_bytes=option.backward_peak_bytes + about.passing[k],
             held_bytes=about.hold_bytes(k, stop, o) if k + 1 < stop else 0,
             drop_bytes=sum(values[v].size_bytes for v in self.problem.droppable(k, o, stop)),

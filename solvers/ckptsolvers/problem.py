@@ -50,6 +50,8 @@ class Option:
             and those of its inputs among it.
         unread_inputs: positions, among the block's inputs, of those neither its backward nor what it makes again
             reads. One that the block before it made, kept under an option without saved outputs, is dropped.
+        last_forward_peak_bytes: the same as `forward_peak_bytes` where the block is the last one before its backward,
+            so that a compiler may run what of the backward is ready beside the forward; 0 where that does not happen.
     """
 
     name: str
@@ -60,6 +62,11 @@ class Option:
     backward_peak_bytes: int
     saved_outputs: tuple[int, ...] = ()
     unread_inputs: tuple[int, ...] = ()
+    last_forward_peak_bytes: int = 0
+
+    def peak_until(self, block: int, until: int) -> int:
+        """Its forward's peak as the given block, in an interval that ends before block `until`."""
+        return max(self.forward_peak_bytes, self.last_forward_peak_bytes if block + 1 == until else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +255,8 @@ def _check_block(k: int, block: Block, num_outputs: int, num_inputs: int) -> Non
         check_numbers(where, *times, item.forward_peak_bytes)
     for o, option in _numbered(block):
         check_numbers(
-            f"blocks[{k}].options[{o}]", option.saved_bytes, option.recompute_time, option.backward_peak_bytes
+            f"blocks[{k}].options[{o}]",
+            *(option.saved_bytes, option.recompute_time, option.backward_peak_bytes, option.last_forward_peak_bytes),
         )
         if any(not 0 <= p < num_outputs for p in option.saved_outputs):
             raise InvalidProblemError(f"blocks[{k}].options[{o}].saved_outputs={option.saved_outputs} names no output")

@@ -142,7 +142,7 @@ class _Program:
             if work.drops and not drop:
                 continue
             time = option.forward_times[about.num_wanted(s, t)] + option.recompute_time
-            forward, backward = option.forward_peak_bytes + about.waiting[t], option.backward_peak_bytes
+            forward, backward = option.peak_until(s, t) + about.waiting[t], option.backward_peak_bytes
             peak = max(forward, backward + about.passing[s] - drop)
             for drops_next in (False, True)[: 1 if s + 1 == t or option.saved_outputs else 2]:
                 chosen = self._add_choice(work, _Work(s + 1, t, drops_next), o, time, peak)

@@ -81,7 +81,8 @@ class _Replay:
         block = self.problem.blocks[k]
         runs = block if o is None else block.options[o]
         self._check_inputs(k, "forward")
-        self._mark(self.live_bytes + self.other_bytes + runs.forward_peak_bytes, k, "forward")
+        peak = block.forward_peak_bytes if o is None else block.options[o].peak_until(k, until)
+        self._mark(self.live_bytes + self.other_bytes + peak, k, "forward")
         num_wanted = self.problem.num_wanted(k, until)
         made = set(self.problem.outputs[k][:num_wanted])
         if o is not None:

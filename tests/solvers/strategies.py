@@ -107,6 +107,7 @@ def skip_chains(draw, max_blocks=6):
             forward_times=(time if own else 0, time),
             forward_peak_bytes=size + draw(st.just(1)),
             backward_peak_bytes=grads + (size if own else 0),
+            last_forward_peak_bytes=draw(st.sampled_from((0, size + 3))),
         )
         made.append(Block(forward_times=(0, time), forward_peak_bytes=size + 1, options=(option,)))
     return Problem(blocks=tuple(made), values=tuple(values))
