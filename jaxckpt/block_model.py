@@ -187,7 +187,7 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
         choices.append(tuple(sorted(model.named[v] for v in saved)))
     everything, held, unread = model.everything()
     # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
-    useful = [not dominates(everything, option) for option, _ in kept]
+    useful = [not dominates(everything, option, spare_bytes) for option, _ in kept]
     kept = [*itertools.compress(kept, useful), (everything, held)]
     choices = [*itertools.compress(choices, useful), None]
     return Analysis(
