@@ -187,7 +187,7 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
         choices.append(tuple(sorted(model.named[v] for v in saved)))
     everything, held, unread = model.everything()
     # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
-    useful = [not dominates(everything, option) for option, _ in kept]
+    useful = [not dominates(everything, option, spare_bytes) for option, _ in kept]
     kept = [*itertools.compress(kept, useful), (everything, held)]
     choices = [*itertools.compress(choices, useful), None]
     return Analysis(
@@ -217,8 +217,20 @@ def effectful(local: LocalBlock) -> Analysis:
     return Analysis(block, block, (None,), (unread,), 0, 0)
 
 
+def as_it_is(analysis: Analysis) -> Analysis:
+    """A block that is left to JAX and nothing else: a loop, say, in which something has an effect in each iteration."""
+    last = lambda block: replace(block, options=block.options[-1:])  # noqa: E731
+    return replace(
+        analysis,
+        block=last(analysis.block),
+        flops_block=last(analysis.flops_block),
+        saved=analysis.saved[-1:],
+        unread=analysis.unread[-1:],
+    )
+
+
 def dominates(a: Option, b: Option, spare_bytes: int = 0, spare_time: int = 0) -> bool:
-    """Whether an option is no worse than another, or hardly, in anything."""
+    """Whether an option is as good as another one in everything, or worse by no more than this."""
     sizes = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes")
     return (
         set(a.saved_outputs) <= set(b.saved_outputs)
