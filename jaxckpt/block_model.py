@@ -217,18 +217,6 @@ def effectful(local: LocalBlock) -> Analysis:
     return Analysis(block, block, (None,), (unread,), 0, 0)
 
 
-def as_it_is(analysis: Analysis) -> Analysis:
-    """A block that is left to JAX and nothing else: a loop, say, in which something has an effect in each iteration."""
-    last = lambda block: replace(block, options=block.options[-1:])  # noqa: E731
-    return replace(
-        analysis,
-        block=last(analysis.block),
-        flops_block=last(analysis.flops_block),
-        saved=analysis.saved[-1:],
-        unread=analysis.unread[-1:],
-    )
-
-
 def dominates(a: Option, b: Option, spare_bytes: int = 0, spare_time: int = 0) -> bool:
     """Whether an option is as good as another one in everything, or worse by no more than this."""
     sizes = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes")
