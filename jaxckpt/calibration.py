@@ -96,6 +96,10 @@ class Calibration:
             return 0.0
         return min(_MAX_SPREAD, statistics.pstdev(math.log(s.ratio) for s in self.samples))
 
+    def places(self, program: str) -> list[float]:
+        """The fractions at which this very program was measured."""
+        return [s.fraction for s in self._own(program)]
+
     def knows(self, program: str) -> bool:
         """Whether this very program was measured."""
         return bool(self._own(program))

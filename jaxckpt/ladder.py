@@ -48,6 +48,7 @@ class Ladder:
         costs: `[num_candidates]` work beyond the unplanned program's, as a fraction of that, descending.
         measure: compiles a candidate and returns its device bytes.
         expected: measured over predicted bytes to expect at a candidate before anything is measured.
+        certain: predicted bytes at which that was measured of the same program.
         spread: how far from that the first one may be.
         num_before: compiles that were made already, such as that of the program without a plan.
         prepare: is told of several candidates that `measure` is about to be asked for, to compile them side by side.
@@ -61,12 +62,13 @@ class Ladder:
         measure: Callable[[int], int],
         *,
         expected: Callable[[int], float] = lambda predicted_bytes: 1.0,
+        certain: Sequence[float] = (),
         spread: float = 0.0,
         num_before: int = 0,
         prepare: Callable[[Sequence[int]], None] = lambda numbers: None,
     ):
         self.fixed_bytes, self.predicted_bytes, self.costs = fixed_bytes, predicted_bytes, costs
-        self.expected, self.spread, self.num_before = expected, spread, num_before
+        self.expected, self.certain, self.spread, self.num_before = expected, certain, spread, num_before
         self.known: dict[int, int] = {}  # candidate -> measured device bytes
         self._measure, self._prepare = measure, prepare
 
@@ -108,10 +110,11 @@ class Ladder:
 
     def corrected_bytes(self, predicted_bytes: int) -> float:
         """The same of a schedule with these predicted bytes."""
-        known = sorted(self.known)
-        offsets = [self.known[i] - self._expected_bytes(self.predicted_bytes[i]) for i in known]
-        places = [self.predicted_bytes[i] for i in known]
-        return self._expected_bytes(predicted_bytes) + offset_at(predicted_bytes, places, offsets)
+        offsets = dict.fromkeys(self.certain, 0.0)
+        for i, measured in self.known.items():
+            offsets[self.predicted_bytes[i]] = measured - self._expected_bytes(self.predicted_bytes[i])
+        places = sorted(offsets) if self.known else []
+        return self._expected_bytes(predicted_bytes) + offset_at(predicted_bytes, places, [offsets[p] for p in places])
 
     def _expected_bytes(self, predicted_bytes: int) -> float:
         return self.fixed_bytes + predicted_bytes * self.expected(predicted_bytes)

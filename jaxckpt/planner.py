@@ -198,6 +198,7 @@ class _Search:
             [c.judgement.extra_work / max(1, study.unplanned_cost) for c in self.candidates],
             self._measure,
             expected=self._expected,
+            certain=[x * self.all_bytes for x in self.record.places(self.program)] if self.record else (),
             spread=self.record.spread(self.program) if self.record else 0.0,
             prepare=lambda numbers: study.measure_all(self.candidates[i] for i in numbers),
         )

