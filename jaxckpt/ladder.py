@@ -133,15 +133,20 @@ class Ladder:
         # The correction says that nothing more fits. Where much is left, or much to be won, one step further shows it.
         if fits >= 0:
             is_near = self.corrected(fits + 1) - self.fixed_bytes <= room * (1 + _NEAR)
-            is_cheap = self.costs[fits] - self.costs[fits + 1] >= _WORTH[min(len(self.known), len(_WORTH) - 1)]
+            worth = _WORTH[min(len(self.known), len(_WORTH) - 1)] if self._used(fits, budget_bytes) >= _MOSTLY else 0.0
+            is_cheap = self.costs[fits] - self.costs[fits + 1] >= worth
             return fits + 1 if self.known[fits] < _TOO_LITTLE * budget_bytes or (is_near and is_cheap) else None
         return None if 0 in self.known else 0
+
+    def _used(self, i: int, budget_bytes: int) -> float:
+        """The share of the temporaries' room that a candidate was measured to take."""
+        return (self.known[i] - self.fixed_bytes) / max(1, budget_bytes - self.fixed_bytes)
 
     def _is_enough(self, fits: int, following: int, budget_bytes: int) -> bool:
         """Whether the candidate that fits is so good that the following one is not worth a compile."""
         if fits < 0 or self.known[fits] < _TOO_LITTLE * budget_bytes:
             return False
         saved = self.costs[fits] - self.costs[following]
-        used = (self.known[fits] - self.fixed_bytes) / max(1, budget_bytes - self.fixed_bytes)
+        used = self._used(fits, budget_bytes)
         is_late = len(self.known) + self.num_before >= len(_WORTH)
         return is_late or used >= _ENOUGH or (used >= _MOSTLY and saved < _WORTH[len(self.known)])
