@@ -30,6 +30,12 @@ def _release(version: str) -> tuple[int, ...]:
 CPU_UNDOES_REMAT = _release(JAXLIB_VERSION) < (0, 12)
 CPU_REMAT_OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"} if CPU_UNDOES_REMAT else {}
 
+
+def here_options() -> dict[str, Any]:
+    """Compiler options with which recomputation survives on the default backend."""
+    return dict(CPU_REMAT_OPTIONS) if jax.default_backend() == "cpu" else {}
+
+
 # The primitives without a public name that jax.numpy's functions bind.
 UNNAMED_PRIMITIVES = frozenset(filter(None, [getattr(conditionals, "platform_index_p", None)]))
 # Which of the CUDA plugins is published for this JAX.

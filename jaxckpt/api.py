@@ -127,7 +127,7 @@ def compiler_options() -> dict[str, Any]:
 
     It is empty everywhere but on CPU with jaxlib before 0.12, whose compiler merges recomputation back.
     """
-    return dict(_compat.CPU_REMAT_OPTIONS) if jax.default_backend() == "cpu" else {}
+    return _compat.here_options()
 
 
 @dataclass(frozen=True, eq=False)

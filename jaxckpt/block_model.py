@@ -5,6 +5,7 @@ what the rest reads of it are the residuals; a save set's recomputation is what 
 exactly what JAX is left with after its own dead-code elimination.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Sequence
@@ -200,6 +201,53 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """Bytes around the loop or the conditional that a block ends with.
+
+    Attributes:
+        operands: made in the block, and held for the backward; those from elsewhere are held anyway.
+        results: of the block, where the program does not count them.
+        cotangents: of results and operands, and those that wait.
+    """
+
+    operands: int
+    results: int
+    cotangents: int
+
+
+def outside(local: LocalBlock) -> Outside:
+    """Return what a block that ends with a loop or a conditional takes outside of that."""
+    *before, last = local.span.equations
+    size = lambda vs: sum(size_bytes(local.program.avals[v]) for v in vs)  # noqa: E731
+    made = {v for eqn in before for v in eqn.outputs}.intersection(last.reads)
+    waiting = [v for v in local.active_inputs if v in local.crossing]
+    return Outside(
+        operands=size(made),
+        results=size(v for v in local.outputs if v not in local.results),
+        cotangents=size([*local.active_outputs, *waiting, *made.intersection(local.active)]),
+    )
+
+
+def differentiated_ends(local: LocalBlock, body: Program, operands: Sequence[Any]) -> tuple[set[int], set[int]]:
+    """Inputs and outputs of a body that a block's last equation runs, as far as tangents flow through them outside.
+
+    Args:
+        local: the block.
+        body: the body.
+        operands: the equation's, one for each of the body's inputs.
+    """
+    results = zip(body.outputs, local.span.equations[-1].outputs, strict=True)
+    return (
+        {
+            v
+            for v, x in zip(body.inputs, operands, strict=True)
+            if isinstance(x, int) and x in local.active and is_differentiable(body.avals[v])
+        },
+        {x for x, v in results if isinstance(x, int) and v in local.active and is_differentiable(body.avals[x])},
+    )
+
+
 def effectful(local: LocalBlock) -> Analysis:
     """A block with side effects and no tangents: it is run where it stands, and that is its only option."""
     size = sum(size_bytes(local.program.avals[v]) for v in local.outputs if v not in local.results)
@@ -282,8 +330,7 @@ class Model:
         late = set(map(id, self.late))
         backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
         indices = sum(map(self.habits.index_bytes, backward))
-        habits = replace(self.habits, scratch_bytes=lambda eqn: 0)
-        peak = indices + self._backward_peak(backward, held, habits, across.copies)
+        peak = indices + self._backward_peak(backward, held, self._mixing_habits, across.copies)
         option = self.option(EVERYTHING, held)
         scratch = self._scratch_bytes()
         copied = sum(copy.bytes(self.size) for copy in across.copies)
@@ -325,21 +372,27 @@ class Model:
             kept=[*self.joint.waiting, *self.joint.gradients],
             external=[self.joint.value[v] for v in self.local.results if v in self.joint.value],
             # In a loop's body forward and backward are loops of their own, each with its own copies.
-            habits=liveness.Habits() if self.local.is_body else replace(self.habits, scratch_bytes=lambda eqn: 0),
+            habits=liveness.Habits() if self.local.is_body else self._mixing_habits,
         )
 
     @property
+    def _mixing_habits(self) -> liveness.Habits:
+        """What the compiler does where no checkpoint separates forward and backward."""
+        return replace(self.habits, scratch_bytes=lambda eqn: 0)
+
+    @functools.cached_property
     def _backward_alone(self) -> list[Equation]:
         """What runs after the forward where no checkpoint separates the two."""
-        backward = [eqn for eqn in self.joint.backward if id(eqn) not in set(map(id, self.early))]
-        return [*backward, *self.late]
+        early = set(map(id, self.early))
+        return [*(eqn for eqn in self.joint.backward if id(eqn) not in early), *self.late]
 
     def _early(self) -> list[Equation]:
         """What of the backward depends on no activation: next to the forward, a compiler may run it first."""
         local, joint = self.local, self.joint
-        there = {joint.value[v] for v in local.span.inputs if v not in set(local.crossing)}
+        crossing, results = set(local.crossing), set(local.results)
+        there = {joint.value[v] for v in local.span.inputs if v not in crossing}
         cotangents = zip(local.active_outputs, joint.cotangents, strict=True)
-        there.update(ct for v, ct in cotangents if v in set(local.results))
+        there.update(ct for v, ct in cotangents if v in results)
         _following(joint.forward, there)
         return _following(joint.backward, there)
 
@@ -347,7 +400,8 @@ class Model:
         """What leads to nothing but results of the program: a compiler may put it off until after the backward."""
         results = {self.joint.value.get(v) for v in self.local.results}
         needed = self._needed({*self.joint.residuals, *(v for v in self.outputs if v not in results)}, frozenset())
-        return [eqn for eqn in self.joint.forward if id(eqn) not in set(map(id, needed))]
+        kept = set(map(id, needed))
+        return [eqn for eqn in self.joint.forward if id(eqn) not in kept]
 
     def residual_bytes(self) -> int:
         """What a loop stacks of the block, once per iteration; what is the same in each is made once, outside."""

@@ -138,10 +138,11 @@ def _analyse_one(
         return _outside(analyse_block(local, timer, target))
     if last.effects:
         return _outside(effectful(local))
+    inside = functools.partial(analyse, profiler=profiler)
     if loop_of(last) is not None and local.active_outputs:
-        return analyse_loop(local, timer, target, functools.partial(analyse, profiler=profiler))
+        return analyse_loop(local, timer, target, inside)
     if branches_of(last) and local.active_outputs:
-        return analyse_conditional(local, timer, target, functools.partial(analyse, profiler=profiler))
+        return analyse_conditional(local, timer, target, inside)
     found = analyse_block(local, timer, target)
     if profiler is not None:
         found = profiler(local, found)

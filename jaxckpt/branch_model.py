@@ -12,12 +12,21 @@ from ckptsolvers import Block, Keep, Option, Schedule
 
 from jaxckpt import graph
 from jaxckpt.apply import branch_functions
-from jaxckpt.block_model import EVERYTHING, Analysis, Joint, LocalBlock, differentiate, dominates
+from jaxckpt.block_model import (
+    EVERYTHING,
+    Analysis,
+    Joint,
+    LocalBlock,
+    differentiate,
+    differentiated_ends,
+    dominates,
+    outside,
+)
 from jaxckpt.branches import Branch, branches_of, run_branches
 from jaxckpt.regions import BranchPlan, Tree
 from jaxckpt.scan_model import Body, Iteration, pareto
 from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Constant, evaluate, is_differentiable, size_bytes
+from jaxckpt.trace import Constant, evaluate, size_bytes
 from jaxckpt.transients import transient_bytes
 
 # Each is differentiated by JAX, which takes some hundredths of a second.
@@ -116,17 +125,8 @@ def _untouched(branch: Branch) -> Iteration:
 
 def _active(branch: Branch, local: LocalBlock) -> set[int]:
     """The branch's values that tangents flow through."""
-    body, eqn = branch.body, local.span.equations[-1]
-    inputs = {
-        v
-        for v, x in zip(body.inputs, eqn.inputs[1:], strict=True)
-        if isinstance(x, int) and x in local.active and is_differentiable(body.avals[v])
-    }
-    outputs = {
-        x
-        for x, v in zip(body.outputs, eqn.outputs, strict=True)
-        if isinstance(x, int) and v in local.active and is_differentiable(body.avals[x])
-    }
+    body = branch.body
+    inputs, outputs = differentiated_ends(local, body, local.span.equations[-1].inputs[1:])
     active = graph.active_values(body, inputs, outputs)
     return active if any(v in active for e in body.equations for v in e.outputs) else set()
 
@@ -178,13 +178,8 @@ class _Model:
 
     def __init__(self, local: LocalBlock, arms: Sequence[_Arm]):
         self.local, self.arms = local, arms
-        outer = lambda vs: sum(size_bytes(local.program.avals[v]) for v in vs)  # noqa: E731
         *self.before, self.eqn = local.span.equations
-        made = {v for eqn in self.before for v in eqn.outputs}.intersection(self.eqn.reads)
-        waiting = [v for v in local.active_inputs if v in local.crossing]
-        self.cotangent_bytes = outer([*local.active_outputs, *waiting, *made.intersection(local.active)])
-        self.result_bytes = outer(v for v in local.outputs if v not in local.results)
-        self.operand_bytes = outer(made)
+        self.outside = outside(local)
 
     def options(self, picks: Sequence[Iteration], name: str = "") -> _Found:
         """One option, in units of the plan's cost and in FLOPs."""
@@ -199,8 +194,8 @@ class _Model:
             saved_bytes=saved,
             recompute_time=self._again(picks, "time"),
             forward_times=self._times("forward_time", is_saved=saved > 0),
-            forward_peak_bytes=self.result_bytes + saved + max(arm.forward_peak_bytes for arm in self.arms),
-            backward_peak_bytes=saved + inner + self.cotangent_bytes,
+            forward_peak_bytes=self.outside.results + saved + max(arm.forward_peak_bytes for arm in self.arms),
+            backward_peak_bytes=saved + inner + self.outside.cotangents,
             saved_outputs=tuple(i for i, v in enumerate(outputs) if v in joint.residuals),
         )
         in_flops = replace(
@@ -222,7 +217,7 @@ class _Model:
         block = Block(
             forward_times=self._times("forward_time"),
             forward_peak_bytes=(
-                self.result_bytes + self.operand_bytes + max(arm.forward_peak_bytes for arm in self.arms)
+                self.outside.results + self.outside.operands + max(arm.forward_peak_bytes for arm in self.arms)
             ),
             options=(),
         )

@@ -39,7 +39,7 @@ def branches_of(eqn: Equation) -> tuple[Branch, ...]:
     """The branches of a conditional that is worth planning inside: one of them makes something that takes a buffer.
 
     Returns:
-        None for every other equation, where a branch has effects, and where the branches are for different platforms.
+        Empty for every other equation, where a branch has effects, and where the branches are for different platforms.
     """
     if eqn.primitive is not prims.cond_p or set(eqn.params) != {"branches"} or eqn.effects:
         return ()

@@ -162,7 +162,8 @@ def _heavy(program: Program, graph: nx.DiGraph, order: Sequence[int], active: se
         return eqn.primitive in costs.FUSIBLE and active.isdisjoint(eqn.outputs)
 
     weights = [graph.nodes[i]["flops"] for i in order]
-    return [p for p, w in enumerate(weights) if w * 4 * max_blocks >= sum(weights) and w and not is_light(order[p])]
+    total = sum(weights)
+    return [p for p, w in enumerate(weights) if w * 4 * max_blocks >= total and w and not is_light(order[p])]
 
 
 def _borders(heavy: Sequence[int], alive: Sequence[int]) -> list[int]:

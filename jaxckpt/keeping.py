@@ -8,10 +8,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jaxckpt.files import write_text
 
 _LOG = logging.getLogger("jaxckpt")
 # Set to anything, nothing is read from disk or written to it.
@@ -45,9 +46,7 @@ def write(name: str, sizes: dict[str, Any]) -> None:
     path = _path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            json.dump(sizes, file)
-        os.replace(file.name, path)
+        write_text(path, json.dumps(sizes))
     except OSError as error:
         _LOG.debug("a measurement could not be kept at %s: %s", path, error)
 

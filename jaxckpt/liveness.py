@@ -113,7 +113,8 @@ def peak_bytes(
         The peak. Values that are read but neither made nor held are free.
     """
     found = _resolve(equations, size, habits, [*kept, *external])
-    there = {number for number, copy in found.copies.items() if copy in set(copies)}
+    given = set(copies)
+    there = {number for number, copy in found.copies.items() if copy in given}
     runs = found.runs
     if there:
         runs = _live([run for run in runs if there.isdisjoint(run.makes)], found.find([*kept, *external]))

@@ -22,7 +22,6 @@ from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 _UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
 # A program that was not compiled without a plan is, if what was measured says that it may come near the budget.
 _NEAR = 1.3
-
 # Within a cost, how many more candidates are compiled where the model was too low, by how much it must be.
 _MAX_LOWER, _LOWER = 3, 1.02
 
@@ -108,8 +107,7 @@ def plan(
         >>> plan(loss, w, x, budget="80%").measured_peak_bytes is not None
         True
     """
-    request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration)
-    request = replace(request, profile=profile)
+    request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration, profile)
     traced = shardings.trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
@@ -123,6 +121,7 @@ def make_request(
     reserve: Any,
     verify: bool,
     calibration: Any = "auto",
+    profile: bool = False,
 ) -> Request:
     """Check the arguments that do not depend on the program.
 
@@ -149,6 +148,7 @@ def make_request(
         reserve_bytes=parse_bytes(reserve, "reserve", least=0),
         verify=verify,
         calibration=calibration,
+        profile=profile,
     )
 
 
@@ -226,8 +226,7 @@ class _Search:
     def _record(self) -> Calibration | None:
         """The record to plan with; None where there is none, or an empty one."""
         chosen = self.request.calibration
-        # A record is about what the model says.
-        if chosen == "auto" and self.study.solver == "auto" and not self.study.is_profiled:
+        if chosen == "auto" and self.study.is_modelled:
             chosen = remembered(self.study.program, self.request.target, self.cache_dir)
         return chosen if isinstance(chosen, Calibration) and chosen.samples else None
 
@@ -239,8 +238,7 @@ class _Search:
 
     def _remember(self) -> None:
         """Add what was measured to the record on disk."""
-        is_modelled = self.study.solver == "auto" and not self.study.is_profiled
-        if self.request.calibration is None or not self.ladder.known or not is_modelled:
+        if self.request.calibration is None or not self.ladder.known or not self.study.is_modelled:
             return
         fractions = {i: self.ladder.predicted_bytes[i] / max(1, self.all_bytes) for i in sorted(self.ladder.known)}
         record = remembered(self.study.program, self.request.target, self.cache_dir)

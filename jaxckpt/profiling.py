@@ -170,8 +170,7 @@ def _can_be_made(aval: Any) -> bool:
 
 def _seconds(avals: list[Any], run: _Run) -> float:
     """The median time of a run on the device that is here."""
-    options = dict(_compat.CPU_REMAT_OPTIONS) if jax.default_backend() == "cpu" else None
-    compiled = jax.jit(run, compiler_options=options or None)
+    compiled = jax.jit(run, compiler_options=_compat.here_options() or None)
     values = list(_made(avals[v] for v in run.inputs))
     return statistics.median(_timings(compiled, values))
 

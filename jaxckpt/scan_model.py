@@ -17,13 +17,13 @@ from ckptsolvers.schedule import Node, region
 
 from jaxckpt import cuts, graph
 from jaxckpt.binomial import num_again
-from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock
+from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock, differentiated_ends, outside
 from jaxckpt.branches import Branch
 from jaxckpt.candidates import chain_schedules
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
 from jaxckpt.scans import Loop, loop_of
 from jaxckpt.targets import Target, Timer, count_flops
-from jaxckpt.trace import elements, is_differentiable, size_bytes
+from jaxckpt.trace import elements, size_bytes
 
 _T = TypeVar("_T")
 
@@ -270,17 +270,11 @@ class _LoopModel:
             stacked_outputs=sum(size_bytes(loop.body.avals[x] if isinstance(x, int) else x.aval) for x in results),
         )
         *self.before, self.eqn = local.span.equations
-        outer = lambda vs: sum(size_bytes(local.program.avals[v]) for v in vs)  # noqa: E731
-        # Operands made in the block are held for the backward; those from outside are held anyway.
-        made = {v for eqn in self.before for v in eqn.outputs}.intersection(self.eqn.reads)
-        self.operand_bytes = outer(made)
-        waiting = [v for v in local.active_inputs if v in local.crossing]
-        self.cotangent_bytes = outer([*local.active_outputs, *waiting, *made.intersection(local.active)])
-        self.result_bytes = outer(v for v in local.outputs if v not in local.results)
+        self.outside = outside(local)
 
     def numbers(self, parts: Sequence[_Part]) -> _Numbers:
         """What parts take, in bytes and in units of the plan's cost."""
-        saved = list(itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes))
+        saved = list(itertools.accumulate(map(self._saved, parts), initial=self.outside.operands))
         # The parts' results and cotangents are put together in the end. A GPU reads slices of what is there in place;
         # on CPU they are copies from the forward on, of which a part's is gone when its cotangents are there.
         cut = self.loop.length if len(parts) > 1 else 0
@@ -295,15 +289,15 @@ class _LoopModel:
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
         return _Numbers(
             saved[-1] + copies,
-            copies + made + self.result_bytes + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
-            joined + moving + max(backward) + self.cotangent_bytes,
+            copies + made + self.outside.results + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
+            joined + moving + max(backward) + self.outside.cotangents,
             sum(part.again(self.body.forward_time, "time") for part in parts),
         )
 
     def transient(self, parts: Sequence[_Part]) -> int:
         """Bytes alive in the backward beyond what is saved, if nothing of that is freed before the end."""
         needs = [self._inner(part) + part.plan.peak_bytes for part in parts]
-        held = itertools.accumulate(map(self._saved, parts), initial=self.operand_bytes)
+        held = itertools.accumulate(map(self._saved, parts), initial=self.outside.operands)
         freeing = max(h + need for (_, h), need in zip(itertools.pairwise(held), needs, strict=True))
         return self.numbers(parts).backward_peak - freeing + max(needs)
 
@@ -334,8 +328,8 @@ class _LoopModel:
         block = Block(
             forward_times=self._forward_times(self.body.forward_time),
             forward_peak_bytes=(
-                self.result_bytes
-                + self.operand_bytes
+                self.outside.results
+                + self.outside.operands
                 + 2 * self.sizes.carry
                 + self.sizes.slices
                 + self.body.forward_peak_bytes
@@ -390,16 +384,7 @@ def _summing(loop: Loop, active: set[int], timer: Timer) -> int:
 def _active(loop: Loop, local: LocalBlock) -> set[int]:
     """The body's values that tangents flow through; the carry's are found by going round until nothing changes."""
     program, eqn = loop.body, local.span.equations[-1]
-    inputs = {
-        v
-        for v, x in zip(program.inputs, eqn.inputs, strict=True)
-        if isinstance(x, int) and x in local.active and is_differentiable(program.avals[v])
-    }
-    outputs = {
-        x
-        for x, v in zip(program.outputs, eqn.outputs, strict=True)
-        if isinstance(x, int) and v in local.active and is_differentiable(program.avals[x])
-    }
+    inputs, outputs = differentiated_ends(local, program, eqn.inputs)
     carry_out = program.outputs[: loop.num_carry]
     while True:
         active = graph.active_values(program, inputs, outputs)

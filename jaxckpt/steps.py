@@ -150,9 +150,8 @@ class Step:
 
     def jitted(self, picks: Picks) -> Callable:
         """The step with these plans inside."""
-        options = dict(_compat.CPU_REMAT_OPTIONS) if jax.default_backend() == "cpu" else None
         fun = _under(self.choice(picks), self.fun)
-        return jax.jit(fun, donate_argnums=self.donate_argnums, compiler_options=options or None)
+        return jax.jit(fun, donate_argnums=self.donate_argnums, compiler_options=_compat.here_options() or None)
 
 
 def _alike(x: Any) -> jax.ShapeDtypeStruct:

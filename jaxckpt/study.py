@@ -82,6 +82,11 @@ class Study:
         self.unplanned_cost = 0 if self.blocks is None else self.blocks.unplanned_cost
 
     @property
+    def is_modelled(self) -> bool:
+        """Whether its bytes are what calibration is about: those of the model, under the planner's own solver."""
+        return self.solver == "auto" and not self.is_profiled
+
+    @property
     def blocks(self) -> Blocks | None:
         """The program cut as finely as it is; None where nothing in it is differentiated."""
         return self.cuts[0] if self.cuts else None
@@ -107,7 +112,7 @@ class Study:
             profiler=self.profiler,
         )
 
-    @property
+    @functools.cached_property
     def fixed_bytes(self) -> int:
         """Arguments, results and gradients: what every plan of the program takes on each device."""
         program, sizes = self.program, [-(-size_bytes(a) // self.split) for a in self.program.avals]
@@ -125,7 +130,7 @@ class Study:
         )
         return arguments + results + gradients + cotangents
 
-    @property
+    @functools.cached_property
     def unplanned(self) -> Candidate:
         """The schedule that keeps everything, as the program does without a plan."""
         assert self.blocks is not None

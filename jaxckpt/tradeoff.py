@@ -162,9 +162,7 @@ def frontier(
     chosen = _chosen(study.candidates, num_points)
     if verify:
         study.measure_all(chosen)
-    points = [
-        _plan_point(study, c, unplanned, verify, expected, record.hash if record.samples else None) for c in chosen
-    ]
+    points = [_plan_point(study, c, unplanned, verify, expected, calibration) for c in chosen]
     if verify:
         _remember(study, record, chosen)
         points = _unbeaten(points)
