@@ -111,3 +111,25 @@ def skip_chains(draw, max_blocks=6):
         )
         made.append(Block(forward_times=(0, time), forward_peak_bytes=size + 1, options=(option,)))
     return Problem(blocks=tuple(made), values=tuple(values))
+
+
+def replay(actions, num_steps, num_states):
+    """Check that actions reverse a loop of so many steps, holding so many states at most."""
+    held, at, due = set(), 0, num_steps - 1
+    for action in actions:
+        if action.kind == "store":
+            assert at == action.step and at not in held
+            held.add(at)
+        elif action.kind == "restore":
+            assert action.step in held
+            at = action.step
+        elif action.kind == "drop":
+            held.remove(action.step)
+        elif action.kind == "advance":
+            assert at == action.step
+            at = action.stop
+        else:
+            assert at == action.step == due
+            due -= 1
+        assert len(held) <= num_states
+    assert due == -1 and not held

@@ -16,7 +16,7 @@ from ckptsolvers.chen import chen_schedules, greedy_cuts, segments
 from ckptsolvers.revolve import is_uniform_chain, num_forwards, revolve_actions, revolve_schedule, revolve_schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import problems
+from strategies import problems, replay
 
 SOLVERS = [solve_chen, solve_revolve, solve_chain, solve_brute_force]
 
@@ -119,24 +119,7 @@ def test_the_counts_for_all_200_steps_and_20_states():
 
 @given(st.integers(1, 60), st.integers(1, 12))
 def test_actions_reverse_the_chain(num_steps, num_states):
-    held, at, due = set(), 0, num_steps - 1
-    for action in revolve_actions(num_steps, num_states):
-        if action.kind == "store":
-            assert at == action.step and at not in held
-            held.add(at)
-        elif action.kind == "restore":
-            assert action.step in held
-            at = action.step
-        elif action.kind == "drop":
-            held.remove(action.step)
-        elif action.kind == "advance":
-            assert at == action.step
-            at = action.stop
-        else:
-            assert at == action.step == due
-            due -= 1
-        assert len(held) <= num_states
-    assert due == -1 and not held
+    replay(revolve_actions(num_steps, num_states), num_steps, num_states)
 
 
 @settings(max_examples=30)

@@ -9,6 +9,7 @@ from ckptsolvers.online import OnlineCheckpoints, num_online_forwards
 from ckptsolvers.revolve import num_forwards
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import replay
 
 
 @given(st.integers(1, 50), st.integers(1, 8))
@@ -18,24 +19,7 @@ def test_online_checkpoints_reverse_the_loop(num_steps, num_states):
     if num_steps == 1:
         actions = list(online.advance())[:1]
         online = OnlineCheckpoints(num_states)
-    held, at, due = set(), 0, num_steps - 1
-    for action in [*actions, *online.reverse()]:
-        if action.kind == "store":
-            assert at == action.step
-            held.add(at)
-        elif action.kind == "restore":
-            assert action.step in held
-            at = action.step
-        elif action.kind == "drop":
-            held.remove(action.step)
-        elif action.kind == "advance":
-            assert at == action.step
-            at = action.stop
-        else:
-            assert at == action.step == due
-            due -= 1
-        assert len(held) <= num_states
-    assert due == -1 and not held
+    replay([*actions, *online.reverse()], num_steps, num_states)
 
 
 @pytest.mark.parametrize("num_states", range(1, 10))

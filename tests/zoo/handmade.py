@@ -7,7 +7,7 @@ body of a scan, a scan of checkpointed scans.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -137,3 +137,14 @@ def arrays(specs: Any, vocab: int, seed: int = 0) -> Any:
         return random.standard_normal(spec.shape, np.float32).astype(spec.dtype) / fan_in**0.5
 
     return jax.tree.map(make, specs)
+
+
+def decoder_case(config: Any, make_loss: Callable, specs: Callable, names: Any, *, is_cut: bool) -> Case:
+    """A decoder of equal layers, scanned or not as its sizes say, or cut to one layer of it."""
+    config = replace(config, num_layers=1) if is_cut else config
+    return Case(
+        fun=make_loss(config),
+        specs=specs(config),
+        policies=policies(lambda how: make_loss(config, how), config.num_layers, names, scanned=config.scanned),
+        vocab=config.vocab,
+    )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from zoo.gpt2 import attention, cross_entropy
-from zoo.handmade import PLAIN, Case, How, array, policies, run_layers, scan_layers, stacked
+from zoo.handmade import PLAIN, Case, How, array, decoder_case, run_layers, scan_layers, stacked
 
 NAMES = {
     "qkv": ("query_proj", "key_proj", "value_proj"),
@@ -111,11 +111,4 @@ def specs(config: Config) -> tuple:
 
 def case(size: str, *, is_cut: bool = False, scanned: bool = False) -> Case:
     """The model at one of `SIZES`, or cut to one layer of it."""
-    config = replace(SIZES[size], scanned=scanned)
-    config = replace(config, num_layers=1) if is_cut else config
-    return Case(
-        fun=make_loss(config),
-        specs=specs(config),
-        policies=policies(lambda how: make_loss(config, how), config.num_layers, NAMES, scanned=scanned),
-        vocab=config.vocab,
-    )
+    return decoder_case(replace(SIZES[size], scanned=scanned), make_loss, specs, NAMES, is_cut=is_cut)
