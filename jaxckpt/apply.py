@@ -12,7 +12,7 @@ from jaxckpt.branches import branches_of, run_branches
 from jaxckpt.cuts import Span, spans_at
 from jaxckpt.regions import BranchPlan, LoopPart, LoopPlan, Saved
 from jaxckpt.scans import Loop, Run, loop_of, run_loop
-from jaxckpt.trace import Constant, Program, evaluate, outputs_of
+from jaxckpt.trace import Constant, Equation, Program, evaluate, outputs_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -56,22 +56,26 @@ def planned(
     return fun
 
 
-def branch_functions(
-    programs: Sequence[Program], plan: BranchPlan, prefix: str, is_forward_mode: bool = False
-) -> list[Callable[..., list[Any]]]:
-    """The branches of a conditional, each run as its plan says."""
+def run_conditional(
+    equations: Sequence[Equation], plan: BranchPlan, prefix: str, env: dict[int, Any], *, is_forward_mode: bool = False
+) -> None:
+    """Run a block that ends with a conditional, each branch as its plan says; adds what is made to the values."""
+    *before, eqn = equations
+    evaluate(before, env)
+    operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
     # A conditional whose branch is known is inlined by compilers, so nothing keeps forward and backward apart.
-    return [
+    bodies = [
         planned(
-            program,
-            spans_at(program, tree.blocks),
+            branch.body,
+            spans_at(branch.body, tree.blocks),
             tree.schedule,
             tree.saved,
             f"{prefix}.{i}",
             is_forward_mode=is_forward_mode,
         )
-        for i, (program, tree) in enumerate(zip(programs, plan.branches, strict=True))
+        for i, (branch, tree) in enumerate(zip(branches_of(eqn), plan.branches, strict=True))
     ]
+    env.update(zip(eqn.outputs, run_branches(eqn, operands, bodies), strict=True))
 
 
 class _Runner:
@@ -107,7 +111,8 @@ class _Runner:
         elif isinstance(saved, LoopPlan):
             self._loop(node.block, saved, env)
         elif isinstance(saved, BranchPlan):
-            self._branches(node.block, saved, env)
+            prefix = f"{self.prefix}.{node.block}"
+            run_conditional(span.equations, saved, prefix, env, is_forward_mode=self.is_forward_mode)
         else:
             names = {v: f"{self.prefix}.{node.block}.{i}" for i, v in enumerate(saved)}
             body = functools.partial(evaluate, span.equations, names=names)
@@ -119,14 +124,6 @@ class _Runner:
         operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
         runs = [self._run(loop_of(eqn), part, f"{self.prefix}.{block}.{i}") for i, part in enumerate(plan.parts)]
         env.update(zip(eqn.outputs, run_loop(eqn, operands, runs), strict=True))
-
-    def _branches(self, block: int, plan: BranchPlan, env: dict[int, Any]) -> None:
-        *before, eqn = self.spans[block].equations
-        evaluate(before, env)
-        operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
-        programs = [branch.body for branch in branches_of(eqn)]
-        bodies = branch_functions(programs, plan, f"{self.prefix}.{block}", self.is_forward_mode)
-        env.update(zip(eqn.outputs, run_branches(eqn, operands, bodies), strict=True))
 
     def _run(self, loop: Loop | None, part: LoopPart, prefix: str) -> Run:
         assert loop is not None, "only a scan has a plan of its own"

@@ -5,13 +5,14 @@ returns room for all of it, values of one shape shared between branches. What an
 JAX's own derivative of the planned conditional. A conditional takes as long as its dearest branch.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ckptsolvers import Block, Keep, Option, Schedule
 
 from jaxckpt import graph
-from jaxckpt.apply import branch_functions
+from jaxckpt.apply import run_conditional
 from jaxckpt.block_model import (
     EVERYTHING,
     Analysis,
@@ -22,11 +23,11 @@ from jaxckpt.block_model import (
     dominates,
     outside,
 )
-from jaxckpt.branches import Branch, branches_of, run_branches
+from jaxckpt.branches import Branch, branches_of
 from jaxckpt.regions import BranchPlan, Tree
 from jaxckpt.scan_model import Body, Iteration, pareto
 from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import Constant, evaluate, size_bytes
+from jaxckpt.trace import size_bytes
 from jaxckpt.transients import transient_bytes
 
 # Each is differentiated by JAX, which takes some hundredths of a second.
@@ -178,7 +179,6 @@ class _Model:
 
     def __init__(self, local: LocalBlock, arms: Sequence[_Arm]):
         self.local, self.arms = local, arms
-        *self.before, self.eqn = local.span.equations
         self.outside = outside(local)
 
     def options(self, picks: Sequence[Iteration], name: str = "") -> _Found:
@@ -233,11 +233,4 @@ class _Model:
     def _differentiated(self, plan: BranchPlan | None) -> Joint:
         if plan is None:
             return differentiate(self.local)
-        bodies = branch_functions([arm.branch.body for arm in self.arms], plan, "jaxckpt")
-
-        def run(env: dict) -> None:
-            evaluate(self.before, env)
-            operands = [x.value if isinstance(x, Constant) else env[x] for x in self.eqn.inputs]
-            env.update(zip(self.eqn.outputs, run_branches(self.eqn, operands, bodies), strict=True))
-
-        return differentiate(self.local, run)
+        return differentiate(self.local, functools.partial(run_conditional, self.local.span.equations, plan, "jaxckpt"))
