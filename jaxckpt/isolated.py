@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxckpt import _compat, chips, compilers
 from jaxckpt.errors import CompilerError
+from jaxckpt.files import write_text
 
 # Set to anything, compiles for a named target run here.
 SWITCH = "JAXCKPT_ISOLATE"
@@ -119,9 +120,7 @@ def main(question: str, answer: str) -> None:
         found["peak_memory_in_bytes"] = getattr(stats, "peak_memory_in_bytes", 0)
     except Exception as error:  # every backend raises its own kind
         found = {"error": str(error) or type(error).__name__}
-    part = Path(answer + ".part")
-    part.write_text(json.dumps(found))
-    part.replace(answer)
+    write_text(Path(answer), json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -93,8 +93,6 @@ def show_targets(rows: Sequence[dict[str, Any]], *, color: bool = False, width: 
         color: with terminal colours.
         width: columns.
     """
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False)
     table = Table(box=None, pad_edge=False)
     for name in ("target", "memory", "TB/s", "host GB/s", "TFLOP/s bf16", "f32", "compiler", "defined by"):
         table.add_column(name, justify="left" if name in ("target", "compiler", "defined by") else "right")
@@ -111,10 +109,10 @@ def show_targets(rows: Sequence[dict[str, Any]], *, color: bool = False, width: 
             f"{row['platform']} {row['compiler']}" if row["usable"] else f"{row['platform']}, not usable here",
             row["origin"],
         )
-    console.print(table)
-    for platform, row in {row["platform"]: row for row in reversed(rows) if not row["usable"]}.items():
-        console.print(f"\n{platform}: {_after_colon(row)}", soft_wrap=True)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+    missing = {row["platform"]: row for row in reversed(rows) if not row["usable"]}
+    # Commands to copy are not wrapped.
+    after = [f"\n{platform}: {_after_colon(row)}" for platform, row in missing.items()]
+    return "\n".join([_rendered([table], color, width), *after])
 
 
 def _after_colon(row: dict[str, Any]) -> str:

@@ -150,7 +150,7 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
         block=replace(block, options=(*(x[0] for x in kept), everything)),
         flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
         saved=(*saved, None),
-        unread=tuple(model.unread() for _ in range(len(kept) + 1)),
+        unread=(model.unread(),) * (len(kept) + 1),
         unplanned_cost=loop.length * (body.whole.unplanned_cost + _summing(loop, active, timer)),
         residual_bytes=everything.saved_bytes,
         transients=(
@@ -202,7 +202,8 @@ class Body:
 
     def everything(self) -> Iteration:
         """What JAX does without a plan."""
-        return next(self._iterations(self.whole, Schedule((Keep(0, len(self.whole.problem.blocks[0].options) - 1),))))
+        last = len(self.whole.problem.blocks[0].options) - 1
+        return next(self._iterations(self.whole, [Schedule((Keep(0, last),))]))
 
     def iterations(self) -> Iterator[Iteration]:
         """The plans: schedules of the blocks as they are, and inside one checkpoint around the body."""
@@ -211,26 +212,29 @@ class Body:
                 schedules = [Schedule((Keep(0, o),)) for o in range(len(blocks.problem.blocks[0].options))]
             else:
                 schedules = chain_schedules(blocks.problem)
-            for schedule in schedules:
-                yield from self._iterations(blocks, schedule)
+            yield from self._iterations(blocks, schedules)
 
-    def _iterations(self, blocks, inside: Schedule) -> Iterator[Iteration]:
-        judged, in_flops = simulate(blocks.problem, inside), simulate(blocks.flops_problem, inside)
+    def _iterations(self, blocks, schedules: Iterable[Schedule]) -> Iterator[Iteration]:
+        problems = (blocks.problem, blocks.flops_problem)
         # What is run again makes no results: they went to the next iteration long ago.
-        whole, whole_in_flops = (simulate(_without_results(p), inside) for p in (blocks.problem, blocks.flops_problem))
-        saved = tuple(blocks.choices[n.block][n.option] for n, _ in inside.walk() if isinstance(n, Keep))
-        for is_wrapped in (False, True):
-            schedule = Schedule((region(inside.nodes),)) if is_wrapped else inside
-            yield Iteration(
-                tree=Tree(blocks=tuple(s.positions for s in blocks.spans), schedule=schedule, saved=saved),
-                stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
-                peak_bytes=(whole if is_wrapped else judged).peak_bytes,
-                again_time=whole.work if is_wrapped else judged.extra_work,
-                again_flops=whole_in_flops.work if is_wrapped else in_flops.extra_work,
-                whole_time=whole.work,
-                whole_flops=whole_in_flops.work,
-                is_wrapped=is_wrapped,
-            )
+        bare = tuple(map(_without_results, problems))
+        positions = tuple(s.positions for s in blocks.spans)
+        for inside in schedules:
+            judged, in_flops = (simulate(problem, inside) for problem in problems)
+            whole, whole_in_flops = (simulate(problem, inside) for problem in bare)
+            saved = tuple(blocks.choices[n.block][n.option] for n, _ in inside.walk() if isinstance(n, Keep))
+            for is_wrapped in (False, True):
+                schedule = Schedule((region(inside.nodes),)) if is_wrapped else inside
+                yield Iteration(
+                    tree=Tree(blocks=positions, schedule=schedule, saved=saved),
+                    stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
+                    peak_bytes=(whole if is_wrapped else judged).peak_bytes,
+                    again_time=whole.work if is_wrapped else judged.extra_work,
+                    again_flops=whole_in_flops.work if is_wrapped else in_flops.extra_work,
+                    whole_time=whole.work,
+                    whole_flops=whole_in_flops.work,
+                    is_wrapped=is_wrapped,
+                )
 
     def _stacked(self, blocks, nodes: Sequence[Node], saved: Sequence[Saved]) -> int:
         """What an iteration hands from its forward to its backward: what regions read, and what is saved."""
