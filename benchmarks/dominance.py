@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", nargs="+", choices=list(ALL), metavar="MODEL", help=", ".join(ALL))
     parser.add_argument("--targets", nargs="+", default=["cpu"])
-    parser.add_argument("--time", action="store_true", help="wall time too, on CPU")
+    parser.add_argument("--time", action="store_true", help="wall time too, on the device that is here")
+    parser.add_argument("--size", help="of the models that have it, such as large, for accelerators")
     parser.add_argument("--jobs", type=int, default=1, help="models at the same time")
     parser.add_argument("--skip", nargs="+", default=[], choices=("policies", "reverse", "budgets"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -90,6 +91,7 @@ def _run_worker(name: str, target: str, options: argparse.Namespace) -> list[dic
     command = [sys.executable, __file__, "--worker", "--models", name, "--targets", target]
     command += ["--quick"] * options.quick + ["--time"] * options.time
     command += ["--skip", *options.skip] if options.skip else []
+    command += ["--size", options.size] if options.size else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         print(f"{name} on {target} ended with status {done.returncode}", file=sys.stderr)
@@ -100,7 +102,7 @@ def _work(options: argparse.Namespace) -> None:
     """The rows of one model, each printed as soon as it is there."""
     (name,), (target,) = options.models, options.targets
     try:
-        bench = _Bench(name, target, is_quick=options.quick)
+        bench = _Bench(name, target, size="tiny" if options.quick else options.size, is_quick=options.quick)
     except ImportError as error:
         print(f"{name} is left out: {error}", file=sys.stderr)
         return
@@ -114,8 +116,7 @@ def _work(options: argparse.Namespace) -> None:
 class _Bench:
     """One model on one target."""
 
-    def __init__(self, name: str, target: str, *, is_quick: bool):
-        size = "tiny" if is_quick else None
+    def __init__(self, name: str, target: str, *, size: str | None, is_quick: bool):
         self.case: Case = ALL[name].case(size)
         self.cut: Case = ALL[name].case(size, is_cut=True)
         self.target = None if target == jax.default_backend() else target
@@ -127,8 +128,10 @@ class _Bench:
 
     def rows(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         """Policies, then budgets; each row is kept by the planner's code and the program."""
-        for policy, fun in self.case.policies.items() if "policies" not in options.skip else ():
-            yield self._kept(("policy", policy, options.skip), lambda fun=fun, p=policy: self._policy(p, fun, options))
+        for policy, fun in self.case.policies.items():
+            if "policies" not in options.skip:
+                is_skipped = "reverse" in options.skip
+                yield self._kept(("policy", policy, is_skipped), lambda fun=fun, p=policy: self._policy(p, fun, options))
             if options.time and self.target is None:
                 yield self._kept(("time", policy), lambda fun=fun, policy=policy: self._time(policy, fun))
         if "budgets" not in options.skip:
@@ -212,7 +215,7 @@ class _Bench:
             plan = self.plan("time", budget=self.measure(fun, self.case.specs).device_bytes)
         except jaxckpt.InfeasibleBudgetError:
             return row | {"ratio": None}
-        args = arrays(self.case.specs, self.case.vocab)
+        args = jax.device_put(arrays(self.case.specs, self.case.vocab))
         build = lambda f: jax.jit(jax.value_and_grad(f), compiler_options=_compat.CPU_REMAT_OPTIONS)  # noqa: E731
         runs = [build(fun), build(plan.apply(self.case.fun)), build(self.case.fun)]
         took: list[list[float]] = [[], [], []]

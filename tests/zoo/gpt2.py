@@ -34,6 +34,7 @@ SIZES = {
     "tiny": Config(num_layers=4, width=32, num_heads=2, num_tokens=32, vocab=64, batch=2),
     "base": Config(),
     "deep": Config(num_layers=24, batch=2, vocab=256),
+    "large": Config(width=768, num_heads=12, num_tokens=1024, vocab=50257, batch=8),
 }
 
 

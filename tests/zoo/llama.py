@@ -40,6 +40,7 @@ SIZES = {
     "tiny": Config(num_layers=2, width=32, hidden=64, num_heads=4, num_tokens=32, vocab=64, batch=2),
     "base": Config(),
     "deep": Config(num_layers=64, batch=8, num_tokens=128, vocab=256),
+    "large": Config(width=1024, hidden=2816, num_heads=16, num_kv_heads=4, num_tokens=1024, vocab=32000, batch=8),
 }
 
 

@@ -28,6 +28,7 @@ class Config:
 SIZES = {
     "tiny": Config(levels=2, width=4, image=16, batch=1),
     "base": Config(),
+    "large": Config(width=64, batch=8),
 }
 
 
