@@ -89,8 +89,10 @@ def chain_schedules(problem: Problem) -> Sequence[Schedule]:
     most = max(1, keep_all(problem).judgement.peak_bytes)
     num_levels = default_num_levels(problem.num_blocks) // 2
     schedules: list[Schedule] = []
+    about = None
     while most:
-        table = ChainTable(problem, max_bytes=most, num_levels=num_levels)
+        table = ChainTable(problem, max_bytes=most, num_levels=num_levels, about=about)
+        about = table.about
         if not table.steps():
             break  # rounded up to the table's resolution, not even keeping everything fits
         low = int(1.5 * table.steps()[0] * table.unit_bytes)
