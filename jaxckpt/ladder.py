@@ -9,7 +9,7 @@ import numpy as np
 # A plan that uses less of its budget than this is not left before the one that follows is measured not to fit.
 _TOO_LITTLE = 0.9
 # What the next compile must be expected to save, as a share of the unplanned step's cost, by the compiles so far.
-_WORTH = (0.0, 0.003, 0.003, 0.004, 0.005, 0.007, 0.012, 0.02, 0.04)
+_WORTH = (0.0, 0.002, 0.002, 0.004, 0.005, 0.007, 0.012, 0.02, 0.04)
 _MAX_COMPILES = 10
 # A program is not compiled without plans where the model expects its temporaries to take this many times the room.
 FAR = 2.0

@@ -300,21 +300,14 @@ class ChainTable:
         starts = np.maximum(first[lows], np.minimum.reduceat(start, lows)).tolist()
         stops, held = np.maximum.reduceat(stop, lows).tolist(), store[lows].tolist()
         best += start_time
-        for low, high, *window in zip(
-            lows.tolist(), [*lows[1:].tolist(), len(store)], starts, stops, held, strict=True
-        ):
-            self._add_up(best, rest, rows[low:high], ends[low:high], *window)
+        highs = [*lows[1:].tolist(), len(store)]
+        for low, high, start, stop, held in zip(lows.tolist(), highs, starts, stops, held, strict=True):
+            into = best[start:stop]
+            for at in range(low, high, _MOST_ROWS):
+                some = at if high - low == 1 else slice(at, min(high, at + _MOST_ROWS))
+                total = self._table[rows[some], start:stop] + rest[ends[some], start - held : stop - held]  # (2)
+                np.minimum(into, total if high - low == 1 else total.min(0), out=into)
         best -= start_time
-
-    def _add_up(
-        self, best: np.ndarray, rest: np.ndarray, rows: np.ndarray, ends: np.ndarray, start: int, stop: int, held: int
-    ) -> None:
-        """Take the least of splits that hold the same, from one level to another."""
-        into = best[start:stop]
-        for at in range(0, len(rows), _MOST_ROWS):
-            some = at if len(rows) - at == 1 else slice(at, at + _MOST_ROWS)
-            total = self._table[rows[some], start:stop] + rest[ends[some], start - held : stop - held]  # (2)
-            np.minimum(into, total.min(0) if total.ndim > 1 else total, out=into)
 
     def _find_choice(self, s: int, t: int, level: int, dropped: bool) -> tuple[int | None, int, int, bool]:
         """Find the choice behind P(s, t, level), or P': the split or None, the option, the levels held, and P' next."""

@@ -8,7 +8,7 @@ those of the whole, cover consecutive blocks. Every choice nests, so a schedule 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckptsolvers.errors import InvalidScheduleError
 from ckptsolvers.problem import Problem
@@ -56,8 +56,7 @@ def region(children: "tuple[Node, ...]") -> Recompute:
     return Recompute(children, children[0].start, children[-1].stop)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One step of the flat list.
 
     Attributes:

@@ -4,6 +4,7 @@ No solver reports its own numbers. The simulator knows nothing of recurrences: i
 up what is in it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,7 @@ class _Replay:
 
     def __init__(self, problem: Problem):
         self.problem = problem
+        self.sizes = [value.size_bytes for value in problem.values]
         self.live: set[int] = set()
         self.saved: dict[int, int] = {}  # block -> option
         n = problem.num_blocks
@@ -83,21 +85,20 @@ class _Replay:
         peak = block.forward_peak_bytes if o is None else block.options[o].peak_until(k, until)
         self._mark(self.live_bytes + self.other_bytes + peak, k, "forward")
         num_wanted = self.problem.num_wanted(k, until)
-        made = set(self.problem.outputs[k][:num_wanted])
+        outputs = self.problem.outputs[k]
+        self._hold(outputs[:num_wanted])
         if o is not None:
-            made |= {self.problem.outputs[k][p] for p in block.options[o].saved_outputs}
+            self._hold(outputs[p] for p in block.options[o].saved_outputs)
             self.saved[k] = o
             self.other_bytes += block.options[o].saved_bytes
-        self.live_bytes += self._bytes(made - self.live)
-        self.live |= made
         self.work += runs.forward_times[num_wanted]
         self.num_forwards[k] += 1
 
     def drop(self, values: tuple[int, ...]) -> None:
-        if missing := set(values) - self.live:
-            raise InvalidScheduleError(f"values {sorted(missing)} are dropped but were not held")
-        self.live -= set(values)
-        self.live_bytes -= self._bytes(values)
+        if not self.live.issuperset(values):
+            missing = sorted(set(values) - self.live)
+            raise InvalidScheduleError(f"values {missing} are dropped but were not held")
+        self._let_go(values)
 
     def backward(self, k: int, o: int | None) -> None:
         if k != self.next_backward or o is None or self.saved.pop(k, None) != o:
@@ -106,11 +107,10 @@ class _Replay:
         self._check_inputs(k, "backward", o)
         outputs = self.problem.outputs[k]
         own = {outputs[p] for p in option.saved_outputs}
-        if own - self.live:
+        if not self.live.issuperset(own):
             raise InvalidScheduleError(f"backward of block {k} reads its outputs {sorted(own)}, which are not held")
         # The option's peak holds what it saved and its outputs' cotangents, so they leave the count first.
-        self.live -= own
-        self.live_bytes -= self._bytes(own)
+        self._let_go(own)
         self.other_bytes -= option.saved_bytes
         for v in outputs:
             if v in self.cotangents:
@@ -146,8 +146,16 @@ class _Replay:
         if missing:
             raise InvalidScheduleError(f"{phase} of block {k} reads values {missing}, which are not held")
 
-    def _bytes(self, values: "set[int] | tuple[int, ...]") -> int:
-        return sum(self.problem.values[v].size_bytes for v in values)
+    def _hold(self, values: Iterable[int]) -> None:
+        for v in values:
+            if v not in self.live:
+                self.live.add(v)
+                self.live_bytes += self.sizes[v]
+
+    def _let_go(self, values: Iterable[int]) -> None:
+        for v in set(values):
+            self.live.remove(v)
+            self.live_bytes -= self.sizes[v]
 
     def _mark(self, total: int, k: int, phase: str) -> None:
         if total > self.peak[0]:
