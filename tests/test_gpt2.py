@@ -130,14 +130,14 @@ def test_textbook_solvers_fit_and_do_no_better_than_auto(solver):
 
 
 @pytest.mark.slow
-def test_small_is_traced_analysed_and_solved_in_five_seconds():
+def test_small_is_traced_analysed_and_solved_in_four_seconds():
     took = []
-    for _ in range(2):  # the faster of two: the machine may be shared
-        started = time.perf_counter()
+    for _ in range(3):  # the fastest of three: the machine may be shared
+        started = time.process_time()
         s = study(gpt.make_loss(gpt.SMALL), *gpt.specs(gpt.SMALL), cost="time")
-        took.append(time.perf_counter() - started)
+        took.append(time.process_time() - started)
     assert len(s.candidates) > 10
-    assert min(took) < 5
+    assert min(took) < 4
 
 
 @pytest.mark.slow

@@ -298,10 +298,10 @@ class ChainTable:
         # Splits that hold the same and need the same, as every period's, are added up together.
         lows = np.flatnonzero(np.concatenate(([True], kinds[1:] != kinds[:-1])))
         starts = np.maximum(first[lows], np.minimum.reduceat(start, lows)).tolist()
-        stops, held = np.maximum.reduceat(stop, lows).tolist(), store[lows].tolist()
+        stops, stores = np.maximum.reduceat(stop, lows).tolist(), store[lows].tolist()
         best += start_time
         highs = [*lows[1:].tolist(), len(store)]
-        for low, high, start, stop, held in zip(lows.tolist(), highs, starts, stops, held, strict=True):
+        for low, high, start, stop, held in zip(lows.tolist(), highs, starts, stops, stores, strict=True):
             into = best[start:stop]
             for at in range(low, high, _MOST_ROWS):
                 some = at if high - low == 1 else slice(at, min(high, at + _MOST_ROWS))
