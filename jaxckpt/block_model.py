@@ -285,8 +285,9 @@ class Model:
 
     def __init__(self, local: LocalBlock, joint: Joint, timer: Timer, target: Target):
         self.local, self.joint, self.target = local, joint, target
+        self._leading: dict[tuple[frozenset[int], frozenset[int]], list[Equation]] = {}
         self.habits = habits_of(target, joint.avals, [*joint.forward, *joint.backward])
-        self.size = lambda v: size_bytes(joint.avals[v])
+        self.size = list(map(size_bytes, joint.avals)).__getitem__
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
@@ -539,7 +540,13 @@ class Model:
 
     def _needed(self, targets: Collection[int], there: frozenset[int]) -> list[Equation]:
         """The forward equations that lead to the targets from the inputs and what is there."""
-        needed = set(targets) - there
+        key = frozenset(targets), there
+        if key not in self._leading:
+            self._leading[key] = self._find_needed(*key)
+        return self._leading[key]
+
+    def _find_needed(self, targets: frozenset[int], there: frozenset[int]) -> list[Equation]:
+        needed = set(targets - there)
         found = []
         for eqn in reversed(self.joint.forward):
             if not needed.isdisjoint(eqn.outputs):

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,13 @@ class Sample:
         program: the beginning of its program's fingerprint.
         fraction: predicted temporaries, as a fraction of those predicted without a plan.
         ratio: measured temporaries over predicted ones.
+        kind: as which of the ways to cut its program it was found.
     """
 
     program: str
     fraction: float
     ratio: float
+    kind: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ class Calibration:
             program: the fingerprint. What was measured of the same program counts alone.
             fraction: predicted temporaries, as a fraction of those predicted without a plan.
         """
-        own = sorted((s.fraction, s.ratio) for s in self._own(program))
+        own = sorted((s.fraction, s.ratio) for s in self.of(program))
         if own:
             places = [x for x, _ in own]
             return 1 + offset_at(fraction, places, [x * (ratio - 1) for x, ratio in own]) / fraction
@@ -92,20 +94,17 @@ class Calibration:
 
     def spread(self, program: str) -> float:
         """How far from `ratio` a program of the family may be; 0 for one that was measured itself."""
-        if self._own(program) or len(self.samples) < 2:
+        if self.of(program) or len(self.samples) < 2:
             return 0.0
         return min(_MAX_SPREAD, statistics.pstdev(math.log(s.ratio) for s in self.samples))
 
-    def places(self, program: str) -> list[float]:
-        """The fractions at which this very program was measured."""
-        return [s.fraction for s in self._own(program)]
+    def of(self, program: str) -> list[Sample]:
+        """What was measured of this very program."""
+        return [s for s in self.samples if s.program == short(program)]
 
     def knows(self, program: str) -> bool:
         """Whether this very program was measured."""
-        return bool(self._own(program))
-
-    def _own(self, program: str) -> list[Sample]:
-        return [s for s in self.samples if s.program == short(program)]
+        return bool(self.of(program))
 
     def with_samples(self, samples: Sequence[Sample]) -> "Calibration":
         """Return the record with what was measured since; a new sample takes the place of its near ones."""
@@ -192,18 +191,21 @@ def _read(family: str, target: str | None, cache_dir: str | os.PathLike | None) 
 
 
 def add_samples(
-    record: Calibration, program: str, ratios: Mapping[float, float], cache_dir: str | os.PathLike | None = None
+    record: Calibration,
+    program: str,
+    found: Iterable[tuple[float, float, int]],
+    cache_dir: str | os.PathLike | None = None,
 ) -> None:
     """Keep a record with what was measured of a program since.
 
     Args:
         record: what was there.
         program: its fingerprint.
-        ratios: measured over predicted temporaries, by the fraction of the unplanned ones.
+        found: of each plan the fraction of the unplanned temporaries, the ratio of measured to predicted ones, and the
+            kind.
         cache_dir: None is the user's cache directory.
     """
-    found = [Sample(program=short(program), fraction=f, ratio=ratio) for f, ratio in ratios.items()]
-    new = record.with_samples(found)
+    new = record.with_samples([Sample(program=short(program), fraction=f, ratio=r, kind=k) for f, r, k in found])
     if new != record:
         remember(new, cache_dir)
 
@@ -229,4 +231,5 @@ def _path(record: Calibration, cache_dir: str | os.PathLike | None) -> Path:
 
 
 def _is_near(sample: Sample, other: Sample) -> bool:
-    return sample.program == other.program and abs(math.log(sample.fraction / other.fraction)) < _SAME
+    same = (sample.program, sample.kind) == (other.program, other.kind)
+    return same and abs(math.log(sample.fraction / other.fraction)) < _SAME

@@ -2,8 +2,9 @@
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,17 +36,31 @@ class Candidate:
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
-def candidates(problems: Sequence[Problem], solver: Any) -> list[Candidate]:
-    """A solver's candidates that no other one beats in both bytes and work, least bytes first.
+def candidates(problems: Sequence[Problem], solver: Any) -> tuple[list[Candidate], list[Candidate]]:
+    """A solver's candidates, least bytes first.
 
     Args:
         problems: the program's, one for each way to cut it into blocks.
         solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
+
+    Returns:
+        Those that no other one beats in both bytes and work, and these with those that only another problem's beat: how
+        much more or less than predicted a compiler takes differs from problem to problem.
     """
-    judged = [candidate for problem in problems for candidate in _judged(problem, solver)]
-    judged.sort(key=lambda c: (c.judgement.peak_bytes, c.judgement.extra_work))
+    judged = [_judged(problem, solver) for problem in problems]
+    best = _unbeaten(itertools.chain(*judged))
+    known = {id(candidate) for candidate in best}
+    others = [c for found in judged for c in _unbeaten(found) if id(c) not in known] if len(judged) > 1 else []
+    return best, sorted([*best, *others], key=_bytes_first)
+
+
+def _bytes_first(candidate: Candidate) -> tuple[int, int]:
+    return candidate.judgement.peak_bytes, candidate.judgement.extra_work
+
+
+def _unbeaten(found: Iterable[Candidate]) -> list[Candidate]:
     best: list[Candidate] = []
-    for candidate in judged:
+    for candidate in sorted(found, key=_bytes_first):
         if not best or candidate.judgement.extra_work < best[-1].judgement.extra_work:
             best.append(candidate)
     return _spread(best)
@@ -89,8 +104,10 @@ def chain_schedules(problem: Problem) -> Sequence[Schedule]:
     most = max(1, keep_all(problem).judgement.peak_bytes)
     num_levels = default_num_levels(problem.num_blocks) // 2
     schedules: list[Schedule] = []
+    about = None
     while most:
-        table = ChainTable(problem, max_bytes=most, num_levels=num_levels)
+        table = ChainTable(problem, max_bytes=most, num_levels=num_levels, about=about)
+        about = table.about
         if not table.steps():
             break  # rounded up to the table's resolution, not even keeping everything fits
         low = int(1.5 * table.steps()[0] * table.unit_bytes)

@@ -163,7 +163,8 @@ def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | Non
     )
     ladder.known |= {i: step.measured[p].device_bytes for i, p in enumerate(path[:-1]) if p in step.measured}
     chosen = ladder.cheapest(budget_bytes)
-    add_samples(record, name, {predicted[i] / max(1, predicted[-1]): ladder.ratio(i) for i in sorted(ladder.known)})
+    found = [(predicted[i] / max(1, predicted[-1]), ladder.ratio(i), 0) for i in sorted(ladder.known)]
+    add_samples(record, name, found)
     if chosen is None or adds_up:
         return None if chosen is None else path[chosen]
     return _raised(step, path[chosen], budget_bytes)

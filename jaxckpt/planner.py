@@ -187,7 +187,7 @@ class _Search:
 
     def __init__(self, study: Study, request: Request, cache_dir: str | None):
         self.study, self.request, self.cache_dir = study, request, cache_dir
-        self.candidates = study.candidates
+        self.candidates = study.rungs
         self.program = study.program.fingerprint()
         self.record = self._record()
         self.all_bytes = study.unplanned.judgement.peak_bytes if self.candidates else 0
@@ -197,11 +197,13 @@ class _Search:
             [c.judgement.peak_bytes for c in self.candidates],
             [c.judgement.extra_work / max(1, study.unplanned_cost) for c in self.candidates],
             self._measure,
+            kinds=[study.kind(c) for c in self.candidates],
             expected=self._expected,
-            certain=[x * self.all_bytes for x in self.record.places(self.program)] if self.record else (),
+            before=self._before(),
             spread=self.record.spread(self.program) if self.record else 0.0,
             prepare=lambda numbers: study.measure_all(self.candidates[i] for i in numbers),
         )
+        self.modelled = [math.ceil(self.ladder.corrected(i)) for i in range(len(self.candidates))]
 
     def run(self) -> Plan:
         if self.request.budget is None:
@@ -231,18 +233,27 @@ class _Search:
         return chosen if isinstance(chosen, Calibration) and chosen.samples else None
 
     def _expected(self, predicted_bytes: int) -> float:
-        """Measured over predicted temporaries, as the record has it."""
-        if self.record is None:
+        """Measured over predicted temporaries, as the record has it of other programs."""
+        if self.record is None or self.record.knows(self.program):
             return 1.0
         return self.record.ratio(self.program, max(1, predicted_bytes) / max(1, self.all_bytes))
+
+    def _before(self) -> list[tuple[int, int, float]]:
+        """What the record has of this very program."""
+        own = self.record.of(self.program) if self.record else ()
+        places = [(s, round(s.fraction * self.all_bytes)) for s in own]
+        return [(s.kind, place, place * s.ratio) for s, place in places]
 
     def _remember(self) -> None:
         """Add what was measured to the record on disk."""
         if self.request.calibration is None or not self.ladder.known or not self.study.is_modelled:
             return
-        fractions = {i: self.ladder.predicted_bytes[i] / max(1, self.all_bytes) for i in sorted(self.ladder.known)}
-        record = remembered(self.study.program, self.request.target, self.cache_dir)
-        add_samples(record, self.program, {f: self.ladder.ratio(i) for i, f in fractions.items()}, self.cache_dir)
+        ladder, record = self.ladder, remembered(self.study.program, self.request.target, self.cache_dir)
+        found = [
+            (ladder.predicted_bytes[i] / max(1, self.all_bytes), ladder.ratio(i), ladder.kinds[i])
+            for i in sorted(ladder.known)
+        ]
+        add_samples(record, self.program, found, self.cache_dir)
 
     def _may_wait(self, wanted: Budget) -> bool:
         """Whether the budget is so far below what the model expects without a plan that nobody need compile that."""
@@ -287,7 +298,7 @@ class _Search:
             at = min(range(len(sizes)), key=lambda i: sizes[i])
             least = self.study.fixed_bytes + math.ceil(sizes[at] * margin)
             self._refuse(budget, unplanned, least, self.candidates[at])
-        return self._plan(inside[-1], budget, unplanned)
+        return self._plan(min(inside, key=lambda i: (self.ladder.costs[i], sizes[i])), budget, unplanned)
 
     def _within_cost(self, unplanned: int) -> Plan:
         assert self.request.max_cost is not None
@@ -331,23 +342,19 @@ class _Search:
         # The candidate with the least predicted bytes may have been measured on the way.
         least = math.ceil(self.ladder.corrected(0)) if self.candidates else unplanned
         measured = self.unplanned
+        following = None if chosen is None else self.ladder.following(chosen)
         return describe(
             self.study,
             None if chosen is None else self.candidates[chosen],
             budget_bytes=budget,
             max_cost=self.request.max_cost,
             unplanned_peak_bytes=unplanned,
-            predicted_peak_bytes=unplanned if chosen is None else self._modelled(chosen),
+            predicted_peak_bytes=unplanned if chosen is None else self.modelled[chosen],
             measured_peak_bytes=measured if chosen is None else known.get(chosen),
-            next_peak_bytes=None if chosen is None else known.get(chosen + 1),
+            next_peak_bytes=None if following is None else known.get(following),
             least_peak_bytes=min(unplanned, known.get(0, least), *known.values()),
             is_unplanned_measured=self.unplanned is not None,
             is_least_measured=0 in known,
             num_compiles=len(known) + (self.unplanned is not None),
             calibration=self.record.hash if self.record else None,
         )
-
-    def _modelled(self, i: int) -> int:
-        """Device bytes of a candidate as they were expected before anything was compiled."""
-        predicted = self.ladder.predicted_bytes[i]
-        return self.study.fixed_bytes + math.ceil(predicted * self._expected(predicted))

@@ -77,7 +77,8 @@ class Study:
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
         found = candidates([b.problem for b in self.cuts], solver)
-        self.candidates = [self._per_device(c) for c in found if self._runs_effects_once(c)]
+        # The unbeaten ones, and beside them what each cut has that another one's beat by what is predicted.
+        self.candidates, self.rungs = ([self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found)
         self.forward_flops = sum(dag.nodes[i]["flops"] for i in dag)
         self.unplanned_cost = 0 if self.blocks is None else self.blocks.unplanned_cost
 
@@ -91,9 +92,13 @@ class Study:
         """The program cut as finely as it is; None where nothing in it is differentiated."""
         return self.cuts[0] if self.cuts else None
 
+    def kind(self, candidate: Candidate) -> int:
+        """Which of the cuts a candidate is about: the plans of one are off by like bytes."""
+        return next(i for i, blocks in enumerate(self.cuts) if blocks.problem is candidate.problem)
+
     def blocks_of(self, candidate: Candidate) -> Blocks:
         """The blocks that a candidate is about."""
-        return next(blocks for blocks in self.cuts if blocks.problem is candidate.problem)
+        return self.cuts[self.kind(candidate)]
 
     def _runs_effects_once(self, candidate: Candidate) -> bool:
         return all(candidate.judgement.num_forwards[k] == 1 for k in self.blocks_of(candidate).once)

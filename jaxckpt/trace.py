@@ -56,6 +56,7 @@ class Equation:
         name_stacks: name stacks of the calls it was inlined from, outermost first, its own last.
         ctx: JAX's context of the equation.
         effects: its effects.
+        reads: the values read, constants left out, each once.
     """
 
     primitive: Any
@@ -67,11 +68,12 @@ class Equation:
     name_stacks: tuple[Any, ...]
     ctx: Any
     effects: Any
+    reads: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The values read, constants left out, each once."""
-        return tuple(dict.fromkeys(x for x in self.inputs if isinstance(x, int)))
+    def __post_init__(self) -> None:
+        """List what is read once: it is asked for again and again."""
+        reads = tuple(dict.fromkeys(x for x in self.inputs if isinstance(x, int)))
+        object.__setattr__(self, "reads", reads)
 
     @property
     def source(self) -> str:
@@ -473,8 +475,12 @@ def size_bytes(aval: Any) -> int:
     dtype, shape = getattr(aval, "dtype", None), getattr(aval, "shape", ())
     if dtype is None or dtype == jax.dtypes.float0:
         return 0
-    itemsize = 8 if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
-    return int(np.prod(shape, dtype=object)) * itemsize
+    return math.prod(shape) * _item_bytes(dtype)
+
+
+@functools.cache
+def _item_bytes(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
 
 
 def is_differentiable(aval: Any) -> bool:

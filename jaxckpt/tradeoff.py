@@ -187,9 +187,9 @@ def _expected(study: Study, record: Calibration, peak_bytes: int) -> int:
 
 def _remember(study: Study, record: Calibration, measured: Sequence[Candidate]) -> None:
     unplanned = max(1, study.unplanned.judgement.peak_bytes)
-    temporaries = {c.judgement.peak_bytes: study.measure(c).device_bytes - study.fixed_bytes for c in measured}
-    ratios = {peak / unplanned: size / peak for peak, size in temporaries.items() if peak}
-    add_samples(record, study.program.fingerprint(), ratios)
+    temporaries = [(c, c.judgement.peak_bytes, study.measure(c).device_bytes - study.fixed_bytes) for c in measured]
+    found = [(peak / unplanned, size / peak, study.kind(c)) for c, peak, size in temporaries if peak]
+    add_samples(record, study.program.fingerprint(), found)
 
 
 def _chosen(candidates: Sequence[Candidate], num_points: int) -> list[Candidate]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -161,8 +162,10 @@ def test_a_smooth_error_takes_three_compiles_at_most(budget, slope, level):
     if chosen is not None:
         used = ladder.known[chosen] / budget
         assert used <= 1 and (used >= 0.9 or chosen == 100 or ladder.known[chosen + 1] > budget)
-        # One more where measured bytes hardly grow with predicted ones.
-        assert len(ladder.known) <= (3 if level + slope > 0.5 else 4)
+        # More where measured bytes hardly grow with predicted ones, while each still saves half a percent of the step.
+        late = [ladder.costs[i] for i in ladder.known][2:]
+        assert len(late) <= 1 or (level + slope <= 0.5 and len(late) <= 4)
+        assert all(after <= before - 0.005 for before, after in itertools.pairwise(late))
 
 
 def test_what_is_known_already_is_where_the_climb_begins():
@@ -187,6 +190,42 @@ def test_a_family_that_disagrees_leaves_room():
     sure, _ = climbed(lambda p: 1.0, 600)
     first = lambda ladder: next(iter(ladder.known.values()))  # noqa: E731
     assert first(unsure) <= 600 / 1.05 < first(sure)
+
+
+def test_bytes_that_fall_where_more_is_predicted_are_found():
+    """As where a plan's real peak stands elsewhere: from the 20th on, all take 30 bytes less than the 19th."""
+    predicted = [100 + i for i in range(101)]
+    costs = [2.0 - 0.09 * i if i < 20 else 0.2 - 0.001 * i for i in range(101)]
+    ladder = Ladder(0, predicted, costs, lambda i: predicted[i] - 35 * (i >= 20))
+    chosen = ladder.cheapest(115)
+    assert chosen is not None and chosen >= 20 and ladder.known[chosen] <= 115
+    assert len(ladder.known) <= 6
+
+
+def two_kinds(offsets, budget, **options):
+    """A ladder over two kinds of 60 candidates, the second a little better by what is predicted."""
+    rows = sorted((100 + 10 * i + 2 * (not kind), 0.6 - 0.01 * i, kind) for i in range(60) for kind in (0, 1))
+    predicted, costs, kinds = zip(*rows, strict=True)
+    measure = lambda i: predicted[i] + offsets[kinds[i]]  # noqa: E731
+    ladder = Ladder(0, predicted, costs, measure, kinds=kinds, **options)
+    return ladder, ladder.cheapest(budget)
+
+
+@pytest.mark.parametrize("offsets", [(0, 60), (60, 0), (60, 60), (0, 0)])
+def test_the_kind_that_takes_less_than_the_other_is_found(offsets):
+    ladder, chosen = two_kinds(offsets, 405)
+    least = min(
+        cost for i, cost in enumerate(ladder.costs) if ladder.predicted_bytes[i] + offsets[ladder.kinds[i]] <= 405
+    )
+    assert ladder.costs[chosen] <= least + 0.011
+    assert len(ladder.known) <= 4
+
+
+def test_what_a_record_knows_of_each_kind_saves_compiles():
+    before = [(0, 392, 392), (1, 390, 450)]
+    ladder, chosen = two_kinds((0, 60), 405, before=before)
+    assert next(iter(ladder.known)) == chosen and ladder.kinds[chosen] == 0 and len(ladder.known) <= 2
+    assert ladder.known[chosen] >= 0.97 * 405
 
 
 def test_every_candidate_is_predicted_as_it_was_measured():

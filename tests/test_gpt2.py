@@ -41,10 +41,9 @@ def next_cheaper_bytes(config, found):
     """Measured bytes of the candidate after the chosen one; None where there is none."""
     traced = trace(gpt.make_loss(config), gpt.specs(config))
     s = planner.find_study(traced.program, objective(traced, 0, False), "time", "auto", None)
-    i = next(i for i, c in enumerate(s.candidates) if c.schedule == found.schedule)
-    if i + 1 == len(s.candidates):
-        return None
-    return s.measure(s.candidates[i + 1]).device_bytes
+    chosen = next(c for c in s.rungs if c.schedule == found.schedule)
+    cheaper = [c for c in s.rungs if c.judgement.extra_work < chosen.judgement.extra_work]
+    return s.measure(cheaper[0]).device_bytes if cheaper else None
 
 
 def gradient_flops(config, found=None):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from ckptsolvers import solve_chain
-from helpers import assert_close, count, jit
+from helpers import assert_close, count, jit, study
 from test_trace import run_python
 from zoo.models import MODELS, chain_args, chain_loss, residual_args, residual_loss, unet_args, unet_loss
 
@@ -220,6 +220,21 @@ def test_a_plan_is_the_same_in_every_process(verify):
     first, second = (json.loads(run_python(code, seed)) for seed in (1, 2))
     assert first == second
     assert all(plan["schedule"] for plan in first)
+
+
+def test_what_only_the_plans_of_another_cut_beat_is_a_rung_too():
+    found = study(residual_loss, *RESIDUAL)
+    unbeaten = {c.digest for c in found.candidates}
+    assert unbeaten < {c.digest for c in found.rungs} and len(found.cuts) == 2
+    of = [[c for c in found.rungs if found.kind(c) == kind] for kind in (0, 1)]
+    for rungs in of:
+        assert len(rungs) > 5
+        works = [c.judgement.extra_work for c in rungs]
+        assert works == sorted(set(works), reverse=True)
+    for c in found.rungs:
+        others = [d.judgement for d in of[1 - found.kind(c)]]
+        as_good = (d.peak_bytes <= c.judgement.peak_bytes and d.extra_work <= c.judgement.extra_work for d in others)
+        assert c.digest in unbeaten or any(as_good)
 
 
 def test_a_plan_does_not_depend_on_what_was_planned_before():

@@ -119,10 +119,17 @@ class ChainTable:
         num_levels: resolution of the memory axis at most; the unit is max_bytes / num_levels rounded up, or the
             greatest common divisor of all sizes where that is coarser still, and then the axis is exact.
         rounding: "up" for schedules that fit; "down" for bounds: no schedule does less work than `times`.
+        about: the problem's intervals, where another table has found out about them.
     """
 
     def __init__(
-        self, problem: Problem, *, max_bytes: int, num_levels: int = 500, rounding: Literal["up", "down"] = "up"
+        self,
+        problem: Problem,
+        *,
+        max_bytes: int,
+        num_levels: int = 500,
+        rounding: Literal["up", "down"] = "up",
+        about: Intervals | None = None,
     ):
         """Solve every interval, the shorter ones first."""
         if max_bytes < 0 or num_levels < 1:
@@ -131,10 +138,16 @@ class ChainTable:
         self.unit_bytes, self.is_exact = memory_unit(problem, max_bytes=max_bytes, num_levels=num_levels)
         self.num_levels = max_bytes // self.unit_bytes
         self._rounding = rounding
-        self._about = Intervals(problem)
+        self.about = self._about = about or Intervals(problem)
+        # Whether block s, kept under some option, can drop what the block before it made.
+        self._may_drop = [
+            any(problem.droppable(s, o, s + 1) for o in range(len(block.options)))
+            for s, block in enumerate(problem.blocks)
+        ]
         # Reading many schedules back asks for the same again and again.
         self._keep_levels = functools.cache(self._find_keep_levels)
         self._drop_levels = functools.cache(self._find_drop_levels)
+        self._choose = functools.cache(self._find_choice)
         self._solve()
 
     def times(self) -> np.ndarray:
@@ -191,6 +204,8 @@ class ChainTable:
         self._rows = np.zeros((n + 1, n + 1), np.int32)
         self._table = np.empty((1 + sum(t - length for t, (_, length) in enumerate(twins)), size), np.int64)
         self._table[0] = 0
+        # From which level on each row says that something fits.
+        self._least_levels = np.zeros(len(self._table), np.int64)
         # Beside each row P'(s, t, .): block s is kept and what it does not read again is dropped, at the same M.
         self._dropped = np.full_like(self._table, _INF)
         # The first of a run of shared rows has another block before it than its twin, so other values to drop.
@@ -215,31 +230,37 @@ class ChainTable:
         for s in range(alone - 1, -1, -1):
             best = self._row(s, t)
             self._keep(s, t, best, dropped=False)
-            self._keep(s, t, self._dropped[self._rows[s, t]], dropped=True)
-            self._improve_by_splitting(s, t, rest, best)
+            if self._may_drop[s]:
+                self._keep(s, t, self._dropped[self._rows[s, t]], dropped=True)
+            if s + 1 < t:
+                self._improve_by_splitting(s, t, rest, best)
             np.add(best, sweep[s], out=rest[s])
+            self._least_levels[self._rows[s, t]] = np.searchsorted(-best, -_INF, side="right")
 
     def _keep(self, s: int, t: int, best: np.ndarray, *, dropped: bool) -> None:
         size = self.num_levels + 1
         best[:] = _INF
-        for o in range(len(self.problem.blocks[s].options)):
+        # What may follow a block that saves outputs, and one that does not: there the better of two rows.
+        rows = self._rest_rows(s, t)
+        after = (rows[0] if len(rows) == 1 else np.minimum(*rows), rows[0])
+        for o, option in enumerate(self.problem.blocks[s].options):
             drop = self._drop_levels(s, t, o) if dropped else 0
             if dropped and not drop:
                 continue
             held, first, time = self._keep_levels(s, t, o, drop)
             if first >= size:
                 continue
-            into = best[first:]
-            for after in self._rest_rows(s, t, o):
-                there = after[first - held :][: len(into)]
-                # Beyond the axis, a budget is as good as the largest.
-                np.minimum(into[: len(there)], there + time, out=into[: len(there)])  # (1)
-                np.minimum(into[len(there) :], after[-1] + time, out=into[len(there) :])
+            row = after[bool(option.saved_outputs)]
+            there = row[first - held : size - held]
+            into, beyond = best[first : first + len(there)], best[first + len(there) :]
+            np.minimum(into, there + time, out=into)  # (1)
+            if len(beyond):  # beyond the axis, a budget is as good as the largest
+                np.minimum(beyond, row[-1] + time, out=beyond)
 
-    def _rest_rows(self, s: int, t: int, o: int) -> list[np.ndarray]:
-        """What may follow keeping block s: any schedule, and one that drops what block s made."""
+    def _rest_rows(self, s: int, t: int) -> list[np.ndarray]:
+        """What may follow keeping block s: any schedule, and, if it saves no outputs, one that drops what it made."""
         rows = [self._row(s + 1, t)]
-        if s + 1 < t and not self.problem.blocks[s].options[o].saved_outputs:
+        if s + 1 < t and self._may_drop[s + 1]:
             rows.append(self._dropped_row(s + 1, t))
         return rows
 
@@ -258,34 +279,55 @@ class ChainTable:
     def _improve_by_splitting(self, s: int, t: int, rest: np.ndarray, best: np.ndarray) -> None:
         size = self.num_levels + 1
         store, first = self._split_levels(s, t)
-        splits = np.flatnonzero(first < size)
-        splits = splits[np.lexsort((first[splits], store[splits]))]
-        changes = np.flatnonzero(np.diff(store[splits]) | np.diff(first[splits])) + 1
-        ends, rows = splits + s + 1, self._rows[s, s + 1 : t][splits]
         start_time = self._about.sweep_times(t)[s]
-        best += start_time
+        splits = np.flatnonzero(first < size)
+        store, first, ends = store[splits], first[splits], splits + s + 1
+        rows = self._rows[s, ends]
+        # A split helps from where both of its parts fit to where what was found does as little as it ever can.
+        start = np.maximum(self._least_levels[rows], store + self._least_levels[self._rows[ends, t]])
+        least = self._table[rows, -1] + rest[ends, size - 1 - store] - start_time
+        stop = np.searchsorted(-best, -least)
+        kinds = store * size + first
+        order = np.flatnonzero((np.maximum(start, first) < stop) & (start < size))
+        if not len(order):
+            return
+        order = order[np.argsort(kinds[order], kind="stable")]
+        store, first, start, stop, ends, rows, kinds = (
+            x[order] for x in (store, first, start, stop, ends, rows, kinds)
+        )
         # Splits that hold the same and need the same, as every period's, are added up together.
-        bounds = [0, *changes.tolist(), len(splits)] if len(splits) else []
-        columns = zip(bounds, bounds[1:], *(x[splits[bounds[:-1]]].tolist() for x in (first, store)), strict=False)
-        for low, high, start, held in columns:
-            least = best[start:]
-            for at in range(low, high, _MOST_ROWS):
-                some = at if high - at == 1 else slice(at, min(high, at + _MOST_ROWS))
-                total = self._table[rows[some], start:] + rest[ends[some], start - held : size - held]  # (2)
-                np.minimum(least, total if high - at == 1 else total.min(0), out=least)
+        lows = np.flatnonzero(np.concatenate(([True], kinds[1:] != kinds[:-1])))
+        starts = np.maximum(first[lows], np.minimum.reduceat(start, lows)).tolist()
+        stops, held = np.maximum.reduceat(stop, lows).tolist(), store[lows].tolist()
+        best += start_time
+        for low, high, *window in zip(
+            lows.tolist(), [*lows[1:].tolist(), len(store)], starts, stops, held, strict=True
+        ):
+            self._add_up(best, rest, rows[low:high], ends[low:high], *window)
         best -= start_time
 
-    def _choose(self, s: int, t: int, level: int, dropped: bool) -> tuple[int | None, int, int, bool]:
+    def _add_up(
+        self, best: np.ndarray, rest: np.ndarray, rows: np.ndarray, ends: np.ndarray, start: int, stop: int, held: int
+    ) -> None:
+        """Take the least of splits that hold the same, from one level to another."""
+        into = best[start:stop]
+        for at in range(0, len(rows), _MOST_ROWS):
+            some = at if len(rows) - at == 1 else slice(at, at + _MOST_ROWS)
+            total = self._table[rows[some], start:stop] + rest[ends[some], start - held : stop - held]  # (2)
+            np.minimum(into, total.min(0) if total.ndim > 1 else total, out=into)
+
+    def _find_choice(self, s: int, t: int, level: int, dropped: bool) -> tuple[int | None, int, int, bool]:
         """Find the choice behind P(s, t, level), or P': the split or None, the option, the levels held, and P' next."""
-        wanted = (self._dropped_row(s, t) if dropped else self._row(s, t))[level]
-        for o in range(len(self.problem.blocks[s].options)):
+        wanted = (self._dropped_row(s, t) if dropped else self._row(s, t)).item(level)
+        rows = self._rest_rows(s, t)
+        for o, option in enumerate(self.problem.blocks[s].options):
             drop = self._drop_levels(s, t, o) if dropped else 0
             held, first, time = self._keep_levels(s, t, o, drop)
             if first > level or (dropped and not drop):
                 continue
             left = min(level - held, self.num_levels)
-            for is_dropped, after in enumerate(self._rest_rows(s, t, o)):
-                if after[left] + time == wanted:
+            for is_dropped, after in enumerate(rows[:1] if option.saved_outputs else rows):
+                if after.item(left) + time == wanted:
                     return None, o, level - left, bool(is_dropped)
         store, first = self._split_levels(s, t)
         splits = np.flatnonzero(first <= level)
@@ -306,10 +348,7 @@ class ChainTable:
 
     def _split_levels(self, s: int, t: int) -> tuple[np.ndarray, np.ndarray]:
         """What each split holds and from which level on it fits, each `[t - s - 1]`."""
-        if t == s + 1:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        store = self._about.store_bytes(s, t)
-        peaks = self._about.sweep_peaks(s, t, store) + self._about.waiting[t]
+        store, peaks = self._about.splits(s, t)
         held = self._units(store)
         return held, np.maximum(held, self._units(peaks))
 

@@ -1,5 +1,6 @@
 """Bytes and times of an interval [s, t) of blocks, and which intervals are alike: the chain recurrence's input."""
 
+import functools
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ckptsolvers.problem import Problem
+
+_MOST_SPLITS = 4096  # intervals whose splits are remembered
 
 
 class Intervals:
@@ -38,6 +41,9 @@ class Intervals:
         self._starts = _cumulative([len(made) for made in problem.outputs])
         self._last_readers = self._all_last_readers(order)
         self._sweeps = self._all_sweeps()
+        self._hold_bytes = functools.cache(self._find_hold_bytes)
+        # Several tables of one problem, and reading many schedules back, ask for the same again and again.
+        self._splits = functools.lru_cache(_MOST_SPLITS)(self._find_splits)
 
     def num_wanted(self, s: int, t: int) -> int:
         """How many outputs of block s something in (s, t) reads; they are the first ones."""
@@ -46,10 +52,20 @@ class Intervals:
 
     def hold_bytes(self, s: int, t: int, option: int) -> int:
         """a(s, o): what keeping block s holds above L(s) while the blocks after it, up to t, run."""
+        return self._hold_bytes(s, option, self.num_wanted(s, t))
+
+    def _find_hold_bytes(self, s: int, option: int, wanted: int) -> int:
         chosen, sizes = self.problem.blocks[s].options[option], self._cumulative[s]
-        wanted = self.num_wanted(s, t)
         extra = sum(sizes[p + 1] - sizes[p] for p in chosen.saved_outputs if p >= wanted)
         return chosen.saved_bytes + sizes[wanted] + extra
+
+    def splits(self, s: int, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """For m = s+1..t-1, `[t - s - 1]` each: w(s, m), and the most bytes above L(s) while s..m-1 run forward."""
+        return self._splits(s, t)
+
+    def _find_splits(self, s: int, t: int) -> tuple[np.ndarray, np.ndarray]:
+        store = self.store_bytes(s, t)
+        return store, self.sweep_peaks(s, t, store) + self.waiting[t]
 
     def store_bytes(self, s: int, t: int) -> np.ndarray:
         """w(s, m), `[t - s - 1]`: bytes of L(m) - L(s) that something before t reads, for m = s+1..t-1."""

@@ -80,6 +80,8 @@ class _Network:
         prices |= {(op_node[op], 1): (0.0, operations[op].time) for op in self.ops}
         reads = ((op, u) for op in self.ops for u in operations[op].reads if u in maker)
         prices |= {(op_node[op], node[u]): (np.inf, 0.0) for op, u in reads}
+        # Flows back are edges too: a flow then has the network's own structure.
+        prices |= {(b, a): (0.0, 0.0) for a, b in prices if (b, a) not in prices}
         size = 2 + len(node) + len(op_node)
         rows, columns = np.array(list(prices)).T
         order = np.lexsort((columns, rows))
@@ -102,7 +104,7 @@ class _Network:
 
     def _cut(self, prices: np.ndarray) -> frozenset[int]:
         from scipy.sparse import csr_array
-        from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+        from scipy.sparse.csgraph import maximum_flow
 
         # SciPy's flows are 32-bit integers. What is rounded away is less than a billionth of the whole.
         is_finite = np.isfinite(prices)
@@ -110,15 +112,24 @@ class _Network:
         capacities = np.full(len(prices), _UNCUT, np.int32)
         capacities[is_finite] = np.ceil(prices[is_finite] * scale)
         size = len(self.starts) - 1
-        network = csr_array((capacities, self.columns, self.starts), shape=(size, size))
-        flow: Any = maximum_flow(network, 0, 1).flow
-        residual = network - flow
-        residual.data = np.maximum(residual.data, 0)
-        residual.eliminate_zeros()
-        is_reached = np.zeros(size, bool)
-        is_reached[breadth_first_order(residual, 0, return_predecessors=False)] = True
+        flow: Any = maximum_flow(csr_array((capacities, self.columns, self.starts), shape=(size, size)), 0, 1).flow
+        is_reached = self._reached((capacities > flow.data).tolist())
         is_saved = is_reached[self.value_nodes] & ~is_reached[self.maker_nodes]
         return frozenset(v for v, saved in zip(self.values, is_saved.tolist(), strict=True) if saved)
+
+    def _reached(self, is_open: list[bool]) -> np.ndarray:
+        """The nodes that lie behind the source along open edges."""
+        starts, columns = self.starts.tolist(), self.columns.tolist()
+        is_reached = np.zeros(len(starts) - 1, bool)
+        reached, stack = {0}, [0]
+        while stack:
+            u = stack.pop()
+            for edge in range(starts[u], starts[u + 1]):
+                if is_open[edge] and columns[edge] not in reached:
+                    reached.add(columns[edge])
+                    stack.append(columns[edge])
+        is_reached[list(reached)] = True
+        return is_reached
 
 
 def _repeated(

@@ -151,7 +151,7 @@ class Problem:
 
     def droppable(self, block: int, option: int, until: int) -> list[int]:
         """What the block before made for this one alone, and this one, kept under the option, does not read again."""
-        if block == 0:
+        if block == 0 or not self.blocks[block].options[option].unread_inputs:
             return []
         unread = self.unread(block, option)
         made = self.outputs[block - 1]
@@ -164,7 +164,9 @@ class Problem:
 
     def num_wanted(self, block: int, until: int) -> int:
         """How many of a block's outputs are read before block `until`; they are the first ones."""
-        return sum(self.is_wanted(self.values[v], block, until) for v in self.outputs[block])
+        outputs = self.outputs[block]
+        # Every value is read by some later block, or by the program's end.
+        return len(outputs) if until == self.num_blocks else sum(self.values[v].read_by[0] < until for v in outputs)
 
 
 def chain(

@@ -4,7 +4,6 @@ No solver reports its own numbers. The simulator knows nothing of recurrences: i
 up what is in it.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,7 +103,7 @@ class _Replay:
         if k != self.next_backward or o is None or self.saved.pop(k, None) != o:
             raise InvalidScheduleError(f"backward of block {k} under option {o}: not due, or its forward did not save")
         option, values = self.problem.blocks[k].options[o], self.problem.values
-        self._check_inputs(k, "backward", self.problem.unread(k, o))
+        self._check_inputs(k, "backward", o)
         outputs = self.problem.outputs[k]
         own = {outputs[p] for p in option.saved_outputs}
         if own - self.live:
@@ -139,8 +138,11 @@ class _Replay:
             peak_live=live,
         )
 
-    def _check_inputs(self, k: int, phase: str, unread: Collection[int] = ()) -> None:
-        missing = [v for v in self.problem.inputs[k] if v not in self.live and v not in unread]
+    def _check_inputs(self, k: int, phase: str, option: int | None = None) -> None:
+        missing = [v for v in self.problem.inputs[k] if v not in self.live]
+        if missing and option is not None:
+            unread = self.problem.unread(k, option)
+            missing = [v for v in missing if v not in unread]
         if missing:
             raise InvalidScheduleError(f"{phase} of block {k} reads values {missing}, which are not held")
 
