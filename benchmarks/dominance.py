@@ -11,6 +11,7 @@ measured again.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -57,7 +58,7 @@ def main() -> int:
     jobs = [(name, target) for target in options.targets for name in names]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = [row for found in pool.map(lambda job: _run_worker(*job, options), jobs) for row in found]
-    Console(width=150).print(_policy_table(rows), _budget_table(rows))
+    Console(width=150).print(_policy_table(rows), _budget_table(rows), _time_table(rows))
     OUT.mkdir(exist_ok=True)
     (OUT / "dominance.json").write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1))
     _plot(rows)
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=list(ALL), metavar="MODEL", help=", ".join(ALL))
     parser.add_argument("--targets", nargs="+", default=["cpu"])
     parser.add_argument("--time", action="store_true", help="wall time too, on the device that is here")
+    parser.add_argument("--policies", nargs="+", metavar="POLICY", help="only these")
     parser.add_argument("--size", help="of the models that have it, such as large, for accelerators")
     parser.add_argument("--jobs", type=int, default=1, help="models at the same time")
     parser.add_argument("--skip", nargs="+", default=[], choices=("policies", "reverse", "budgets"))
@@ -92,6 +94,7 @@ def _run_worker(name: str, target: str, options: argparse.Namespace) -> list[dic
     command += ["--quick"] * options.quick + ["--time"] * options.time
     command += ["--skip", *options.skip] if options.skip else []
     command += ["--size", options.size] if options.size else []
+    command += ["--policies", *options.policies] if options.policies else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         print(f"{name} on {target} ended with status {done.returncode}", file=sys.stderr)
@@ -126,9 +129,19 @@ class _Bench:
         self.plain_flops = self.flops(self.case.fun)
         self.fixed_bytes = self.plain.device_bytes - self.plain.temp_bytes
 
+    @functools.cached_property
+    def _args(self) -> Any:
+        return jax.device_put(arrays(self.case.specs, self.case.vocab))
+
+    @functools.cached_property
+    def _plain_run(self) -> Callable:
+        return _runnable(self.case.fun)
+
     def rows(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         """Policies, then budgets; each row is kept by the planner's code and the program."""
         for policy, fun in self.case.policies.items():
+            if options.policies and policy not in options.policies:
+                continue
             if "policies" not in options.skip:
                 is_skipped = "reverse" in options.skip
                 yield self._kept(
@@ -217,9 +230,8 @@ class _Bench:
             plan = self.plan("time", budget=self.measure(fun, self.case.specs).device_bytes)
         except jaxckpt.InfeasibleBudgetError:
             return row | {"ratio": None}
-        args = jax.device_put(arrays(self.case.specs, self.case.vocab))
-        build = lambda f: jax.jit(jax.value_and_grad(f), compiler_options=_compat.CPU_REMAT_OPTIONS)  # noqa: E731
-        runs = [build(fun), build(plan.apply(self.case.fun)), build(self.case.fun)]
+        args = self._args
+        runs = [_runnable(fun), _runnable(plan.apply(self.case.fun)), self._plain_run]
         took: list[list[float]] = [[], [], []]
         for i in range(_NUM_RUNS + 1):
             for j in (0, 1, 2) if i % 2 else (2, 1, 0):
@@ -230,6 +242,10 @@ class _Bench:
         ratio = statistics.median(ours / theirs for theirs, ours, _ in zip(*took, strict=True))
         medians = dict(zip(("policy_s", "ours_s", "plain_s"), map(statistics.median, took), strict=True))
         return row | medians | {"ratio": ratio, "modelled": plan.recompute_cost / plan.unplanned_cost}
+
+
+def _runnable(fun: Callable) -> Callable:
+    return jax.jit(jax.value_and_grad(fun), compiler_options=_compat.here_options() or None)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -377,6 +393,23 @@ def _budget_table(rows: list[dict[str, Any]]) -> Table:
             *(r["model"], r["target"], _mib(r["budget_bytes"]), _mib(r["bytes"])),
             *(f"{r['bytes'] / r['budget_bytes']:.1%}", _mib(r["predicted_bytes"])),
             *(f"{r['predicted_bytes'] / r['bytes'] - 1:+.1%}", _mib(r["next_bytes"]), f"{r['extra']:.2%}", ok),
+        )
+    return table
+
+
+def _time_table(rows: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "Medians of interleaved runs in ms, and beyond the program without a plan",
+        ("model", "target", "policy", "plain", "policy's", "beyond", "ours", "beyond", "modelled", "ratio"),
+    )
+    for r in rows:
+        if r["kind"] != "time" or r["ratio"] is None:
+            continue
+        plain, theirs, ours = r["plain_s"], r["policy_s"], r["ours_s"]
+        table.add_row(
+            *(r["model"], r["target"], r["policy"], f"{plain * 1e3:,.1f}"),
+            *(f"{theirs * 1e3:,.1f}", f"{theirs / plain - 1:+.1%}", f"{ours * 1e3:,.1f}", f"{ours / plain - 1:+.1%}"),
+            *(f"{r['modelled']:+.1%}", f"{r['ratio']:.3f}"),
         )
     return table
 

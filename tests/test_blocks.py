@@ -4,6 +4,8 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from helpers import CASES, study, study_of
 from zoo import gpt, models, unet
@@ -149,3 +151,23 @@ def test_a_unet_under_a_plan_takes_on_cpu_what_is_predicted():
         candidate = s.candidates[0]
         predicted = s.fixed_bytes + candidate.judgement.peak_bytes
         assert abs(predicted / s.measure(candidate).device_bytes - 1) <= 0.1
+
+
+def test_the_backward_of_a_loss_runs_right_behind_it():
+    def loss(params, x, labels):
+        h = jnp.tanh(x @ params["w"])
+        parts = [(h[i : i + 512], labels[i : i + 512]) for i in (0, 512)]
+        logits = [(part @ params["out"], labels) for part, labels in parts]
+        return sum(optax.softmax_cross_entropy_with_integer_labels(*each).mean() for each in logits)
+
+    array = jax.ShapeDtypeStruct
+    params = {"w": array((64, 64), jnp.float32), "out": array((64, 8192), jnp.float32)}
+    s = study(loss, params, array((1024, 64), jnp.float32), array((1024,), jnp.int32), target="cpu")
+    logits = 4 * 512 * 8192
+    last = s.blocks.problem.blocks[-1].options[-1]
+    # Nothing of it waits but what its inputs' cotangents are, and no more than they and the logits are there at once.
+    assert last.saved_bytes == last.backward_peak_bytes <= 1.1 * logits and last.forward_peak_bytes <= 2.2 * logits
+    # One part's logits are held while the other part runs: three such buffers, where six were counted once.
+    kept = next(c for c in s.candidates if c.judgement.peak_bytes >= 2.9 * logits)
+    assert kept.judgement.peak_bytes <= 3.5 * logits
+    assert s.measure(kept).temp_bytes <= 1.1 * kept.judgement.peak_bytes

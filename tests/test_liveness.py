@@ -250,3 +250,45 @@ def test_a_tpus_products_read_what_is_fused_into_them():
         peaks[name] = peak_bytes(program.equations, size, kept=program.outputs, habits=habits)
     scores = 512 * 512 * 4
     assert scores <= peaks["v5e"] < 1.2 * scores and peaks["h100"] >= 2 * scores
+
+
+def test_a_scatter_that_is_added_to_something_scatters_into_that():
+    def loss(logits, labels):
+        picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return jnp.sum(jax.nn.logsumexp(logits, axis=1) - picked)
+
+    specs = jax.ShapeDtypeStruct((64, 512), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    program = trace(jax.grad(loss), specs).program
+    size = lambda v: size_bytes(program.avals[v])  # noqa: E731
+    for name, most in (("cpu", 2.2), ("h100", 1.2)):
+        habits = habits_of(find(name), program.avals, program.equations)
+        assert len(habits.scatters) == 1
+        # The exponentials, where they are not made again, and the gradient, but no zeros to scatter into.
+        peak = peak_bytes(program.equations, size, kept=program.outputs, habits=habits)
+        assert size(program.outputs[0]) <= peak <= most * size(program.outputs[0])
+        scatter = next(e for e in program.equations if e.primitive.name == "scatter-add")
+        assert not habits.scratch_bytes(scatter)
+
+
+def test_what_is_costly_is_made_again_on_gpus_for_each_reader():
+    def fun(x, ct):
+        scores = x @ x
+        weights = jnp.exp(scores)
+        return jnp.sum(weights), scores, (ct * weights) @ x
+
+    spec = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    program = trace(fun, (spec, spec)).program
+    backward = [e for e in program.equations if e.outputs[0] == program.outputs[2] or program.inputs[1] in e.reads]
+    forward = [e for e in program.equations if e not in backward]
+    held = {}
+    for name in ("cpu", "h100"):
+        across = held_across(
+            *(forward, backward, lambda v: size_bytes(program.avals[v])),
+            results=program.outputs[:2],
+            cotangents=[program.inputs[1]],
+            kept=[program.outputs[2]],
+            habits=habits_of(find(name), program.avals),
+        )
+        held[name] = {v for v in across.values if program.avals[v].shape == (256, 256)}
+    scores, (weights,) = program.outputs[1], next(e for e in forward if e.primitive.name == "exp").outputs
+    assert held == {"cpu": {weights}, "h100": {scores}}
