@@ -15,6 +15,8 @@ from ckptsolvers.chain import default_num_levels
 _STEP = 1.01
 # From the most bytes of a table to the least for which its schedules are taken; below, its levels are too coarse.
 _RANGE = 8
+# A finer table is worth its time where it is finer by this factor.
+_FINER = 1.1
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
 _MAX_DEPTH = 20
 _ILP_TIME_S = 3.0
@@ -112,7 +114,7 @@ def chain_schedules(problem: Problem) -> Sequence[Schedule]:
             break  # rounded up to the table's resolution, not even keeping everything fits
         low = int(1.5 * table.steps()[0] * table.unit_bytes)
         # A loop left to itself may keep a hundred times what it needs.
-        above = most // _RANGE if low * _RANGE < most else low if low < most else 0
+        above = most // _RANGE if low * _RANGE < most else low if low * _FINER < most else 0
         schedules = [*_spread_schedules(table, above), *schedules]
         most = above
     return schedules
