@@ -38,6 +38,8 @@ EVERYTHING = "everything"
 _TINY, _FOR_NOTHING = 64, 0.001
 # Options that differ by less than these parts of a block's largest value and of its work are alike.
 _ALIKE_BYTES, _ALIKE_TIME = 64, 2000
+# An operation is costly that takes this share of a block's work; minimum cuts for sets between those of the hull.
+_COSTLY, _MAX_BETWEEN = 0.01, 256
 
 
 class LocalBlock:
@@ -305,13 +307,25 @@ class Model:
         self.savable = {v: self.size(v) for v in self.named if v not in inputs and self.size(v)}
 
     def save_sets(self) -> list[frozenset[int]]:
-        """Sets worth considering: once as if every value had its price, once as if outputs were held anyway."""
-        operations = self._operations(self.time)
-        outputs_free = {v: 1 if v in self.outputs else b for v, b in self.savable.items()}
+        """Sets worth considering: once as if every value had its price, once as if outputs were held anyway.
+
+        All iterations of a loop are run alike, so for its body sets between those of the hull are worth having too,
+        and those of results of costly operations alone: fewer values are alive while what follows is made again.
+        """
+        fine = self._operations(self.time)
+        read = {v for eqn in self._needed(self.joint.residuals, frozenset()) for v in eqn.outputs}
+        outputs = read.intersection(self.outputs, self.savable)
         found: dict[frozenset[int], None] = {}
-        for sizes in (self.savable, outputs_free):
-            for saved in save_sets(operations, targets=self.joint.residuals, save_bytes=sizes):
-                found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)
+        for operations in (fine, _costly(fine)) if self.local.is_body else (fine,):
+            for sizes in (self.savable, self.savable | dict.fromkeys(outputs, 1)) if outputs else (self.savable,):
+                for saved in save_sets(
+                    operations,
+                    targets=self.joint.residuals,
+                    save_bytes=sizes,
+                    max_between=_MAX_BETWEEN if self.local.is_body else 0,
+                    is_early=operations is not fine,
+                ):
+                    found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)
         return list(found)
 
     def _without_tiny(self, saved: frozenset[int]) -> frozenset[int]:
@@ -517,6 +531,12 @@ class Model:
                 found.append(eqn)
                 needed.update(v for v in eqn.reads if v not in there)
         return found[::-1]
+
+
+def _costly(operations: Sequence[Operation]) -> list[Operation]:
+    """The operations, where none but the costly ones takes time."""
+    least = _COSTLY * sum(op.time for op in operations)
+    return [op if op.time >= least else replace(op, time=0) for op in operations]
 
 
 def _following(equations: Sequence[Equation], there: set[int]) -> list[Equation]:
