@@ -65,6 +65,7 @@ class LocalBlock:
         # In a loop's body forward and backward are loops of their own, which no compiler mixes.
         self.is_body = invariant is not None
         self.invariant = [v for v in span.inputs if v in (invariant or ())]
+        self.is_whole_body = self.is_body and not self.crossing and len(self.results) == len(self.outputs)
 
     def signature(self) -> str:
         """A digest: blocks with equal ones need only one analysis."""
@@ -94,6 +95,8 @@ class Analysis:
     residual_bytes: int  # of what JAX keeps of the block without a checkpoint, whether a compiler needs it or not
     # Of loops and conditionals, for each option: most alive in the backward beyond what is saved, if that stays.
     transients: tuple[int, ...] = ()
+    # Of a loop's whole body, for each option: most alive in the backward where what was saved is read from stacks.
+    stacked_peaks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,7 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
         (*(model.unread(saved) for _, saved in kept[:-1]), unread),
         sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
         model.residual_bytes(),
+        stacked_peaks=tuple(map(model.stacked_peak, *zip(*kept, strict=True))) if local.is_whole_body else (),
     )
 
 
@@ -438,6 +442,13 @@ class Model:
             saved_outputs=tuple(self.outputs.index(v) for v in own),
         )
 
+    def stacked_peak(self, option: Option, saved: frozenset[int]) -> int:
+        """The backward's peak where what was saved is read from stacks, which are counted elsewhere."""
+        if option.name == EVERYTHING:
+            return option.backward_peak_bytes
+        again = self._needed(self.joint.residuals, saved)
+        return self._backward_peak([*again, *self.joint.backward], saved, is_stacked=True)
+
     def unread(self, saved: frozenset[int]) -> tuple[int, ...]:
         """Positions of the inputs that neither the backward nor what it makes again reads."""
         late = [*self._needed(self.joint.residuals, saved), *self.joint.backward]
@@ -507,12 +518,15 @@ class Model:
         saved: frozenset[int],
         habits: liveness.Habits | None = None,
         copies: Collection[liveness.Copy] = (),
+        *,
+        is_stacked: bool = False,
     ) -> int:
         waiting = set(self.joint.waiting)
         return liveness.peak_bytes(
             equations,
             self.size,
-            held={*saved, *self.joint.cotangents},
+            held={*self.joint.cotangents, *(() if is_stacked else saved)},
+            stacked=sorted(saved) if is_stacked else (),
             copies=copies,
             kept=waiting,
             external=set(self.joint.gradients) - waiting,
