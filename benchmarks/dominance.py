@@ -131,7 +131,9 @@ class _Bench:
         for policy, fun in self.case.policies.items():
             if "policies" not in options.skip:
                 is_skipped = "reverse" in options.skip
-                yield self._kept(("policy", policy, is_skipped), lambda fun=fun, p=policy: self._policy(p, fun, options))
+                yield self._kept(
+                    ("policy", policy, is_skipped), lambda fun=fun, p=policy: self._policy(p, fun, options)
+                )
             if options.time and self.target is None:
                 yield self._kept(("time", policy), lambda fun=fun, policy=policy: self._time(policy, fun))
         if "budgets" not in options.skip:

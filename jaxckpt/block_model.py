@@ -53,6 +53,8 @@ class LocalBlock:
         arguments: Collection[int],
         results: Collection[int],
         invariant: Collection[int] | None,
+        *,
+        is_last: bool = False,
     ):
         self.program, self.span, self.active = program, span, active
         self.values = [*span.inputs, *(v for eqn in span.equations for v in eqn.outputs)]
@@ -64,6 +66,8 @@ class LocalBlock:
         self.results = [v for v in span.outputs if v in results]
         # In a loop's body forward and backward are loops of their own, which no compiler mixes.
         self.is_body = invariant is not None
+        # The backward waits for nothing but the forward, and a compiler runs it right behind that.
+        self.is_last = is_last and not self.is_body
         self.invariant = [v for v in span.inputs if v in (invariant or ())]
         self.is_whole_body = self.is_body and not self.crossing and len(self.results) == len(self.outputs)
 
@@ -80,7 +84,7 @@ class LocalBlock:
             [number[v] for v in group]
             for group in (self.active_inputs, self.crossing, self.active_outputs, self.results, self.invariant)
         ]
-        return hashlib.sha256("\n".join((*block.lines(), repr(flags))).encode()).hexdigest()
+        return hashlib.sha256("\n".join((*block.lines(), repr(flags), repr(self.is_last))).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +295,7 @@ class Model:
 
     def __init__(self, local: LocalBlock, joint: Joint, timer: Timer, target: Target):
         self.local, self.joint, self.target = local, joint, target
-        self.habits = habits_of(target, joint.avals)
+        self.habits = habits_of(target, joint.avals, [*joint.forward, *joint.backward])
         self.size = lambda v: size_bytes(joint.avals[v])
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
@@ -345,6 +349,8 @@ class Model:
 
     def everything(self) -> tuple[Option, frozenset[int], tuple[int, ...]]:
         """The option that leaves the block to JAX, what it holds, and the inputs that its backward does not read."""
+        if self.local.is_last:
+            return self._at_once(), frozenset(), tuple(range(len(self.local.span.inputs)))
         across = self._across()
         held = frozenset(v for v in across.values if self.size(v))
         # What is fused is made from what is held wherever it is read.
@@ -370,6 +376,29 @@ class Model:
         )
         inputs = (self.joint.value[v] for v in self.local.span.inputs)
         return option, held, tuple(i for i, v in enumerate(inputs) if v not in across.read)
+
+    def _at_once(self) -> Option:
+        """The option that leaves the block to JAX where only its inputs' cotangents outlive its forward."""
+        waiting = sum(map(self.size, set(self.joint.waiting)))
+        results = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
+        own = {v for v in self.outputs if v >= 0} - results
+        needed = self._needed({*self.joint.residuals, *own, *results}, frozenset())
+        peak = liveness.peak_bytes(
+            [*needed, *self.joint.backward],
+            self.size,
+            held=self.joint.cotangents,
+            kept={*self.joint.waiting, *own},
+            external={*self.joint.gradients, *results} - set(self.joint.waiting),
+            habits=self.habits,
+        )
+        return Option(
+            name=EVERYTHING,
+            saved_bytes=waiting,
+            recompute_time=0,
+            forward_times=self._everything_times(self.time),
+            forward_peak_bytes=peak,
+            backward_peak_bytes=waiting,
+        )
 
     def _last_forward_peak(self) -> int:
         """The forward's peak where the cotangents are there already, which are counted elsewhere."""

@@ -96,7 +96,7 @@ def analyse(
     blocks, flops_blocks, choices, classes, residual_bytes, cost = [], [], [], [], [], 0
     transients, stacked_peaks = [], []
     for span in spans:
-        local = LocalBlock(program, span, active, arguments, results, invariant)
+        local = LocalBlock(program, span, active, arguments, results, invariant, is_last=span is spans[-1])
         key = local.signature()
         if key not in known:
             known[key] = len(known), _analyse_one(local, timer, target, is_apart, profiler)

@@ -4,6 +4,7 @@ Seen in XLA's scheduled programs. Only what was seen is listed.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -15,23 +16,25 @@ from jaxckpt.targets import Target
 from jaxckpt.trace import Equation, size_bytes
 
 
-def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
-    """Return what a target's compiler does.
+def habits_of(target: Target, avals: Sequence[Any], equations: Sequence[Equation] = ()) -> Habits:
+    """Return what a target's compiler does with these equations.
 
     On CPU, XLA multiplies `[batch, m, k]` by `[batch, k, n]` and convolves images with their features last; it brings
     other operands into this order, those of weight gradients above all. It finds the maxima of a pooling with four
     indices per element, which depend on nothing and are therefore made before anything else; without a checkpoint it
     does so in the forward and keeps four per result. Its kernels for reductions do arithmetic on the way, but neither
-    comparisons nor layout changes, and nothing whose result is read elsewhere. What is ready first runs first. GPUs and
-    TPUs read operands as they lie.
+    comparisons nor layout changes, and nothing whose result is read elsewhere. What is ready first runs first.
 
-    On TPU a product reads operands that are fused into it, and what is costly is made again for each reader: of a
-    softmax between two products only its operand is ever a buffer, and of a gelu too.
+    GPUs and TPUs read operands as they lie, and make what is costly again for each of its readers: the exponentials of
+    a softmax are no buffer beside its operand. On TPU a product reads operands that are fused into it too: of a softmax
+    between two products only its operand is ever a buffer, and of a gelu too.
+
+    A scatter into zeros that is only added to something else scatters into that, wherever it runs.
     """
-    if target.platform == "tpu":
-        return Habits(matmuls_fuse_operands=True, repeats_expensive=True)
+    scatters = _scatters(equations)
     if target.platform != "cpu":
-        return Habits()
+        return Habits(matmuls_fuse_operands=target.platform == "tpu", repeats_expensive=True, scatters=scatters)
+    added = {scatter.outputs[0] for scatter in scatters.values()}
     layouts = {prims.dot_general_p: _dot, prims.conv_general_dilated_p: _conv}
 
     def shape(x: Any) -> tuple[int, ...]:
@@ -45,6 +48,8 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
 
     def scratch_bytes(eqn: Equation) -> int:
         if eqn.primitive is prims.scatter_add_p:
+            if eqn.outputs[0] in added:
+                return 0
             # Zeros to add to, which depend on nothing either; the result is another buffer.
             return size_bytes(avals[eqn.outputs[0]])
         if eqn.primitive is not _POOLING_DERIVATIVE:
@@ -60,8 +65,28 @@ def habits_of(target: Target, avals: Sequence[Any]) -> Habits:
         scratch_bytes=scratch_bytes,
         index_bytes=index_bytes,
         kernel_holds=lambda eqn: eqn.primitive in _KERNEL_HOLDS,
+        scatters=scatters,
         is_breadth_first=True,
     )
+
+
+def _scatters(equations: Sequence[Equation]) -> dict[int, Equation]:
+    """Scatters into zeros whose result is read by an addition alone, by that addition's result."""
+    maker = {v: eqn for eqn in equations for v in eqn.outputs}
+    num_readers = Counter(x for eqn in equations for x in eqn.inputs if isinstance(x, int))
+    found = {}
+    for eqn in equations:
+        if eqn.primitive not in _ADDITIONS:
+            continue
+        for x in eqn.reads:
+            scatter = maker.get(x)
+            if scatter is None or scatter.primitive is not prims.scatter_add_p or num_readers[x] > 1:
+                continue
+            zeros = maker.get(scatter.reads[0])
+            if zeros is not None and zeros.primitive is prims.broadcast_in_dim_p and not zeros.reads:
+                found[eqn.outputs[0]] = scatter
+                break
+    return found
 
 
 def outside_regions(target: Target, avals: Sequence[Any]) -> Callable[[Equation], bool]:
@@ -82,6 +107,7 @@ def outside_regions(target: Target, avals: Sequence[Any]) -> Callable[[Equation]
 
 
 _KERNEL_HOLDS = (costs.CHEAP | costs.EXPENSIVE | costs.BROADCASTS) - costs.COMPARES
+_ADDITIONS = frozenset({prims.add_p, prims.add_jaxvals_p})
 _POOLINGS = frozenset({prims.reduce_window_max_p, prims.reduce_window_min_p})
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p
 _INDEX_BYTES = 4

@@ -9,7 +9,7 @@ made of what the operand is fused from, as soon as that is there.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -77,6 +77,7 @@ class Habits:
         is_breadth_first: it runs what became ready first, and so makes copies long before they are read.
         matmuls_fuse_operands: whether it fuses what makes an operand of a product or a convolution into that.
         repeats_expensive: whether it makes a costly fused result again for each of its readers.
+        scatters: by the result of an addition, the scatter into zeros whose result it adds; it scatters in place.
     """
 
     copies: Callable[[Equation], Collection[int]] = _nothing
@@ -86,6 +87,7 @@ class Habits:
     is_breadth_first: bool = False
     matmuls_fuse_operands: bool = False
     repeats_expensive: bool = False
+    scatters: Mapping[int, Equation] = field(default_factory=dict)
 
 
 def peak_bytes(
@@ -333,8 +335,17 @@ def _resolve(
     same: dict[int, int] = {}
     runs = [_Run((), (v,), True, True, False) for v in stacked]
     copying = _Copying()
+    in_place = {scatter.outputs[0] for scatter in habits.scatters.values()}
     for eqn in equations:
         reads = tuple(dict.fromkeys(same.get(v, v) for v in eqn.reads))
+        if eqn.outputs[0] in in_place:
+            continue
+        if (scatter := habits.scatters.get(eqn.outputs[0])) is not None:
+            base = [v for v in reads if v != scatter.outputs[0]]
+            where = [same.get(v, v) for v in scatter.reads[1:]]
+            reads = tuple(dict.fromkeys([*base, *where]))
+            runs.append(_Run(reads, eqn.outputs, False, False, False, base[0] if base else None))
+            continue
         for v in {same.get(v, v) for v in habits.copies(eqn)}:
             copy = copying.number(Copy(v, eqn.outputs[0]))
             reads = tuple(copy if u == v else u for u in reads)
