@@ -20,10 +20,10 @@ _RANGE = 8
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
 _MAX_DEPTH = 20
 _ILP_TIME_S = 3.0
-# Up to so many blocks a table has levels this fine. A loop is one block: an iteration more or less of what it keeps
-# takes many levels, and what is alive once, or in one iteration, a part of one among fewer levels.
+# Programs of up to so many blocks, as those of loops are, get a table this fine: two plans of a body differ in what is
+# stacked, which takes many levels, or in what one iteration needs, a part of one of the usual levels.
 _FEW_BLOCKS, _FINE_LEVELS = 16, 16_000
-# Beside a candidate one with fewer bytes is worth having whose work is more by no more than this share of the forward's.
+# There a candidate with fewer bytes stays beside another one whose work is less by no more than this share of a forward.
 _NEARLY = 0.003
 SOLVERS = ("auto", "chain", "chen", "revolve", "lower_sets", "ilp")
 

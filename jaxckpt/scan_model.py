@@ -295,9 +295,7 @@ class _LoopModel:
         joined = max(cut * self.sizes.slice_cotangents, copies)
         made = cut * self.sizes.stacked_outputs
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
-        backward = [
-            held + self._inner(part) + part.peak_bytes for held, part in zip(saved[1:], parts, strict=True)
-        ]
+        backward = [held + self._inner(part) + part.peak_bytes for held, part in zip(saved[1:], parts, strict=True)]
         forward = [held + self._chunk(part.lengths) for held, part in zip(saved[1:], parts, strict=True)]
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
         return _Numbers(

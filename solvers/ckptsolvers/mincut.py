@@ -8,7 +8,7 @@ Over all rates that gives the lower convex hull of bytes against time; choices o
 """
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -100,7 +100,9 @@ class _Network:
         # What is repeated although all that can be is saved is repeated whatever is saved.
         again = _repeated(operations, maker, targets, save_bytes)
         self.price_of = np.zeros(len(operations), np.int64)
-        self.price_of[self.ops] = [np.flatnonzero((rows[order] == op_node[op]) & (self.columns == 1))[0] for op in self.ops]
+        self.price_of[self.ops] = [
+            np.flatnonzero((rows[order] == op_node[op]) & (self.columns == 1))[0] for op in self.ops
+        ]
         self.is_unavoidable = np.isin(rows[order], [op_node[op] for op in again]) & (self.columns == 1)
 
     def cut(self, bytes_per_time: Fraction, free: Collection[int] = (), never: Collection[int] = ()) -> frozenset[int]:
@@ -246,20 +248,30 @@ class _Search:
         unavoidable = _repeated(self.operations, self.maker, self.targets, self.save_bytes)
         time = {i: op.time for i, op in enumerate(self.operations) if op.time > least and i not in unavoidable}
         while len(cut) < max_cuts:
-            gaps = [(a, b) for a, b in itertools.pairwise(_front(found)) if a.time - b.time > least and (a, b) not in seen]
+            gaps = {(a, b) for a, b in itertools.pairwise(_front(found)) if a.time - b.time > least} - seen
             if not gaps:
                 break
-            left, right = gap = max(gaps, key=_area)
+            gap = max(gaps, key=lambda gap: (_area(gap), -gap[0].bytes))
             seen.add(gap)
-            differ = left.again ^ right.again
-            tried = sorted(time, key=lambda i: (i not in differ, -time[i] if i in differ else time[i], i))[:_MOST_TRIED]
-            # The others stay as they are: worth the same for their bytes, they would be exchanged for those tried.
-            others = left.again.intersection(time).difference(tried)
-            for again in (others.union(free) for n in range(len(tried) + 1) for free in itertools.combinations(tried, n)):
+            for again in self._choices(*gap, time):
                 if again not in cut:
                     cut.add(again)
                     found.add(self.corner(self.network.cut(_rate(*gap), again, time.keys() - again)))
         return set(_front(found, least / 4)) | hull
+
+    def _choices(self, left: _Corner, right: _Corner, time: dict[int, int]) -> Iterator[frozenset[int]]:
+        """Which of the costly operations to repeat between two sets: every choice among a few of them.
+
+        Those that one of the two repeats come first, the costliest of them, then the least costly of the others, which
+        make finer steps. The rest stay as they are: worth the same for their bytes, they would be exchanged for these.
+        """
+        differ = left.again ^ right.again
+        order = sorted(time, key=lambda i: (0, -time[i], i) if i in differ else (1, time[i], i))
+        tried = order[:_MOST_TRIED]
+        others = left.again.intersection(order[_MOST_TRIED:])
+        for count in range(len(tried) + 1):
+            for some in itertools.combinations(tried, count):
+                yield others.union(some)
 
 
 def _front(corners: Collection[_Corner], least_time: float = 0) -> list[_Corner]:
