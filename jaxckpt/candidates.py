@@ -23,7 +23,7 @@ _ILP_TIME_S = 3.0
 # Programs of up to so many blocks, as those of loops are, get a table this fine: two plans of a body differ in what is
 # stacked, which takes many levels, or in what one iteration needs, a part of one of the usual levels.
 _FEW_BLOCKS, _FINE_LEVELS = 16, 16_000
-# There a candidate with fewer bytes stays beside another one whose work is less by no more than this share of a forward.
+# There a candidate with fewer bytes stays beside one whose work is less by no more than this share of a forward.
 _NEARLY = 0.003
 SOLVERS = ("auto", "chain", "chen", "revolve", "lower_sets", "ilp")
 
