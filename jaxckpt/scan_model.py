@@ -293,6 +293,9 @@ class _LoopModel:
         cut = self.loop.length if len(parts) > 1 else 0
         copies = cut * self.sizes.slices if self.is_cpu else 0
         joined = max(cut * self.sizes.slice_cotangents, copies)
+        if self.is_cpu:
+            # The longest part's cotangents are written where they belong, those of the others beside the copies.
+            joined += (self.loop.length - max(part.length for part in parts)) * self.sizes.slice_cotangents
         made = cut * self.sizes.stacked_outputs
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
         backward = [held + self._inner(part) + part.peak_bytes for held, part in zip(saved[1:], parts, strict=True)]
