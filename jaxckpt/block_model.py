@@ -38,6 +38,8 @@ EVERYTHING = "everything"
 _TINY, _FOR_NOTHING = 64, 0.001
 # Options that differ by less than these parts of a block's largest value and of its work are alike.
 _ALIKE_BYTES, _ALIKE_TIME = 64, 2000
+# An operation is costly that takes this share of a block's work; minimum cuts for sets between those of the hull.
+_COSTLY, _MAX_BETWEEN = 0.01, 256
 
 
 class LocalBlock:
@@ -67,6 +69,7 @@ class LocalBlock:
         # The backward waits for nothing but the forward, and a compiler runs it right behind that.
         self.is_last = is_last and not self.is_body
         self.invariant = [v for v in span.inputs if v in (invariant or ())]
+        self.is_whole_body = self.is_body and not self.crossing and len(self.results) == len(self.outputs)
 
     def signature(self) -> str:
         """A digest: blocks with equal ones need only one analysis."""
@@ -96,6 +99,8 @@ class Analysis:
     residual_bytes: int  # of what JAX keeps of the block without a checkpoint, whether a compiler needs it or not
     # Of loops and conditionals, for each option: most alive in the backward beyond what is saved, if that stays.
     transients: tuple[int, ...] = ()
+    # Of a loop's whole body, for each option: most alive in the backward where what was saved is read from stacks.
+    stacked_peaks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,28 +185,33 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     """Find a block's options; the last one leaves it to JAX."""
     joint = differentiate(local)
     model = Model(local, joint, timer, target)
-    kept: list[tuple[Option, frozenset[int]]] = []
+    # Of a loop's whole body the peaks where what was saved is read from stacks come on top of the options' own.
+    peak = model.stacked_peak if local.is_whole_body else lambda option, saved: 0
+    kept: list[tuple[Option, frozenset[int], int]] = []
     choices: list[Saved] = []
     spare_bytes = max(map(model.size, model.savable), default=0) // _ALIKE_BYTES
     spare_time = sum(model.time.values()) // _ALIKE_TIME
     for saved in model.save_sets():
         option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
-        if any(dominates(other, option, spare_bytes, spare_time) for other, _ in kept):
+        own = peak(option, saved)
+        if any(p <= own + spare_bytes and dominates(o, option, spare_bytes, spare_time) for o, _, p in kept):
             continue
-        kept.append((option, saved))
+        kept.append((option, saved, own))
         choices.append(tuple(sorted(model.named[v] for v in saved)))
     everything, held, unread = model.everything()
     # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
-    useful = [not dominates(everything, option, spare_bytes) for option, _ in kept]
-    kept = [*itertools.compress(kept, useful), (everything, held)]
+    most = peak(everything, held)
+    useful = [not (dominates(everything, option, spare_bytes) and most <= p + spare_bytes) for option, _, p in kept]
+    kept = [*itertools.compress(kept, useful), (everything, held, most)]
     choices = [*itertools.compress(choices, useful), None]
     return Analysis(
-        model.block(tuple(option for option, _ in kept), model.time),
-        model.block(tuple(model.in_flops(option, saved) for option, saved in kept), model.flops),
+        model.block(tuple(option for option, *_ in kept), model.time),
+        model.block(tuple(model.in_flops(option, saved) for option, saved, _ in kept), model.flops),
         tuple(choices),
-        (*(model.unread(saved) for _, saved in kept[:-1]), unread),
+        (*(model.unread(saved) for _, saved, _ in kept[:-1]), unread),
         sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
         model.residual_bytes(),
+        stacked_peaks=tuple(p for *_, p in kept) if local.is_whole_body else (),
     )
 
 
@@ -310,13 +320,25 @@ class Model:
         self.savable = {v: self.size(v) for v in self.named if v not in inputs and self.size(v)}
 
     def save_sets(self) -> list[frozenset[int]]:
-        """Sets worth considering: once as if every value had its price, once as if outputs were held anyway."""
-        operations = self._operations(self.time)
-        outputs_free = {v: 1 if v in self.outputs else b for v, b in self.savable.items()}
+        """Sets worth considering: once as if every value had its price, once as if outputs were held anyway.
+
+        All iterations of a loop are run alike, so for its body sets between those of the hull are worth having too,
+        and those of results of costly operations alone: fewer values are alive while what follows is made again.
+        """
+        fine = self._operations(self.time)
+        read = {v for eqn in self._needed(self.joint.residuals, frozenset()) for v in eqn.outputs}
+        outputs = read.intersection(self.outputs, self.savable)
         found: dict[frozenset[int], None] = {}
-        for sizes in (self.savable, outputs_free):
-            for saved in save_sets(operations, targets=self.joint.residuals, save_bytes=sizes):
-                found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)
+        for operations in (fine, _costly(fine)) if self.local.is_body else (fine,):
+            for sizes in (self.savable, self.savable | dict.fromkeys(outputs, 1)) if outputs else (self.savable,):
+                for saved in save_sets(
+                    operations,
+                    targets=self.joint.residuals,
+                    save_bytes=sizes,
+                    max_between=_MAX_BETWEEN if self.local.is_body else 0,
+                    is_early=operations is not fine,
+                ):
+                    found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)
         return list(found)
 
     def _without_tiny(self, saved: frozenset[int]) -> frozenset[int]:
@@ -454,6 +476,13 @@ class Model:
             saved_outputs=tuple(self.outputs.index(v) for v in own),
         )
 
+    def stacked_peak(self, option: Option, saved: frozenset[int]) -> int:
+        """The backward's peak where what was saved is read from stacks, which are counted elsewhere."""
+        if option.name == EVERYTHING:
+            return option.backward_peak_bytes
+        again = self._needed(self.joint.residuals, saved)
+        return self._backward_peak([*again, *self.joint.backward], saved, is_stacked=True)
+
     def unread(self, saved: frozenset[int]) -> tuple[int, ...]:
         """Positions of the inputs that neither the backward nor what it makes again reads."""
         late = [*self._needed(self.joint.residuals, saved), *self.joint.backward]
@@ -523,12 +552,15 @@ class Model:
         saved: frozenset[int],
         habits: liveness.Habits | None = None,
         copies: Collection[liveness.Copy] = (),
+        *,
+        is_stacked: bool = False,
     ) -> int:
         waiting = set(self.joint.waiting)
         return liveness.peak_bytes(
             equations,
             self.size,
-            held={*saved, *self.joint.cotangents},
+            held={*self.joint.cotangents, *(() if is_stacked else saved)},
+            stacked=sorted(saved) if is_stacked else (),
             copies=copies,
             kept=waiting,
             external=set(self.joint.gradients) - waiting,
@@ -553,6 +585,12 @@ class Model:
                 found.append(eqn)
                 needed.update(v for v in eqn.reads if v not in there)
         return found[::-1]
+
+
+def _costly(operations: Sequence[Operation]) -> list[Operation]:
+    """The operations, where none but the costly ones takes time."""
+    least = _COSTLY * sum(op.time for op in operations)
+    return [op if op.time >= least else replace(op, time=0) for op in operations]
 
 
 def _following(equations: Sequence[Equation], there: set[int]) -> list[Equation]:

@@ -40,6 +40,8 @@ class Blocks:
         once: the blocks with side effects, which no region may repeat.
         transients: `[n]`, for each option of a loop or a conditional the most bytes alive in its backward beyond what
             is saved, were nothing of that freed; empty for other blocks.
+        stacked_peaks: `[n]`, for each option of a loop's whole body the most bytes alive in its backward where what it
+            saved is read from stacks; empty for other blocks.
     """
 
     program: Program
@@ -53,6 +55,7 @@ class Blocks:
     unplanned_cost: int
     once: tuple[int, ...] = ()
     transients: tuple[tuple[int, ...], ...] = ()
+    stacked_peaks: tuple[tuple[int, ...], ...] = ()
 
 
 def analyse(
@@ -90,7 +93,8 @@ def analyse(
     results = {x for x in program.outputs if isinstance(x, int)}
     values, place = _crossing_values(program, spans, active, results)
     known = {} if known is None else known
-    blocks, flops_blocks, choices, classes, residual_bytes, transients, cost = [], [], [], [], [], [], 0
+    blocks, flops_blocks, choices, classes, residual_bytes, cost = [], [], [], [], [], 0
+    transients, stacked_peaks = [], []
     for span in spans:
         local = LocalBlock(program, span, active, arguments, results, invariant, is_last=span is spans[-1])
         key = local.signature()
@@ -104,6 +108,7 @@ def analyse(
         choices.append(tuple(_globalised(saved, local.values) for saved in analysis.saved))
         residual_bytes.append(analysis.residual_bytes)
         transients.append(analysis.transients)
+        stacked_peaks.append(analysis.stacked_peaks)
     once = tuple(k for k, span in enumerate(spans) if any(eqn.effects for eqn in span.equations))
     return Blocks(
         program=program,
@@ -117,6 +122,7 @@ def analyse(
         classes=tuple(classes),
         unplanned_cost=cost + (_summing(program, spans, active) if timer is count_flops else 0),
         transients=tuple(transients),
+        stacked_peaks=tuple(stacked_peaks),
     )
 
 

@@ -116,6 +116,7 @@ def _untouched(branch: Branch) -> Iteration:
         tree=tree,
         stacked_bytes=0,
         peak_bytes=0,
+        whole_peak_bytes=0,
         again_time=0,
         again_flops=0,
         whole_time=0,

@@ -96,6 +96,7 @@ def peak_bytes(
     *,
     kept: Collection[int] = (),
     held: Collection[int] = (),
+    stacked: Collection[int] = (),
     copies: Collection[Copy] = (),
     external: Collection[int] = (),
     habits: Habits = Habits(),
@@ -107,6 +108,7 @@ def peak_bytes(
         size: bytes of a value.
         kept: values that must be there at the end.
         held: values that are there at the start and count until their last reader is done.
+        stacked: values that are slices of what is held elsewhere: what is fused reads them there.
         copies: copies that are there at the start too.
         external: results whose storage is counted elsewhere, such as outputs of the whole program.
         habits: what the compiler does of its own accord.
@@ -114,7 +116,7 @@ def peak_bytes(
     Returns:
         The peak. Values that are read but neither made nor held are free.
     """
-    found = _resolve(equations, size, habits, [*kept, *external])
+    found = _resolve(equations, size, habits, [*kept, *external], stacked)
     given = set(copies)
     there = {number for number, copy in found.copies.items() if copy in given}
     runs = found.runs
@@ -324,10 +326,14 @@ class _Resolved:
 
 
 def _resolve(
-    equations: Iterable[Equation], size: Callable[[int], int], habits: Habits, kept: Iterable[int]
+    equations: Iterable[Equation],
+    size: Callable[[int], int],
+    habits: Habits,
+    kept: Iterable[int],
+    stacked: Iterable[int] = (),
 ) -> _Resolved:
     same: dict[int, int] = {}
-    runs: list[_Run] = []
+    runs = [_Run((), (v,), True, True, False) for v in stacked]
     copying = _Copying()
     in_place = {scatter.outputs[0] for scatter in habits.scatters.values()}
     for eqn in equations:

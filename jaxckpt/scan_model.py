@@ -57,6 +57,7 @@ class Iteration:
     tree: Tree
     stacked_bytes: int
     peak_bytes: int
+    whole_peak_bytes: int
     again_time: int
     again_flops: int
     whole_time: int
@@ -105,6 +106,11 @@ class _Part:
     def choice(self) -> LoopPart:
         """What the plan says of it."""
         return LoopPart(lengths=self.lengths, body=self.plan.tree, num_states=self.num_states)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes alive at once in an iteration's backward."""
+        return self.plan.peak_bytes if self.num_states is None else self.plan.whole_peak_bytes
 
     def again(self, forward: int, unit: str) -> int:
         """What runs again, in a unit of `Iteration`, of which one iteration's forward takes so much."""
@@ -218,9 +224,11 @@ class Body:
         problems = (blocks.problem, blocks.flops_problem)
         # What is run again makes no results: they went to the next iteration long ago.
         bare = tuple(map(_without_results, problems))
+        stacked = _with_peaks(blocks.problem, blocks.stacked_peaks)  # what is saved lies in stacks
         positions = tuple(s.positions for s in blocks.spans)
         for inside in schedules:
             judged, in_flops = (simulate(problem, inside) for problem in problems)
+            apart = judged if stacked is blocks.problem else simulate(stacked, inside)
             whole, whole_in_flops = (simulate(problem, inside) for problem in bare)
             saved = tuple(blocks.choices[n.block][n.option] for n, _ in inside.walk() if isinstance(n, Keep))
             for is_wrapped in (False, True):
@@ -228,7 +236,8 @@ class Body:
                 yield Iteration(
                     tree=Tree(blocks=positions, schedule=schedule, saved=saved),
                     stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
-                    peak_bytes=(whole if is_wrapped else judged).peak_bytes,
+                    peak_bytes=(whole if is_wrapped else apart).peak_bytes,
+                    whole_peak_bytes=(whole if is_wrapped else judged).peak_bytes,
                     again_time=whole.work if is_wrapped else judged.extra_work,
                     again_flops=whole_in_flops.work if is_wrapped else in_flops.extra_work,
                     whole_time=whole.work,
@@ -284,11 +293,12 @@ class _LoopModel:
         cut = self.loop.length if len(parts) > 1 else 0
         copies = cut * self.sizes.slices if self.is_cpu else 0
         joined = max(cut * self.sizes.slice_cotangents, copies)
+        if self.is_cpu:
+            # The longest part's cotangents are written where they belong, those of the others beside the copies.
+            joined += (self.loop.length - max(part.length for part in parts)) * self.sizes.slice_cotangents
         made = cut * self.sizes.stacked_outputs
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
-        backward = [
-            held + self._inner(part) + part.plan.peak_bytes for held, part in zip(saved[1:], parts, strict=True)
-        ]
+        backward = [held + self._inner(part) + part.peak_bytes for held, part in zip(saved[1:], parts, strict=True)]
         forward = [held + self._chunk(part.lengths) for held, part in zip(saved[1:], parts, strict=True)]
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
         return _Numbers(
@@ -300,7 +310,7 @@ class _LoopModel:
 
     def transient(self, parts: Sequence[_Part]) -> int:
         """Bytes alive in the backward beyond what is saved, if nothing of that is freed before the end."""
-        needs = [self._inner(part) + part.plan.peak_bytes for part in parts]
+        needs = [self._inner(part) + part.peak_bytes for part in parts]
         held = itertools.accumulate(map(self._saved, parts), initial=self.outside.operands)
         freeing = max(h + need for (_, h), need in zip(itertools.pairwise(held), needs, strict=True))
         return self.numbers(parts).backward_peak - freeing + max(needs)
@@ -425,6 +435,22 @@ def _without_results(problem: Problem) -> Problem:
     return Problem(blocks=tuple(blocks), values=tuple(values))
 
 
+def _with_peaks(problem: Problem, peaks: Sequence[Sequence[int]]) -> Problem:
+    """The problem with other peaks of its options' backwards, where there are any."""
+    if not any(peaks):
+        return problem
+    blocks = [
+        replace(
+            block,
+            options=tuple(replace(o, backward_peak_bytes=p) for o, p in zip(block.options, some, strict=True)),
+        )
+        if some
+        else block
+        for block, some in zip(problem.blocks, peaks, strict=True)
+    ]
+    return replace(problem, blocks=tuple(blocks))
+
+
 def _levels(length: int, plans: Sequence[Iteration]) -> Iterator[tuple[_Part, ...]]:
     """Every plan at one to three levels.
 
@@ -488,8 +514,8 @@ def _counts(base_bytes: int, each_bytes: int, most: int) -> Iterator[int]:
 def _binomial(length: int, plans: Iterable[Iteration], carry_bytes: int) -> Iterator[tuple[_Part, ...]]:
     """Binomial loops, where they do not run iterations again too many times."""
     # Nothing of an iteration is held for another one, so what its plan saves does not matter.
-    for plan in pareto((p for p in plans if not p.is_wrapped), lambda p: (p.peak_bytes, p.whole_time)):
-        for count in _counts(plan.peak_bytes, carry_bytes, length - 1):
+    for plan in pareto((p for p in plans if not p.is_wrapped), lambda p: (p.whole_peak_bytes, p.whole_time)):
+        for count in _counts(plan.whole_peak_bytes, carry_bytes, length - 1):
             if num_again(length, count) <= _MAX_AGAIN * length:
                 yield (_Part((length,), plan, count),)
 

@@ -12,13 +12,14 @@ X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 A = 256
 
 
-def peak(fun, *args, kept=None, held=(), external=()):
+def peak(fun, *args, kept=None, held=(), stacked=(), external=()):
     program = trace(fun, args).program
     return peak_bytes(
         program.equations,
         lambda v: size_bytes(program.avals[v]),
         kept=program.outputs if kept is None else kept,
         held=held,
+        stacked=[program.inputs[i] for i in stacked],
         external=external,
     )
 
@@ -40,6 +41,11 @@ def test_what_is_read_again_later_lives_until_then():
 def test_elementwise_results_are_no_buffers():
     assert peak(lambda x: jnp.sum(jnp.abs(x * 2 + 1)), X) == 4
     assert peak(lambda x: jnp.sum(jnp.tanh(x) * 2), X) == 4
+
+
+def test_a_slice_of_a_stack_is_a_buffer_for_what_is_not_fused_only():
+    assert peak(lambda x: jnp.sum(x * 2), X, stacked=[0]) == 4
+    assert peak(lambda x, w: x @ w, X, X, stacked=[0]) == 2 * A
 
 
 def test_a_costly_result_read_twice_is_a_buffer():

@@ -157,7 +157,8 @@ def test_a_checkpointed_body_is_never_better(length):
     flops = [costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
     s = study(decoder_loss, *specs)
     alike = next(c for c in s.candidates if s.recompute_flops(c) <= flops[0] - flops[1])
-    assert s.measure(alike).temp_bytes <= jaxckpt.measure(by_hand, *specs).temp_bytes
+    # Small buffers are aligned as they come.
+    assert s.measure(alike).temp_bytes <= jaxckpt.measure(by_hand, *specs).temp_bytes + 1024
 
 
 def test_options_of_a_long_loop_stand_close_together():
@@ -251,3 +252,40 @@ def test_a_loop_without_tangents_is_left_alone():
 
     s = study(fun, jnp.ones((8, 8)), jnp.ones(5))
     assert not any(isinstance(c, LoopPlan) for choices in s.blocks.choices for c in choices)
+
+
+def gated_loss(params, x, wrap=lambda layer: layer):
+    """Layers of three products of the same depth and one more, by scan."""
+
+    def layer(x, p):
+        gate, up, shift = (jax.ad_checkpoint.checkpoint_name(x @ p[name], name) for name in ("gate", "up", "shift"))
+        return x + (jax.nn.silu(gate) * up + jnp.sin(shift)) @ p["down"], None
+
+    return jnp.sum(lax.scan(wrap(layer), x, params)[0] ** 2)
+
+
+def gated_args():
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    names = ("gate", "up", "shift", "down")
+    return {name: shape(LENGTH, 4 * WIDTH, 4 * WIDTH) for name in names}, shape(1024, 4 * WIDTH)
+
+
+_POLICIES = jax.checkpoint_policies
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        _POLICIES.dots_saveable,
+        _POLICIES.save_only_these_names("gate"),
+        _POLICIES.save_only_these_names("up", "shift"),
+    ],
+)
+def test_a_policy_on_the_body_is_met_at_its_cost(policy):
+    specs = gated_args()
+    by_hand = functools.partial(gated_loss, wrap=lambda f: jax.checkpoint(f, prevent_cse=False, policy=policy))
+    theirs, plain = (costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, gated_loss))
+    s = study(gated_loss, *specs)
+    alike = next(c for c in s.candidates if s.recompute_flops(c) <= theirs - plain)
+    # Which two of three like products are saved makes a matrix of 16 KiB.
+    assert s.measure(alike).temp_bytes <= 1.002 * jaxckpt.measure(by_hand, *specs).temp_bytes

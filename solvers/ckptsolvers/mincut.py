@@ -7,15 +7,18 @@ minimum cut (the selection problem of Picard, "Maximal closure of a graph and ap
 Over all rates that gives the lower convex hull of bytes against time; choices off the hull are not found.
 """
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # Of all prices of a network together, and of an edge that no minimum cut cuts: both fit in 32 bits.
 _LARGEST_SUM, _UNCUT = 2**30, 2**31 - 1
+# Between two sets so many operations are tried, of those that take more than this share of the whole time.
+_MOST_TRIED, _COSTLY = 4, 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,7 @@ def save_set(
         bytes_per_time: how many bytes one unit of time is worth.
 
     Returns:
-        The saved values of a minimum cut, the one nearest to the inputs. Ties are settled the same way every time.
+        The saved values of a minimum cut, the one nearest to the targets. Ties are settled the same way every time.
     """
     return _Network(operations, targets, save_bytes).cut(bytes_per_time)
 
@@ -57,7 +60,15 @@ def save_set(
 class _Network:
     """The flow network of a block: its edges are the same for every exchange rate."""
 
-    def __init__(self, operations: Sequence[Operation], targets: Collection[int], save_bytes: dict[int, int]):
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        targets: Collection[int],
+        save_bytes: dict[int, int],
+        *,
+        is_early: bool = False,
+    ):
+        self.is_early = is_early
         maker = {v: i for i, op in enumerate(operations) for v in op.makes}
         wanted, stack = set(), [v for v in targets if v in maker]
         while stack:
@@ -87,14 +98,25 @@ class _Network:
         order = np.lexsort((columns, rows))
         self.columns = columns[order].astype(np.int32)
         self.starts = np.searchsorted(rows[order], np.arange(size + 1)).astype(np.int32)
+        # Of each edge the one back.
+        self.reverse = np.lexsort((rows[order], columns[order]))
         self.bytes, self.time = np.array(list(prices.values()))[order].T
         # What is repeated although all that can be is saved is repeated whatever is saved.
         again = _repeated(operations, maker, targets, save_bytes)
+        self.price_of = np.zeros(len(operations), np.int64)
+        self.price_of[self.ops] = [
+            np.flatnonzero((rows[order] == op_node[op]) & (self.columns == 1))[0] for op in self.ops
+        ]
         self.is_unavoidable = np.isin(rows[order], [op_node[op] for op in again]) & (self.columns == 1)
 
-    def cut(self, bytes_per_time: Fraction) -> frozenset[int]:
-        """The values that a minimum cut saves."""
-        return self._cut(self.bytes + float(bytes_per_time) * self.time) if self.values else frozenset()
+    def cut(self, bytes_per_time: Fraction, free: Collection[int] = (), never: Collection[int] = ()) -> frozenset[int]:
+        """The values that a minimum cut saves, where some operations cost nothing and others must not be repeated."""
+        if not self.values:
+            return frozenset()
+        prices = self.bytes + float(bytes_per_time) * self.time
+        prices[self.price_of[list(free)]] = 0.0
+        prices[self.price_of[list(never)]] = np.inf
+        return self._cut(prices)
 
     def least_time(self) -> frozenset[int]:
         """Of the sets that repeat as little as can be the one with the fewest bytes."""
@@ -113,19 +135,21 @@ class _Network:
         capacities[is_finite] = np.ceil(prices[is_finite] * scale)
         size = len(self.starts) - 1
         flow: Any = maximum_flow(csr_array((capacities, self.columns, self.starts), shape=(size, size)), 0, 1).flow
-        is_reached = self._reached((capacities > flow.data).tolist())
+        is_open = capacities > flow.data
+        # From the source on that is the cut nearest to the targets, back from the sink the one nearest to the inputs.
+        is_reached = ~self._reached(1, is_open[self.reverse]) if self.is_early else self._reached(0, is_open)
         is_saved = is_reached[self.value_nodes] & ~is_reached[self.maker_nodes]
         return frozenset(v for v, saved in zip(self.values, is_saved.tolist(), strict=True) if saved)
 
-    def _reached(self, is_open: list[bool]) -> np.ndarray:
-        """The nodes that lie behind the source along open edges."""
-        starts, columns = self.starts.tolist(), self.columns.tolist()
+    def _reached(self, start: int, is_open: np.ndarray) -> np.ndarray:
+        """The nodes that lie behind a node along open edges."""
+        starts, columns, opened = self.starts.tolist(), self.columns.tolist(), is_open.tolist()
         is_reached = np.zeros(len(starts) - 1, bool)
-        reached, stack = {0}, [0]
+        reached, stack = {start}, [start]
         while stack:
             u = stack.pop()
             for edge in range(starts[u], starts[u + 1]):
-                if is_open[edge] and columns[edge] not in reached:
+                if opened[edge] and columns[edge] not in reached:
                     reached.add(columns[edge])
                     stack.append(columns[edge])
         is_reached[list(reached)] = True
@@ -146,52 +170,137 @@ def _repeated(
     return again
 
 
+class _Corner(NamedTuple):
+    """A save set, what it takes, and the operations that it repeats."""
+
+    bytes: int
+    time: int
+    saved: frozenset[int]
+    again: frozenset[int]
+
+
 def save_sets(
     operations: Sequence[Operation],
     *,
     targets: Collection[int],
     save_bytes: dict[int, int],
     max_cuts: int = 24,
+    max_between: int = 0,
+    is_early: bool = False,
 ) -> tuple[frozenset[int], ...]:
     """The lower convex hull of bytes against time: distinct save sets, from the fewest bytes to the least time.
 
     Between two sets on the hull, the cut at the rate that values both alike finds a set below their chord, or shows
     that there is none (Eisner and Severance, 1976); the widest gap is looked into first.
 
+    Products of the same depth are worth the same time for each of their bytes, so of the sets that save some of them
+    all lie on one line, of which the hull has the ends. Those between are found where they are asked for: of the
+    costliest operations that one neighbour repeats and the other does not, every choice is tried.
+
     Args:
         operations: as in `save_set`.
         targets: as in `save_set`.
         save_bytes: as in `save_set`.
         max_cuts: how many minimum cuts at most; the hull is whole if it has fewer than half as many corners.
+        max_between: how many more for sets above the hull that no other one beats in both.
+        is_early: of sets that cost the same take the one nearest to the inputs, not the one nearest to the targets.
 
     Returns:
         The sets. The first is empty: everything is made again.
     """
-    maker = {v: i for i, op in enumerate(operations) for v in op.makes}
+    search = _Search(operations, targets, save_bytes, is_early=is_early)
+    hull = search.hull(max_cuts)
+    found = search.between(hull, max_between) if max_between else hull
+    return tuple(c.saved for c in sorted(found, key=lambda c: (c.bytes, -c.time, sorted(c.saved))))
 
-    def corner(saved: frozenset[int]) -> tuple[int, int, frozenset[int]]:
-        again = _repeated(operations, maker, targets, saved)
-        return sum(save_bytes[v] for v in saved), sum(operations[i].time for i in again), saved
 
-    network = _Network(operations, targets, save_bytes)
+class _Search:
+    """Save sets of a block, by minimum cuts."""
 
-    def cut(rate: Fraction) -> tuple[int, int, frozenset[int]]:
-        return corner(network.cut(rate))
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        targets: Collection[int],
+        save_bytes: dict[int, int],
+        *,
+        is_early: bool = False,
+    ):
+        self.operations, self.targets, self.save_bytes = operations, targets, save_bytes
+        self.maker = {v: i for i, op in enumerate(operations) for v in op.makes}
+        self.network = _Network(operations, targets, save_bytes, is_early=is_early)
 
-    nothing = corner(frozenset())
-    if not nothing[1] or not save_bytes:
-        return (nothing[2],)
-    least_time = corner(network.least_time())
-    hull, gaps = {nothing, least_time}, [(nothing, least_time)]
-    for _ in range(max_cuts):
-        gaps = [(a, b) for a, b in gaps if b[0] > a[0] and b[1] < a[1]]
-        if not gaps:
-            break
-        gaps.sort(key=lambda gap: (gap[1][0] - gap[0][0]) * (gap[0][1] - gap[1][1]))
-        left, right = gaps.pop()
-        rate = Fraction(right[0] - left[0], left[1] - right[1])
-        found = cut(rate)
-        if found[0] + rate * found[1] < left[0] + rate * left[1]:
-            hull.add(found)
-            gaps += [(left, found), (found, right)]
-    return tuple(saved for *_, saved in sorted(hull, key=lambda c: (c[0], -c[1], sorted(c[2]))))
+    def corner(self, saved: frozenset[int]) -> _Corner:
+        again = frozenset(_repeated(self.operations, self.maker, self.targets, saved))
+        size = sum(self.save_bytes[v] for v in saved)
+        return _Corner(size, sum(self.operations[i].time for i in again), saved, again)
+
+    def hull(self, max_cuts: int) -> set[_Corner]:
+        """The corners of the lower convex hull."""
+        nothing = self.corner(frozenset())
+        if not nothing.time or not self.save_bytes:
+            return {nothing}
+        least_time = self.corner(self.network.least_time())
+        hull, gaps = {nothing, least_time}, [(nothing, least_time)]
+        for _ in range(max_cuts):
+            gaps = [(a, b) for a, b in gaps if b.bytes > a.bytes and b.time < a.time]
+            if not gaps:
+                break
+            gaps.sort(key=_area)
+            left, right = gaps.pop()
+            rate = _rate(left, right)
+            found = self.corner(self.network.cut(rate))
+            if found.bytes + rate * found.time < left.bytes + rate * left.time:
+                hull.add(found)
+                gaps += [(left, found), (found, right)]
+        return hull
+
+    def between(self, hull: set[_Corner], max_cuts: int) -> set[_Corner]:
+        """The hull, and sets in its gaps that no other one beats; the widest gap is looked into first."""
+        found, seen, cut = set(hull), set(), set()
+        least = _COSTLY * max(c.time for c in hull)
+        unavoidable = _repeated(self.operations, self.maker, self.targets, self.save_bytes)
+        time = {i: op.time for i, op in enumerate(self.operations) if op.time > least and i not in unavoidable}
+        while len(cut) < max_cuts:
+            gaps = {(a, b) for a, b in itertools.pairwise(_front(found)) if a.time - b.time > least} - seen
+            if not gaps:
+                break
+            gap = max(gaps, key=lambda gap: (_area(gap), -gap[0].bytes))
+            seen.add(gap)
+            for again in self._choices(*gap, time):
+                if again not in cut:
+                    cut.add(again)
+                    found.add(self.corner(self.network.cut(_rate(*gap), again, time.keys() - again)))
+        return set(_front(found, least / 4)) | hull
+
+    def _choices(self, left: _Corner, right: _Corner, time: dict[int, int]) -> Iterator[frozenset[int]]:
+        """Which of the costly operations to repeat between two sets: every choice among a few of them.
+
+        Those that one of the two repeats come first, the costliest of them, then the least costly of the others, which
+        make finer steps. The rest stay as they are: worth the same for their bytes, they would be exchanged for these.
+        """
+        differ = left.again ^ right.again
+        order = sorted(time, key=lambda i: (0, -time[i], i) if i in differ else (1, time[i], i))
+        tried = order[:_MOST_TRIED]
+        others = left.again.intersection(order[_MOST_TRIED:])
+        for count in range(len(tried) + 1):
+            for some in itertools.combinations(tried, count):
+                yield others.union(some)
+
+
+def _front(corners: Collection[_Corner], least_time: float = 0) -> list[_Corner]:
+    """The corners that no other one beats, from the fewest bytes on, each of which saves more time than this."""
+    front: list[_Corner] = []
+    for corner in sorted(corners, key=lambda c: (c.bytes, c.time, sorted(c.saved))):
+        if not front or corner.time < front[-1].time - least_time:
+            front.append(corner)
+    return front
+
+
+def _area(gap: tuple[_Corner, _Corner]) -> int:
+    left, right = gap
+    return (right.bytes - left.bytes) * (left.time - right.time)
+
+
+def _rate(left: _Corner, right: _Corner) -> Fraction:
+    """Bytes per time at which two sets are worth the same."""
+    return Fraction(right.bytes - left.bytes, left.time - right.time)

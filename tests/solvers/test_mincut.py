@@ -53,3 +53,37 @@ def test_the_corners_of_the_hull_are_those_of_all_sets(seed):
 def test_equal_blocks_get_equal_sets():
     operations, targets, sizes = random_block(3)
     assert len({save_sets(operations, targets=targets, save_bytes=sizes) for _ in range(3)}) == 1
+
+
+def points_of(operations, targets, sizes, found):
+    return [(sum(sizes[v] for v in saved), work(operations, targets, saved)) for saved in found]
+
+
+def test_sets_on_one_line_are_found_between_its_ends():
+    # Products of one depth: every saved byte is worth the same time.
+    sizes = dict(enumerate((100, 100, 50, 400, 50, 800), start=1))
+    operations = [Operation(reads=(0,), makes=(v,), time=7 * size) for v, size in sizes.items()]
+    hull = save_sets(operations, targets=list(sizes), save_bytes=sizes)
+    assert [len(saved) for saved in hull] == [0, len(sizes)]
+    found = save_sets(operations, targets=list(sizes), save_bytes=sizes, max_between=1000)
+    points = points_of(operations, list(sizes), sizes, found)
+    assert all(time == 7 * (1500 - size) for size, time in points)
+    assert max(b - a for (a, _), (b, _) in itertools.pairwise(points)) <= 100
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sets_between_hold_the_hull_and_none_of_the_others_is_beaten(seed):
+    operations, targets, sizes = random_block(seed)
+    hull = save_sets(operations, targets=targets, save_bytes=sizes)
+    found = save_sets(operations, targets=targets, save_bytes=sizes, max_between=1000)
+    assert set(hull) <= set(found)
+    points = points_of(operations, targets, sizes, found)
+    others = {p for p, saved in zip(points, found, strict=True) if saved not in hull}
+    assert not any(a != b and a[0] <= b[0] and a[1] <= b[1] for a in points for b in others)
+
+
+def test_an_early_set_saves_what_the_costly_operation_made():
+    product, shifted = Operation(reads=(0,), makes=(1,), time=900), Operation(reads=(1,), makes=(2,), time=0)
+    cut = {"targets": (2,), "save_bytes": {1: 100, 2: 100}}
+    assert save_sets([product, shifted], **cut)[-1] == {2}
+    assert save_sets([product, shifted], is_early=True, **cut)[-1] == {1}

@@ -1,0 +1,30 @@
+"""Which of a solver's schedules are worth a compile."""
+
+from ckptsolvers import Block, Option, Problem
+
+from jaxckpt.candidates import candidates
+
+
+def option(saved_bytes, recompute_time):
+    return Option(
+        name=str(saved_bytes),
+        saved_bytes=saved_bytes,
+        recompute_time=recompute_time,
+        forward_times=(10**6,),
+        forward_peak_bytes=0,
+        backward_peak_bytes=saved_bytes,
+    )
+
+
+def peaks(*options):
+    """Of the candidates for one block with these options."""
+    block = Block(forward_times=(10**6,), forward_peak_bytes=0, options=tuple(option(*o) for o in options))
+    return [c.judgement.peak_bytes for c in candidates([Problem(blocks=(block,), values=())], "auto")]
+
+
+def test_a_candidate_with_fewer_bytes_and_hardly_more_work_stays():
+    assert peaks((10_000, 500_000), (50_000, 1_000), (50_100, 500), (90_000, 0)) == [10_000, 50_000, 50_100, 90_000]
+
+
+def test_of_candidates_close_together_those_that_save_work_stay():
+    assert peaks((10_000, 500_000), (50_000, 90_000), (50_100, 500), (90_000, 0)) == [10_000, 50_100, 90_000]
