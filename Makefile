@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 plan: $(STAMP)
-	$(BIN)/jaxckpt plan examples.gpt2:loss --budget 5GB
+	$(BIN)/jaxckpt plan examples.gpt2:loss --budget 4GB
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
