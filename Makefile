@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help plan test test-slow test-targets lint format bench bench-targets clean
+.PHONY: help plan test test-slow test-targets lint format bench bench-quick bench-targets clean
 
 help:
 	@echo "make plan    plan GPT-2 small from shapes and print the chosen checkpoint set"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-targets  install the TPU's and the GPU's compilers (no driver, no CUDA libraries), run their tests"
 	@echo "make lint    ruff, pyright"
 	@echo "make bench   the benchmarks, as tables"
+	@echo "make bench-quick  plans against hand-written policies on three tiny models"
 	@echo "make bench-targets  GPT-2 small planned for an H100 and a TPU v5e"
 
 $(STAMP): pyproject.toml
@@ -62,6 +63,9 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/fidelity.py
+
+bench-quick: $(STAMP)
+	$(BIN)/python benchmarks/dominance.py --quick --jobs 2
 
 bench-targets: $(TARGETS_STAMP)
 	$(TARGETS_BIN)/python benchmarks/targets.py
