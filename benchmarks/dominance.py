@@ -245,7 +245,7 @@ class _Bench:
 
 
 def _runnable(fun: Callable) -> Callable:
-    return jax.jit(jax.value_and_grad(fun), compiler_options=_compat.here_options() or None)
+    return jax.jit(jax.value_and_grad(fun), compiler_options=jaxckpt.compiler_options() or None)
 
 
 def _line(row: dict[str, Any]) -> str:

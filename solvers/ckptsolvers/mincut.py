@@ -68,7 +68,7 @@ class _Network:
         *,
         is_early: bool = False,
     ):
-        self.is_early = is_early
+        self.operations, self.targets, self.save_bytes, self.is_early = operations, targets, save_bytes, is_early
         maker = {v: i for i, op in enumerate(operations) for v in op.makes}
         wanted, stack = set(), [v for v in targets if v in maker]
         while stack:
@@ -102,12 +102,23 @@ class _Network:
         self.reverse = np.lexsort((rows[order], columns[order]))
         self.bytes, self.time = np.array(list(prices.values()))[order].T
         # What is repeated although all that can be is saved is repeated whatever is saved.
-        again = _repeated(operations, maker, targets, save_bytes)
+        again = self.repeated(save_bytes)
         self.price_of = np.zeros(len(operations), np.int64)
         self.price_of[self.ops] = [
             np.flatnonzero((rows[order] == op_node[op]) & (self.columns == 1))[0] for op in self.ops
         ]
         self.is_unavoidable = np.isin(rows[order], [op_node[op] for op in again]) & (self.columns == 1)
+
+    def repeated(self, saved: Collection[int]) -> set[int]:
+        """Find the operations that lead to the targets from what is there and what is saved."""
+        again: set[int] = set()
+        stack = [v for v in self.targets if v in self.maker and v not in saved]
+        while stack:
+            op = self.maker[stack.pop()]
+            if op not in again:
+                again.add(op)
+                stack.extend(u for u in self.operations[op].reads if u in self.maker and u not in saved)
+        return again
 
     def cut(self, bytes_per_time: Fraction, free: Collection[int] = (), never: Collection[int] = ()) -> frozenset[int]:
         """The values that a minimum cut saves, where some operations cost nothing and others must not be repeated."""
@@ -156,20 +167,6 @@ class _Network:
         return is_reached
 
 
-def _repeated(
-    operations: Sequence[Operation], maker: dict[int, int], targets: Collection[int], saved: Collection[int]
-) -> set[int]:
-    """Find the operations that lead to the targets from what is there and what is saved."""
-    again: set[int] = set()
-    stack = [v for v in targets if v in maker and v not in saved]
-    while stack:
-        op = maker[stack.pop()]
-        if op not in again:
-            again.add(op)
-            stack.extend(u for u in operations[op].reads if u in maker and u not in saved)
-    return again
-
-
 class _Corner(NamedTuple):
     """A save set, what it takes, and the operations that it repeats."""
 
@@ -208,7 +205,7 @@ def save_sets(
     Returns:
         The sets. The first is empty: everything is made again.
     """
-    search = _Search(operations, targets, save_bytes, is_early=is_early)
+    search = _Search(_Network(operations, targets, save_bytes, is_early=is_early))
     hull = search.hull(max_cuts)
     found = search.between(hull, max_between) if max_between else hull
     return tuple(c.saved for c in sorted(found, key=lambda c: (c.bytes, -c.time, sorted(c.saved))))
@@ -217,27 +214,18 @@ def save_sets(
 class _Search:
     """Save sets of a block, by minimum cuts."""
 
-    def __init__(
-        self,
-        operations: Sequence[Operation],
-        targets: Collection[int],
-        save_bytes: dict[int, int],
-        *,
-        is_early: bool = False,
-    ):
-        self.operations, self.targets, self.save_bytes = operations, targets, save_bytes
-        self.maker = {v: i for i, op in enumerate(operations) for v in op.makes}
-        self.network = _Network(operations, targets, save_bytes, is_early=is_early)
+    def __init__(self, network: _Network):
+        self.network = network
 
     def corner(self, saved: frozenset[int]) -> _Corner:
-        again = frozenset(_repeated(self.operations, self.maker, self.targets, saved))
-        size = sum(self.save_bytes[v] for v in saved)
-        return _Corner(size, sum(self.operations[i].time for i in again), saved, again)
+        again = frozenset(self.network.repeated(saved))
+        size = sum(self.network.save_bytes[v] for v in saved)
+        return _Corner(size, sum(self.network.operations[i].time for i in again), saved, again)
 
     def hull(self, max_cuts: int) -> set[_Corner]:
         """The corners of the lower convex hull."""
         nothing = self.corner(frozenset())
-        if not nothing.time or not self.save_bytes:
+        if not nothing.time or not self.network.save_bytes:
             return {nothing}
         least_time = self.corner(self.network.least_time())
         hull, gaps = {nothing, least_time}, [(nothing, least_time)]
@@ -258,8 +246,8 @@ class _Search:
         """The hull, and sets in its gaps that no other one beats; the widest gap is looked into first."""
         found, seen, cut = set(hull), set(), set()
         least = _COSTLY * max(c.time for c in hull)
-        unavoidable = _repeated(self.operations, self.maker, self.targets, self.save_bytes)
-        time = {i: op.time for i, op in enumerate(self.operations) if op.time > least and i not in unavoidable}
+        unavoidable = self.network.repeated(self.network.save_bytes)
+        time = {i: op.time for i, op in enumerate(self.network.operations) if op.time > least and i not in unavoidable}
         while len(cut) < max_cuts:
             gaps = {(a, b) for a, b in itertools.pairwise(_front(found)) if a.time - b.time > least} - seen
             if not gaps:
