@@ -19,6 +19,7 @@ from ckptsolvers.mincut import Operation, save_sets
 from jaxckpt import costs, liveness
 from jaxckpt.cuts import Span
 from jaxckpt.habits import habits_of
+from jaxckpt.layouts import Layouts, layouts_of
 from jaxckpt.regions import Saved
 from jaxckpt.targets import Target, Timer, count_flops
 from jaxckpt.trace import (
@@ -53,6 +54,7 @@ class LocalBlock:
         arguments: Collection[int],
         results: Collection[int],
         invariant: Collection[int] | None,
+        layouts: Layouts,
         *,
         is_last: bool = False,
     ):
@@ -64,6 +66,7 @@ class LocalBlock:
         self.outputs = span.outputs
         self.active_outputs = [v for v in span.outputs if v in active]
         self.results = [v for v in span.outputs if v in results]
+        self.layouts = layouts
         # In a loop's body forward and backward are loops of their own, which no compiler mixes.
         self.is_body = invariant is not None
         # The backward waits for nothing but the forward, and a compiler runs it right behind that.
@@ -84,7 +87,12 @@ class LocalBlock:
             [number[v] for v in group]
             for group in (self.active_inputs, self.crossing, self.active_outputs, self.results, self.invariant)
         ]
-        return hashlib.sha256("\n".join((*block.lines(), repr(flags), repr(self.is_last))).encode()).hexdigest()
+        # Other blocks decide how the target holds what crosses the cuts.
+        crossing = [
+            (self.layouts.held_bytes(v), self.layouts.features.get(v)) for v in (*self.span.inputs, *self.outputs)
+        ]
+        flags += [crossing, [self.is_last]]
+        return hashlib.sha256("\n".join((*block.lines(), repr(flags))).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +305,7 @@ class Model:
         self.local, self.joint, self.target = local, joint, target
         self._leading: dict[tuple[frozenset[int], frozenset[int]], list[Equation]] = {}
         self.habits = habits_of(target, joint.avals, [*joint.forward, *joint.backward])
-        self.size = list(map(size_bytes, joint.avals)).__getitem__
+        self.size = _sizes(local, joint, target).__getitem__
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
         self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
@@ -459,7 +467,13 @@ class Model:
         """What a loop stacks of the block, once per iteration; what is the same in each is made once, outside."""
         same = {self.joint.value[v] for v in self.local.invariant}
         _following(self.joint.forward, same)
-        return sum(self.size(v) for v in self.joint.residuals if v not in same)
+        # Without a checkpoint there are no names, and what only renames a value is that value.
+        origin: dict[int, int] = {}
+        for eqn in self.joint.forward:
+            if eqn.primitive in costs.ALIAS and len(eqn.reads) == 1:
+                origin[eqn.outputs[0]] = origin.get(eqn.reads[0], eqn.reads[0])
+        held = {origin.get(v, v): v for v in self.joint.residuals if v not in same}
+        return sum(map(self.size, held.values()))
 
     def option(self, name: str, saved: frozenset[int]) -> Option:
         """The option that saves this set."""
@@ -585,6 +599,21 @@ class Model:
                 found.append(eqn)
                 needed.update(v for v in eqn.reads if v not in there)
         return found[::-1]
+
+
+def _sizes(local: LocalBlock, joint: Joint, target: Target) -> list[int]:
+    """Bytes of the joint program's values; of those that cross cuts the whole program decides."""
+    known = local.layouts
+    ends = [(joint.value[v], v) for v in (*local.span.inputs, *local.outputs) if v in joint.value]
+    cotangents = list(zip(joint.cotangents, local.active_outputs, strict=True))
+    features = {u: known.features[v] for u, v in (*ends, *cotangents) if v in known.features}
+    layouts = layouts_of(target, joint.avals, [*joint.forward, *joint.backward], features=features)
+    sizes = list(map(layouts.held_bytes, range(len(joint.avals))))
+    for u, v in ends:
+        sizes[u] = known.held_bytes(v)
+    for u, v in cotangents:
+        sizes[u] = known.full_bytes[v]
+    return sizes
 
 
 def _costly(operations: Sequence[Operation]) -> list[Operation]:

@@ -12,11 +12,12 @@ from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
 from jaxckpt.branch_model import analyse_conditional
 from jaxckpt.branches import branches_of
 from jaxckpt.cuts import Span
+from jaxckpt.layouts import Layouts, layouts_of
 from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
 from jaxckpt.scans import loop_of
 from jaxckpt.targets import Target, Timer, count_flops
-from jaxckpt.trace import Equation, Program, elements, size_bytes
+from jaxckpt.trace import Equation, Program, elements
 
 Profiler = Callable[[LocalBlock, Analysis], Analysis]
 # More than any budget: what a block needs that must not run without being kept.
@@ -42,6 +43,7 @@ class Blocks:
             is saved, were nothing of that freed; empty for other blocks.
         stacked_peaks: `[n]`, for each option of a loop's whole body the most bytes alive in its backward where what it
             saved is read from stacks; empty for other blocks.
+        layouts: what the program's values take on the target.
     """
 
     program: Program
@@ -51,6 +53,7 @@ class Blocks:
     flops_problem: Problem
     choices: tuple[tuple[Saved, ...], ...]
     residual_bytes: tuple[int, ...]
+    layouts: Layouts
     classes: tuple[int, ...]
     unplanned_cost: int
     once: tuple[int, ...] = ()
@@ -91,12 +94,13 @@ def analyse(
         The problem, with what stands behind its options.
     """
     results = {x for x in program.outputs if isinstance(x, int)}
-    values, place = _crossing_values(program, spans, active, results)
+    layouts = layouts_of(target, program.avals, program.equations, read_by_derivatives=True)
+    values, place = _crossing_values(spans, active, results, layouts)
     known = {} if known is None else known
     blocks, flops_blocks, choices, classes, residual_bytes, cost = [], [], [], [], [], 0
     transients, stacked_peaks = [], []
     for span in spans:
-        local = LocalBlock(program, span, active, arguments, results, invariant, is_last=span is spans[-1])
+        local = LocalBlock(program, span, active, arguments, results, invariant, layouts, is_last=span is spans[-1])
         key = local.signature()
         if key not in known:
             known[key] = len(known), _analyse_one(local, timer, target, is_apart, profiler)
@@ -123,6 +127,7 @@ def analyse(
         unplanned_cost=cost + (_summing(program, spans, active) if timer is count_flops else 0),
         transients=tuple(transients),
         stacked_peaks=tuple(stacked_peaks),
+        layouts=layouts,
     )
 
 
@@ -168,7 +173,7 @@ def _outside(analysis: Analysis) -> Analysis:
 
 
 def _crossing_values(
-    program: Program, spans: Sequence[Span], active: Collection[int], results: Collection[int]
+    spans: Sequence[Span], active: Collection[int], results: Collection[int], layouts: Layouts
 ) -> tuple[tuple[Value, ...], dict[int, int]]:
     """The solver's values, and where each of the program's stands among them."""
     readers: dict[int, list[int]] = {}
@@ -179,14 +184,13 @@ def _crossing_values(
     for k, span in enumerate(spans):
         for v in span.outputs:
             place[v] = len(values)
-            size = size_bytes(program.avals[v])
             values.append(
                 Value(
                     # A result of the program has its own buffer, which the budget counts as output.
-                    size_bytes=0 if v in results else size,
+                    size_bytes=0 if v in results else layouts.held_bytes(v),
                     made_by=k,
                     read_by=(*readers.get(v, ()), *((len(spans),) if v in results else ())),
-                    cotangent_bytes=size if v in active and readers.get(v) else 0,
+                    cotangent_bytes=layouts.full_bytes[v] if v in active and readers.get(v) else 0,
                 )
             )
     return tuple(values), place

@@ -57,6 +57,11 @@ _REDUCES = _find(
 IN_PLACE = _find(
     "dynamic_update_slice scatter scatter_add scatter_apply scatter_max scatter_min scatter_mul scatter_sub"
 )
+# Results are images like the operands.
+IMAGES = _find(
+    "concatenate pad reduce_window reduce_window_max reduce_window_min reduce_window_sum reduce_precision "
+    "select_and_gather_add select_and_scatter_add"
+)
 _SOLVES = frozenset({lax.linear_solve_p})
 _RANDOM = _find(
     "random_bits random_fold_in random_seed random_split random_gamma rng_bit_generator rng_uniform threefry2x32"

@@ -45,6 +45,7 @@ def cut(
     max_blocks: int = 130,
     is_coarse: bool = False,
     is_apart: Callable[[Equation], bool] = lambda eqn: False,
+    is_head: Callable[[Equation], bool] = lambda eqn: False,
 ) -> tuple[Span, ...]:
     """Cut a program into blocks.
 
@@ -58,6 +59,7 @@ def cut(
         max_blocks: how many blocks at most; the solver's time grows with the cube of it.
         is_coarse: cut at the lowest quarter of the places only.
         is_apart: whether an equation that tangents flow through must be a block of its own.
+        is_head: whether a costly equation stays outside of regions.
 
     Returns:
         The blocks in order.
@@ -79,7 +81,7 @@ def cut(
         level = sorted(alive[b - 1] for b in borders)[(len(borders) - 1) // 4]
         borders = [b for b in borders if alive[b - 1] <= level]
     borders = _thin(borders, alive, max_blocks - len(loss))
-    borders = sorted({*borders, *around, *loss})
+    borders = sorted({*borders, *around, *loss, *_before_heads(program, order, heavy, alive, is_head)})
     starts, stops = [0, *borders], [*borders, len(order)]
     runs = [order[a:b] for a, b in zip(starts, stops, strict=True)]
     return spans_at(program, [_with_sunk(graph, run, sunk) for run in runs])
@@ -188,6 +190,18 @@ def _before_loss(heavy: Sequence[int], borders: Sequence[int], alive: Sequence[i
         return set()
     usual = sorted(alive[b - 1] for b in borders)[len(borders) // 2]
     return {heavy[-1] + 1} if alive[heavy[-1]] > usual else set()
+
+
+def _before_heads(
+    program: Program, order: Sequence[int], heavy: Sequence[int], alive: Sequence[int], is_head: Callable
+) -> set[int]:
+    """The first of the cuts where least is alive before each head, so that a region ends there.
+
+    What it ends with is not made again for the head's sake then, as the last product of a transformer's last layer
+    would be for the norm behind it.
+    """
+    pairs = ((a, b) for a, b in itertools.pairwise(heavy) if is_head(program.equations[order[b]]))
+    return {1 + min(range(a, b), key=alive.__getitem__) for a, b in pairs}
 
 
 def _thin(borders: list[int], alive: Sequence[int], max_blocks: int) -> list[int]:

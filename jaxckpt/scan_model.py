@@ -263,7 +263,7 @@ class Body:
                     if choice is None
                     else blocks.problem.blocks[node.block].options[node.option].saved_bytes
                 )
-        return total + sum(size_bytes(self.loop.body.avals[v]) for v in held - free)
+        return total + sum(map(blocks.layouts.held_bytes, held - free))
 
 
 class _LoopModel:
@@ -282,6 +282,10 @@ class _LoopModel:
             const_cotangents=size(v for v in loop.consts if v in active),
             stacked_outputs=sum(size_bytes(loop.body.avals[x] if isinstance(x, int) else x.aval) for x in results),
         )
+        # A compiler that rounds operands of products does so once before the loop, for all iterations.
+        rounded = lambda vs: sum(map(layouts.held_bytes, layouts.narrow.intersection(vs)))  # noqa: E731
+        layouts = body.whole.layouts
+        self.rounded_bytes = rounded(loop.consts) + loop.length * rounded(loop.slices)
         *self.before, self.eqn = local.span.equations
         self.outside = outside(local)
 
@@ -301,6 +305,8 @@ class _LoopModel:
         backward = [held + self._inner(part) + part.peak_bytes for held, part in zip(saved[1:], parts, strict=True)]
         forward = [held + self._chunk(part.lengths) for held, part in zip(saved[1:], parts, strict=True)]
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
+        joined += self.rounded_bytes
+        copies += self.rounded_bytes
         return _Numbers(
             saved[-1] + copies,
             copies + made + self.outside.results + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,

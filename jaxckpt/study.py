@@ -11,7 +11,7 @@ from jaxckpt import apply, cuts, graph, shardings, targets
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import SOLVERS, Candidate, candidates, keep_all
 from jaxckpt.errors import OptionError
-from jaxckpt.habits import outside_regions
+from jaxckpt.habits import is_head, outside_regions
 from jaxckpt.measurement import (
     Measurement,
     Objective,
@@ -67,11 +67,14 @@ class Study:
         dag = graph.build_graph(program)
         self.graph = dag
         # Solvers that know one shape of schedule only would find none that goes around a block.
-        self._is_apart = is_apart = (
-            outside_regions(self.chip, program.avals) if solver in ("auto", "chain") else lambda eqn: False
-        )
-        fine = cuts.cut(program, dag, self.active, is_apart=is_apart)
-        coarse = cuts.cut(program, dag, self.active, is_apart=is_apart, is_coarse=True) if solver == "auto" else fine
+        is_apart = is_logits = lambda eqn: False
+        if solver in ("auto", "chain"):
+            is_apart = outside_regions(self.chip, program.avals)
+            is_logits = is_head(self.chip, program.avals, program.equations)
+        self._is_apart = lambda eqn: is_apart(eqn) or is_logits(eqn)
+        divide = functools.partial(cuts.cut, program, dag, self.active, is_apart=is_apart, is_head=is_logits)
+        fine = divide()
+        coarse = divide(is_coarse=True) if solver == "auto" else fine
         self.cuts: list[Blocks] = []
         self._known: dict = {}
         if fine and any(v in self.active for span in fine for v in span.outputs):
