@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -95,7 +96,9 @@ def _run_worker(name: str, target: str, options: argparse.Namespace) -> list[dic
     command += ["--skip", *options.skip] if options.skip else []
     command += ["--size", options.size] if options.size else []
     command += ["--policies", *options.policies] if options.policies else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # What an earlier planner's predictions were off by is not what this one's are.
+    place = os.environ | {"XDG_CACHE_HOME": str(OUT / "cache" / code_digest())}
+    done = subprocess.run(command, env=place, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         print(f"{name} on {target} ended with status {done.returncode}", file=sys.stderr)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

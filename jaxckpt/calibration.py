@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+import jaxckpt
 from jaxckpt import _compat, keeping
 from jaxckpt.errors import PlanFileError
 from jaxckpt.files import write_text
@@ -225,8 +226,10 @@ def _label(target: str | None) -> str:
 
 
 def _path(record: Calibration, cache_dir: str | os.PathLike | None) -> Path:
-    flags = os.environ.get("XLA_FLAGS", "")
-    key = hashlib.sha256(repr((record.target, record.jaxlib_version, record.family, flags)).encode()).hexdigest()[:16]
+    # Ratios to the predictions of another release say nothing of this one's.
+    release, flags = jaxckpt.__version__, os.environ.get("XLA_FLAGS", "")
+    parts = record.target, record.jaxlib_version, record.family, release, flags
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return keeping.folder(cache_dir) / "calibration" / f"{key}.json"
 
 
