@@ -5,7 +5,7 @@ them where bytes are equal, so that dropping a block's last output drops the cos
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -18,6 +18,8 @@ from jaxckpt.trace import Equation, Program, size_bytes
 _SINKABLE = costs.CHEAP | costs.LAYOUT
 # A cut at which this many times more is alive than at both its neighbours is not worth a place in the table.
 _HIGH_CUT = 6
+# What repeats has so few blocks, and repeats so often.
+_MAX_PERIOD, _MIN_REPEATS = 8, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,46 @@ def cut(
     starts, stops = [0, *borders], [*borders, len(order)]
     runs = [order[a:b] for a, b in zip(starts, stops, strict=True)]
     return spans_at(program, [_with_sunk(graph, run, sunk) for run in runs])
+
+
+def merged(program: Program, spans: Sequence[Span], classes: Sequence[Hashable]) -> tuple[Span, ...]:
+    """Merge the blocks of each repetition of what repeats, such as the halves of a network's layers.
+
+    A save set is of one block, so one of a whole layer takes a block that is the whole layer.
+
+    Args:
+        program: the flat program.
+        spans: `[n]`, its blocks.
+        classes: `[n]`, equal for equal blocks; None for those that must stay as they are.
+
+    Returns:
+        Fewer blocks; the same ones where nothing is repeated often enough.
+    """
+    runs = [(stop - start, -p, start, stop) for p in range(2, _MAX_PERIOD + 1) for start, stop in _periodic(classes, p)]
+    if not runs:
+        return tuple(spans)
+    num, negative, _, stop = max(runs)
+    period = -negative
+    # What comes first is often made together with something else, so the last repetition is whole.
+    first = stop - num // period * period
+    groups = [[k] for k in range(first)]
+    groups += [list(range(k, k + period)) for k in range(first, stop, period)]
+    groups += [[k] for k in range(stop, len(spans))]
+    # A sunk equation stands in every block that reads it.
+    return spans_at(program, [list(dict.fromkeys(i for k in group for i in spans[k].positions)) for group in groups])
+
+
+def _periodic(classes: Sequence[Hashable], period: int) -> Iterator[tuple[int, int]]:
+    """Runs of blocks that repeat with a period, where they do so often enough: their starts and stops."""
+    start = None
+    for k in range(len(classes) + 1):
+        is_same = k + period < len(classes) and classes[k] is not None and classes[k] == classes[k + period]
+        if is_same and start is None:
+            start = k
+        if not is_same and start is not None:
+            if k + period - start >= _MIN_REPEATS * period:
+                yield start, k + period
+            start = None
 
 
 def _sunk(program: Program, graph: nx.DiGraph) -> set[int]:

@@ -79,6 +79,9 @@ class Study:
         self._known: dict = {}
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
+        if solver == "auto" and self.chip.platform == "tpu" and self.cuts:
+            # Elsewhere plans of the others beat what is written by hand, and analysing larger blocks takes time.
+            self._add_merged()
         found = candidates([b.problem for b in self.cuts], solver)
         # The unbeaten ones, and beside them what each cut has that another one's beat by what is predicted.
         self.candidates, self.rungs = ([self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found)
@@ -119,6 +122,15 @@ class Study:
             is_apart=self._is_apart,
             profiler=self.profiler,
         )
+
+    def _add_merged(self) -> None:
+        """Add a cut whose blocks are what the program repeats."""
+        coarse = self.cuts[-1]
+        is_plain = [len(b.options) > 1 and not t for b, t in zip(coarse.problem.blocks, coarse.transients, strict=True)]
+        classes = [c if plain else None for c, plain in zip(coarse.classes, is_plain, strict=True)]
+        spans = cuts.merged(self.program, coarse.spans, classes)
+        if len(spans) < len(coarse.spans):
+            self.cuts.append(self._analysed(spans))
 
     @functools.cached_property
     def fixed_bytes(self) -> int:
