@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
 
+from jaxckpt import costs
 from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
 from jaxckpt.branch_model import analyse_conditional
 from jaxckpt.branches import branches_of
@@ -113,6 +114,8 @@ def analyse(
         residual_bytes.append(analysis.residual_bytes)
         transients.append(analysis.transients)
         stacked_peaks.append(analysis.stacked_peaks)
+    if target.platform == "tpu":
+        blocks = _with_head_waiting(blocks, spans, layouts, is_apart)
     once = tuple(k for k, span in enumerate(spans) if any(eqn.effects for eqn in span.equations))
     return Blocks(
         program=program,
@@ -135,6 +138,25 @@ def _summing(program: Program, spans: Sequence[Span], active: Collection[int]) -
     """FLOPs of adding up the cotangents of what several blocks read."""
     num_readers = Counter(v for span in spans for v in span.inputs if v in active)
     return sum((num - 1) * elements(program.avals[v]) for v, num in num_readers.items())
+
+
+def _with_head_waiting(
+    blocks: Sequence[Block], spans: Sequence[Span], layouts: Layouts, is_apart: Callable[[Equation], bool]
+) -> list[Block]:
+    """The blocks, with logits alive in the backward of loops before them.
+
+    A TPU's compiler starts a loop as soon as it can, and the gradient of the weights that make logits after it.
+    """
+    found, waiting = [], 0
+    for block, span in zip(reversed(blocks), reversed(spans), strict=True):
+        last = span.equations[-1]
+        if costs.is_matmul(last) and is_apart(last):
+            waiting += sum(map(layouts.full_bytes.__getitem__, span.outputs))
+        if loop_of(last) is not None:
+            options = (replace(o, backward_peak_bytes=o.backward_peak_bytes + waiting) for o in block.options)
+            block = replace(block, options=tuple(options))
+        found.append(block)
+    return found[::-1]
 
 
 def _analyse_one(

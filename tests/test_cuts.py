@@ -176,3 +176,20 @@ def test_what_is_made_of_a_value_of_the_same_size_is_held_instead_of_it():
     # Right behind the costly operation where nothing is lower, or else behind the last of the lowest places.
     assert cuts._borders([0, 4], [1, 1, 1, 2, 0]) == [1]
     assert cuts._borders([0, 4], [2, 1, 1, 2, 0]) == [3]
+
+
+def test_what_repeats_is_merged_and_nothing_else():
+    spans = study_of("chain").blocks.spans
+    program = study_of("chain").program
+
+    def sizes(classes):
+        merged = cuts.merged(program, spans, classes)
+        assert [i for span in merged for i in span.positions] == [i for span in spans for i in span.positions]
+        return [len(span.equations) // len(spans[1].equations) for span in merged[1:-1]]
+
+    assert sizes("xababab8") == [2, 2, 2]
+    assert sizes("abababab") == [2, 2], "a first and a last one too"
+    assert sizes("yxababab") == [1, 2, 2], "too"
+    assert sizes("abcdabcdabcd"[:8]) == [1] * 6, "two repetitions are too few"
+    assert sizes("aaaaaaaa") == sizes("abcdefgh") == sizes("ababxyzw") == [1] * 6
+    assert sizes(["x", "a", None, "a", None, "a", None, "y"]) == [1] * 6, "what must stay as it is"
