@@ -102,7 +102,7 @@ def merged(program: Program, spans: Sequence[Span], classes: Sequence[Hashable])
     Returns:
         Fewer blocks; the same ones where nothing is repeated often enough.
     """
-    runs = [(stop - start, -p, start, stop) for p in range(2, _MAX_PERIOD + 1) for start, stop in _periodic(classes, p)]
+    runs = [(stop - start, -p, start, stop) for p in range(1, _MAX_PERIOD + 1) for start, stop in _periodic(classes, p)]
     if not runs:
         return tuple(spans)
     num, negative, _, stop = max(runs)
