@@ -59,8 +59,8 @@ IN_PLACE = _find(
 )
 # Results are images like the operands.
 IMAGES = _find(
-    "concatenate pad reduce_window reduce_window_max reduce_window_min reduce_window_sum reduce_precision "
-    "select_and_gather_add select_and_scatter_add"
+    "concatenate pad reduce_window reduce_window_max reduce_window_min reduce_window_sum select_and_gather_add "
+    "select_and_scatter_add"
 )
 _SOLVES = frozenset({lax.linear_solve_p})
 _RANDOM = _find(

@@ -116,4 +116,4 @@ def _narrow(avals: Sequence[Any], equations: Sequence[Equation], read_by_derivat
             continue
         wide.update(eqn.reads)
     read = {v for eqn in equations for v in eqn.reads}
-    return frozenset(v for v in read - wide if avals[v].dtype == jnp.float32)
+    return frozenset(v for v in read - wide if getattr(avals[v], "dtype", None) == jnp.float32)
