@@ -128,3 +128,19 @@ def test_on_a_tpu_no_region_covers_the_logits_and_one_may_end_at_the_stream():
             if isinstance(node, Recompute)
             for head in [len(found.blocks_of(candidate).spans) - 2]
         )
+
+
+def scanned_logits_loss(params, tokens):
+    x, _ = lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), params["embed"][tokens], params["layers"])
+    return -jnp.mean(jax.nn.log_softmax(x @ params["embed"].T)[:, 0])
+
+
+def test_logits_are_alive_in_the_backward_of_a_loop_on_a_tpu_alone():
+    def peak(target):
+        embed, layers = jax.ShapeDtypeStruct((8192, 512), jnp.float32), jax.ShapeDtypeStruct((4, 512, 512), jnp.float32)
+        tokens = jax.ShapeDtypeStruct((1024,), jnp.int32)
+        found = study(scanned_logits_loss, {"embed": embed, "layers": layers}, tokens, target=target)
+        (loop,) = [k for k, s in enumerate(found.cuts[0].spans) if s.equations[-1].primitive is lax.scan_p]
+        return min(option.backward_peak_bytes for option in found.cuts[0].problem.blocks[loop].options)
+
+    assert peak("v5e") >= 1024 * 8192 * 4 > peak("h100")
