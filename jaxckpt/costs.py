@@ -44,6 +44,8 @@ COMPARES = _find("and eq eq_to ge gt is_finite le le_to lt lt_to ne not or selec
 BROADCASTS = _find("broadcast_in_dim iota")
 # The same buffer under another shape.
 ALIAS = _find("reshape squeeze expand_dims name stop_gradient sharding_constraint copy reduce_precision")
+# The same digits in another shape.
+RESHAPES = ALIAS | LAYOUT
 # Moving data by index: no operations, but a result of its own.
 _MOVES = _find(
     "concatenate dynamic_slice dynamic_update_slice gather pad stack scatter all_gather all_to_all "

@@ -102,11 +102,10 @@ def merged(program: Program, spans: Sequence[Span], classes: Sequence[Hashable])
     Returns:
         Fewer blocks; the same ones where nothing is repeated often enough.
     """
-    runs = [(stop - start, -p, start, stop) for p in range(1, _MAX_PERIOD + 1) for start, stop in _periodic(classes, p)]
+    runs = [(stop - start, p, stop) for p in range(1, _MAX_PERIOD + 1) for start, stop in _periodic(classes, p)]
     if not runs:
         return tuple(spans)
-    num, negative, _, stop = max(runs)
-    period = -negative
+    num, period, stop = max(runs, key=lambda run: (run[0], -run[1], run[2]))
     # What comes first is often made together with something else, so the last repetition is whole.
     first = stop - num // period * period
     groups = [[k] for k in range(first)]

@@ -122,7 +122,7 @@ def is_head(target: Target, avals: Sequence[Any], equations: Sequence[Equation])
     if target.platform != "tpu" or last is None or is_planned_inside(last):
         return lambda eqn: False
     # Parameters under another shape are there anyway.
-    made = {v for eqn in equations if eqn.reads and eqn.primitive not in _RESHAPES for v in eqn.outputs}
+    made = {v for eqn in equations if eqn.reads and eqn.primitive not in costs.RESHAPES for v in eqn.outputs}
     read = sum(math.prod(avals[v].shape) for v in made.intersection(last.reads))
     if math.prod(avals[last.outputs[0]].shape) < _MANY_TIMES * read:
         return lambda eqn: False
@@ -135,7 +135,6 @@ _POOLINGS = frozenset({prims.reduce_window_max_p, prims.reduce_window_min_p})
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p
 _INDEX_BYTES = 4
 _MANY_TIMES = 8
-_RESHAPES = costs.ALIAS | costs.LAYOUT
 
 
 def _dot(params: dict[str, Any], ranks: Sequence[int]) -> tuple[bool, bool]:

@@ -20,8 +20,6 @@ from jaxckpt.trace import Equation, size_bytes
 
 _LANES = 128
 _DEFAULT_PRECISIONS = (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
-# They round nothing, so what they read may have been rounded before.
-_KEEPS_DIGITS = costs.ALIAS | costs.LAYOUT
 # Their operands and results of one rank are laid out alike.
 _KEEPS_LAYOUT = costs.FUSIBLE | costs.IMAGES
 
@@ -112,7 +110,7 @@ def _narrow(avals: Sequence[Any], equations: Sequence[Equation], read_by_derivat
             wide.update(eqn.outputs)
         if costs.is_matmul(eqn) and eqn.params.get("precision") in _DEFAULT_PRECISIONS:
             continue
-        if eqn.primitive in _KEEPS_DIGITS and wide.isdisjoint(eqn.outputs):
+        if eqn.primitive in costs.RESHAPES and wide.isdisjoint(eqn.outputs):
             continue
         wide.update(eqn.reads)
     read = {v for eqn in equations for v in eqn.reads}
