@@ -12,6 +12,7 @@ from jaxckpt import costs
 from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
 from jaxckpt.branch_model import analyse_conditional
 from jaxckpt.branches import branches_of
+from jaxckpt.candidates import keep_all
 from jaxckpt.cuts import Span
 from jaxckpt.layouts import Layouts, layouts_of
 from jaxckpt.regions import Saved
@@ -60,6 +61,11 @@ class Blocks:
     once: tuple[int, ...] = ()
     transients: tuple[tuple[int, ...], ...] = ()
     stacked_peaks: tuple[tuple[int, ...], ...] = ()
+
+    @functools.cached_property
+    def unplanned_extra(self) -> int:
+        """What leaving everything to JAX takes beyond a forward sweep: the time that its loops' stacks take."""
+        return keep_all(self.problem).judgement.extra_work
 
 
 def analyse(

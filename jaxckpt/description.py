@@ -30,7 +30,7 @@ def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:
     return Plan(
         forward_flops=study.forward_flops,
         recompute_flops=0 if candidate is None else study.recompute_flops(candidate),
-        recompute_cost=0 if candidate is None else candidate.judgement.extra_work,
+        recompute_cost=0 if candidate is None else study.extra_cost(candidate),
         unplanned_cost=study.unplanned_cost,
         cost=study.cost,
         solver=study.solver if isinstance(study.solver, str) else getattr(study.solver, "__name__", "custom"),

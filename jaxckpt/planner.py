@@ -24,6 +24,8 @@ _UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
 _NEAR = 1.3
 # Within a cost, how many more candidates are compiled where the model was too low, by how much it must be.
 _MAX_LOWER, _LOWER = 3, 1.02
+# Where everything fits, a plan must be modelled to take this share of the step less to be taken all the same.
+_FASTER = 0.05
 
 _STUDIES: dict[tuple, Study] = {}
 _MAX_STUDIES = 4
@@ -195,7 +197,7 @@ class _Search:
         self.ladder = Ladder(
             study.fixed_bytes,
             [c.judgement.peak_bytes for c in self.candidates],
-            [c.judgement.extra_work / max(1, study.unplanned_cost) for c in self.candidates],
+            [study.extra_cost(c) / max(1, study.unplanned_cost) for c in self.candidates],
             self._measure,
             kinds=[study.kind(c) for c in self.candidates],
             expected=self._expected,
@@ -220,7 +222,7 @@ class _Search:
         if budget <= 0:
             raise BudgetError(f"reserve={self.request.reserve_bytes:,} leaves nothing of the budget")
         if unplanned <= budget:
-            return self._plan(None, budget, unplanned)
+            return self._plan(self._faster(budget), budget, unplanned)
         if not self.candidates:
             self._refuse(budget, unplanned, unplanned, None)
         return self._verified(budget) if self.request.verify else self._predicted(budget, unplanned)
@@ -278,7 +280,7 @@ class _Search:
         # The model may have been too high by so much that no plan is needed.
         is_in_doubt = self.unplanned is None and (chosen is None or self._expected_unplanned() <= _NEAR * budget)
         if is_in_doubt and self._unplanned_bytes() <= budget:
-            return self._plan(None, budget, self._unplanned_bytes())
+            return self._plan(self._faster(budget), budget, self._unplanned_bytes())
         if chosen is None:
             least = self.ladder.least()
             self._refuse(budget, self._unplanned_bytes(), self.ladder.known[least], self.candidates[least])
@@ -288,23 +290,38 @@ class _Search:
         candidate = self.candidates[i]
         return self.study.measure(candidate).device_bytes
 
+    def _faster(self, budget: int) -> int | None:
+        """The fastest plan within the budget where none is needed, if it is that much faster: loops may stack less."""
+        if min(self.ladder.costs, default=0.0) > -_FASTER:
+            return None
+        found = self.ladder.cheapest(budget) if self.request.verify else self._expected_best(budget)
+        return None if found is None or self.ladder.costs[found] > -_FASTER else found
+
     def _predicted(self, budget: int, unplanned: int) -> Plan:
+        chosen = self._expected_best(budget)
+        if chosen is None:
+            at = min(range(len(self.candidates)), key=self._with_margin)
+            least = self.study.fixed_bytes + math.ceil(self._with_margin(at))
+            self._refuse(budget, unplanned, least, self.candidates[at])
+        return self._plan(chosen, budget, unplanned)
+
+    def _expected_best(self, budget: int) -> int | None:
+        """The cheapest candidate that is expected to fit, a margin left."""
+        room = budget - self.study.fixed_bytes
+        inside = [i for i in range(len(self.candidates)) if self._with_margin(i) <= room]
+        return min(inside, key=lambda i: (self.ladder.costs[i], self._with_margin(i)), default=None)
+
+    def _with_margin(self, i: int) -> float:
+        """Bytes beyond the fixed ones to leave for a candidate that is not measured."""
         knows = self.record is not None and self.record.knows(self.program)
         margin = 1 + (_KNOWN_MARGIN if knows else _UNVERIFIED_MARGIN)
-        sizes = [self.ladder.corrected(i) - self.study.fixed_bytes for i in range(len(self.candidates))]
-        room = budget - self.study.fixed_bytes
-        inside = [i for i, size in enumerate(sizes) if size * margin <= room]
-        if not inside:
-            at = min(range(len(sizes)), key=lambda i: sizes[i])
-            least = self.study.fixed_bytes + math.ceil(sizes[at] * margin)
-            self._refuse(budget, unplanned, least, self.candidates[at])
-        return self._plan(min(inside, key=lambda i: (self.ladder.costs[i], sizes[i])), budget, unplanned)
+        return margin * (self.ladder.corrected(i) - self.study.fixed_bytes)
 
     def _within_cost(self, unplanned: int) -> Plan:
         assert self.request.max_cost is not None
         # A limit that is another program's cost can be met exactly, whatever floats make of it.
         allowed = round((self.request.max_cost - 1) * self.study.unplanned_cost)
-        inside = [i for i, c in enumerate(self.candidates) if c.judgement.extra_work <= allowed]
+        inside = [i for i, c in enumerate(self.candidates) if self.study.extra_cost(c) <= allowed]
         if not inside:
             return self._plan(None, None, unplanned)
         if not self.request.verify:

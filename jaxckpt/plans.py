@@ -63,7 +63,8 @@ class Plan:
         is_least_measured: whether `least_peak_bytes` was measured.
         forward_flops: of one forward pass.
         recompute_flops: beyond the unplanned value and gradient.
-        recompute_cost: the same in the unit of `cost`: FLOPs, or modelled picoseconds.
+        recompute_cost: the same in the unit of `cost`: FLOPs, or modelled picoseconds, which are less than 0 where
+            loops stack so much less that the step is expected to be faster.
         unplanned_cost: of the unplanned value and gradient, in that unit.
         cost: "time" or "flops".
         solver: which solver chose.

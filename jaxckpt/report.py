@@ -157,7 +157,8 @@ def _sizes(plan: Plan) -> Table:
     table.add_row("recomputation", f"{short_count(plan.recompute_flops)}FLOP, {share:.2%} of the forward", "counted")
     if plan.cost == "time":
         step = plan.recompute_cost / max(1, plan.unplanned_cost)
-        table.add_row("", f"{step:.2%} of the unplanned step's time", "modelled")
+        said = "" if step >= 0 else " saved: loops stack less"
+        table.add_row("", f"{abs(step):.2%} of the unplanned step's time{said}", "modelled")
     table.add_row("compiles", str(plan.num_compiles), f"calibrated by {plan.calibration}" if plan.calibration else "")
     return table
 

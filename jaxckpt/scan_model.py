@@ -5,8 +5,10 @@ so in a loop the residuals of the jaxpr are what counts. With levels, an outer i
 inner loop runs again when its backward is due; XLA then copies the chunk of every stacked input, and of its cotangent.
 """
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -22,7 +24,7 @@ from jaxckpt.branches import Branch
 from jaxckpt.candidates import chain_schedules
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
 from jaxckpt.scans import Loop, loop_of
-from jaxckpt.targets import Target, Timer, count_flops
+from jaxckpt.targets import Target, Timer, count_flops, stacking_time
 from jaxckpt.trace import elements, size_bytes
 
 _T = TypeVar("_T")
@@ -137,7 +139,7 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
     assert loop is not None
     active = _active(loop, local)
     body = Body(loop, active, timer, target, analyse)
-    model = _LoopModel(local, loop, body, active, is_cpu=target.platform == "cpu")
+    model = _LoopModel(local, loop, body, active, timer, target)
     iterations = list(body.iterations())
     plans = pareto(iterations, lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
     divisions = itertools.chain(
@@ -157,7 +159,9 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
         flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
         saved=(*saved, None),
         unread=(model.unread(),) * (len(kept) + 1),
-        unplanned_cost=loop.length * (body.whole.unplanned_cost + _summing(loop, active, timer)),
+        unplanned_cost=(
+            loop.length * (body.whole.unplanned_cost + _summing(loop, active, timer)) + everything.recompute_time
+        ),
         residual_bytes=everything.saved_bytes,
         transients=(
             *(model.transient(parts) for *_, parts in kept),
@@ -226,6 +230,7 @@ class Body:
         bare = tuple(map(_without_results, problems))
         stacked = _with_peaks(blocks.problem, blocks.stacked_peaks)  # what is saved lies in stacks
         positions = tuple(s.positions for s in blocks.spans)
+        without = blocks.unplanned_extra
         for inside in schedules:
             judged, in_flops = (simulate(problem, inside) for problem in problems)
             apart = judged if stacked is blocks.problem else simulate(stacked, inside)
@@ -238,9 +243,9 @@ class Body:
                     stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
                     peak_bytes=(whole if is_wrapped else apart).peak_bytes,
                     whole_peak_bytes=(whole if is_wrapped else judged).peak_bytes,
-                    again_time=whole.work if is_wrapped else judged.extra_work,
+                    again_time=max(0, (whole.work if is_wrapped else judged.extra_work) - without),
                     again_flops=whole_in_flops.work if is_wrapped else in_flops.extra_work,
-                    whole_time=whole.work,
+                    whole_time=max(0, whole.work - without),
                     whole_flops=whole_in_flops.work,
                     is_wrapped=is_wrapped,
                 )
@@ -269,8 +274,9 @@ class Body:
 class _LoopModel:
     """Bytes and times of the whole loop, divided into parts."""
 
-    def __init__(self, local: LocalBlock, loop: Loop, body: Body, active: set[int], is_cpu: bool):
-        self.is_cpu = is_cpu
+    def __init__(self, local: LocalBlock, loop: Loop, body: Body, active: set[int], timer: Timer, target: Target):
+        self.is_cpu = target.platform == "cpu"
+        self._stacking_time = functools.partial(stacking_time, timer, target)
         self.local, self.loop, self.body = local, loop, body
         size = lambda vs: sum(size_bytes(loop.body.avals[v]) for v in vs)  # noqa: E731
         results = loop.body.outputs[loop.num_carry :]
@@ -311,7 +317,7 @@ class _LoopModel:
             saved[-1] + copies,
             copies + made + self.outside.results + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
             joined + moving + max(backward) + self.outside.cotangents,
-            sum(part.again(self.body.forward_time, "time") for part in parts),
+            sum(part.again(self.body.forward_time, "time") + self._stacking_time(self._moved(part)) for part in parts),
         )
 
     def transient(self, parts: Sequence[_Part]) -> int:
@@ -372,6 +378,13 @@ class _LoopModel:
             # One more for the state that is being worked on.
             return (part.num_states + 1) * self.sizes.carry
         return part.lengths[0] * (self.sizes.carry if len(part.lengths) > 1 else part.plan.stacked_bytes)
+
+    def _moved(self, part: _Part) -> int:
+        """What all of its iterations stack, the inner levels' when they run again too."""
+        if part.num_states is not None:
+            return part.length * self.sizes.carry
+        starts = itertools.accumulate(part.lengths[:-1], operator.mul)
+        return sum(starts) * self.sizes.carry + part.length * part.plan.stacked_bytes
 
     def _inner(self, part: _Part) -> int:
         """What the inner levels stack once they run again, with the chunks they read and those of the cotangents."""

@@ -81,7 +81,10 @@ class Step:
             for study, row in zip(studies, self.options, strict=True)
         ]
         total = max(1, sum(study.unplanned_cost for study in studies))
-        self.costs = [[c.judgement.extra_work / total if c else 0.0 for c in row] for row in self.options]
+        self.costs = [
+            [study.extra_cost(c) / total if c else 0.0 for c in row]
+            for study, row in zip(studies, self.options, strict=True)
+        ]
         self.measured: dict[Picks, Measurement] = {}
 
     @property

@@ -161,6 +161,10 @@ class Study:
         peak = -(-candidate.judgement.peak_bytes // self.split)
         return replace(candidate, judgement=replace(candidate.judgement, peak_bytes=peak))
 
+    def extra_cost(self, candidate: Candidate) -> int:
+        """What it takes beyond the program without a plan, in the unit of the cost; less than 0 where it is faster."""
+        return candidate.judgement.extra_work - self.blocks_of(candidate).unplanned_extra
+
     def saved(self, candidate: Candidate) -> list[apply.Saved]:
         """What each block's chosen option saves, `[num_blocks]`."""
         choices = self.blocks_of(candidate).choices

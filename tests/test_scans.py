@@ -180,6 +180,52 @@ def test_a_limit_that_is_the_cost_of_a_checkpointed_body_is_met_exactly():
     assert plan.measured_peak_bytes <= jaxckpt.measure(by_hand, *specs).device_bytes + 1024
 
 
+def stacking_loss(weights, x):
+    """A cheap layer that keeps many values of its input's size, so that stacking them takes longer than making them."""
+
+    def layer(x, w):
+        for _ in range(4):
+            x = x + 0.1 * jnp.sin(x * w[None])
+        return x, None
+
+    return jnp.sum(lax.scan(layer, x, weights)[0] ** 2)
+
+
+def stacking_args():
+    random = np.random.default_rng(0)
+    return random.normal(size=(32, 128)).astype(np.float32), random.normal(size=(4096, 128)).astype(np.float32)
+
+
+def test_what_a_loop_stacks_takes_time_and_no_flops():
+    specs = shapes(stacking_args())
+    timed, counted = (study(stacking_loss, *specs, cost=cost) for cost in ("time", "flops"))
+    assert timed.unplanned.judgement.extra_work > 0 == counted.unplanned.judgement.extra_work
+    assert timed.extra_cost(timed.unplanned) == 0
+    # Twice the time goes into the stacks of twice the iterations.
+    twice = study(stacking_loss, *shapes((np.zeros((64, 128), np.float32), stacking_args()[1])), cost="time")
+    assert twice.unplanned.judgement.extra_work == pytest.approx(2 * timed.unplanned.judgement.extra_work, rel=0.01)
+
+
+def test_a_plan_that_stacks_less_is_taken_where_everything_fits():
+    args = stacking_args()
+    plan = jaxckpt.plan(stacking_loss, *shapes(args), budget="8GB")
+    assert plan.schedule is not None and plan.recompute_cost < -0.05 * plan.unplanned_cost
+    assert plan.measured_peak_bytes < plan.unplanned_peak_bytes and plan.is_unplanned_measured
+    assert "saved: loops stack less" in str(plan)
+    wanted, got = (jit(jax.grad(f))(*args) for f in (stacking_loss, plan.apply(stacking_loss)))
+    assert_close(got, wanted, 1e-5)
+    predicted = jaxckpt.plan(stacking_loss, *shapes(args), budget="8GB", verify=False, calibration=None)
+    assert predicted.recompute_cost == plan.recompute_cost and predicted.measured_peak_bytes is None
+
+
+def test_where_everything_fits_nothing_is_planned_for_little():
+    assert jaxckpt.plan(stacking_loss, *shapes(stacking_args()), budget="8GB", cost="flops").schedule is None
+    specs = shapes(
+        ({"up": np.zeros((8, 256, 1024), "f4"), "down": np.zeros((8, 1024, 256), "f4")}, np.zeros((256, 256), "f4"))
+    )
+    assert jaxckpt.plan(decoder_loss, *specs, budget="8GB", cost="time").schedule is None
+
+
 def test_no_iteration_of_a_loop_is_left_alone():
     # Compilers put a loop of one iteration in line, and then hold more than the model says.
     s = study(rnn_loss, *shapes(rnn_args(60)))
