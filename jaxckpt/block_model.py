@@ -468,10 +468,7 @@ class Model:
         same = {self.joint.value[v] for v in self.local.invariant}
         _following(self.joint.forward, same)
         # Without a checkpoint there are no names, and what only renames a value is that value.
-        origin: dict[int, int] = {}
-        for eqn in self.joint.forward:
-            if eqn.primitive in costs.ALIAS and len(eqn.reads) == 1:
-                origin[eqn.outputs[0]] = origin.get(eqn.reads[0], eqn.reads[0])
+        origin = costs.renamed(self.joint.forward)
         held = {origin.get(v, v): v for v in self.joint.residuals if v not in same}
         return sum(map(self.size, held.values()))
 

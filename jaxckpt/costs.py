@@ -229,6 +229,16 @@ def matmul_dtype(eqn: Equation, avals: list[Any]) -> str:
     return str(np.dtype((avals[operand] if isinstance(operand, int) else operand.aval).dtype))
 
 
+def renamed(equations: Iterable[Equation]) -> dict[int, int]:
+    """Values that are others' buffers under a new shape or name, and which ones."""
+    same: dict[int, int] = {}
+    for eqn in equations:
+        reads = {same.get(v, v) for v in eqn.reads}
+        if eqn.primitive in ALIAS and len(reads) == 1:
+            same[eqn.outputs[0]] = reads.pop()
+    return same
+
+
 def gradient_cost(fun: Callable, *args: Any) -> Cost:
     """Cost of a function's jaxpr after dead code is removed, inside nested jaxprs too."""
     return jaxpr_cost(_compat.dce(jax.make_jaxpr(fun)(*args)))

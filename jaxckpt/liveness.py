@@ -326,19 +326,19 @@ class _Resolved:
 
 
 def _resolve(
-    equations: Iterable[Equation],
+    equations: Sequence[Equation],
     size: Callable[[int], int],
     habits: Habits,
     kept: Iterable[int],
     stacked: Iterable[int] = (),
 ) -> _Resolved:
-    same: dict[int, int] = {}
+    same = costs.renamed(equations)
     runs = [_Run((), (v,), True, True, False) for v in stacked]
     copying = _Copying()
     in_place = {scatter.outputs[0] for scatter in habits.scatters.values()}
     for eqn in equations:
         reads = tuple(dict.fromkeys(same.get(v, v) for v in eqn.reads))
-        if eqn.outputs[0] in in_place:
+        if eqn.outputs[0] in in_place or eqn.outputs[0] in same:
             continue
         if (scatter := habits.scatters.get(eqn.outputs[0])) is not None:
             base = [v for v in reads if v != scatter.outputs[0]]
@@ -349,9 +349,6 @@ def _resolve(
         for v in {same.get(v, v) for v in habits.copies(eqn)}:
             copy = copying.number(Copy(v, eqn.outputs[0]))
             reads = tuple(copy if u == v else u for u in reads)
-        if eqn.primitive in costs.ALIAS and len(reads) == 1:
-            same[eqn.outputs[0]] = reads[0]
-            continue
         runs.append(
             _Run(
                 reads,
