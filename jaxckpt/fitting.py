@@ -15,7 +15,7 @@ from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe
 from jaxckpt.errors import InfeasibleBudgetError
 from jaxckpt.keeping import digest
-from jaxckpt.ladder import FAR, Ladder
+from jaxckpt.ladder import FAR, FASTER, Ladder
 from jaxckpt.measurement import Measurement
 from jaxckpt.plans import Plan
 from jaxckpt.sharing import Picks, apart, together
@@ -125,12 +125,15 @@ def fitted(step: Step, budget_bytes: int, batch: int | None = None) -> Fitted:
     """
     unplanned = step.measured.get(step.without)
     picks, calibration = step.without, None
-    if unplanned is None or unplanned.device_bytes > budget_bytes:
+    is_needed = unplanned is None or unplanned.device_bytes > budget_bytes
+    if is_needed or step.least_cost <= -FASTER:
         record = remembered_of(step.programs, step.target)
         calibration = record.hash if record.samples else None
-        picks = _searched(step, budget_bytes, record) if step.keys else None
-        if picks is None:
+        found = _searched(step, budget_bytes, record) if step.keys else None
+        if is_needed and found is None:
             refuse(step, budget_bytes)
+        if found is not None and (is_needed or step.cost(found) <= -FASTER):
+            picks = found
     return Fitted(
         step=step.jitted(picks),
         plans=tuple(_plans(step, picks)),
@@ -148,7 +151,8 @@ def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | Non
     path = (together if adds_up else apart)(step.peaks, step.costs)
     combine = sum if adds_up else max
     predicted = [combine(row[i] for row, i in zip(step.peaks, picks, strict=True)) for picks in path]
-    state, offset = _outside(step, predicted[-1])
+    without = combine(row[-1] for row in step.peaks)
+    state, offset = _outside(step, without)
     costs = [step.cost(picks) for picks in path]
     # What the unplanned step says of gradients is part of what the samples are relative to.
     name = digest((step.name, adds_up, step.without in step.measured))
@@ -157,13 +161,14 @@ def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | Non
         predicted,
         costs,
         lambda i: step.measure(path[i]).device_bytes,
-        expected=lambda size: record.ratio(name, max(1, size) / max(1, predicted[-1])),
+        expected=lambda size: record.ratio(name, max(1, size) / max(1, without)),
         spread=record.spread(name),
         num_before=int(step.without in step.measured),
     )
-    ladder.known |= {i: step.measured[p].device_bytes for i, p in enumerate(path[:-1]) if p in step.measured}
+    known = ((i, step.measured[p]) for i, p in enumerate(path) if p in step.measured and p != step.without)
+    ladder.known |= {i: measured.device_bytes for i, measured in known}
     chosen = ladder.cheapest(budget_bytes)
-    found = [(predicted[i] / max(1, predicted[-1]), ladder.ratio(i), 0) for i in sorted(ladder.known)]
+    found = [(predicted[i] / max(1, without), ladder.ratio(i), 0) for i in sorted(ladder.known)]
     add_samples(record, name, found)
     if chosen is None or adds_up:
         return None if chosen is None else path[chosen]
@@ -190,10 +195,12 @@ def _raised(step: Step, picks: Picks, budget_bytes: int) -> Picks:
     """Give each function what the others leave: those whose own peak is not the step's recompute less."""
     left = _MAX_RAISES if len(picks) > 1 else 0
     for f in sorted(range(len(picks)), key=lambda f: -step.costs[f][picks[f]]):
-        fits, over = picks[f], len(step.options[f])
+        # No plan at all comes last, where no plan is faster than that.
+        most = len(step.options[f]) - (step.costs[f][-1] > min(step.costs[f]))
+        fits, over = picks[f], most
         while left and over - fits > 1 and step.costs[f][fits] - step.costs[f][over - 1] >= _WORTH:
-            # No plan at all first, then halfway.
-            i = over - 1 if over == len(step.options[f]) else (fits + over) // 2
+            # The fastest first, then halfway.
+            i = over - 1 if over == most else (fits + over) // 2
             tried = (*picks[:f], i, *picks[f + 1 :])
             left -= tried not in step.measured
             if step.measure(tried).device_bytes <= budget_bytes:

@@ -13,6 +13,8 @@ _WORTH = (0.0, 0.002, 0.002, 0.004, 0.005, 0.007, 0.012, 0.02, 0.04)
 _MAX_COMPILES = 10
 # A program is not compiled without plans where the model expects its temporaries to take this many times the room.
 FAR = 2.0
+# Where everything fits, plans must be modelled to take this share of the step less to be taken all the same.
+FASTER = 0.05
 # How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible.
 NUM_LEAST = 4
 # Plans whose predicted bytes are this far apart hold the same buffers of the compiler's own. Over pairs of plans of one

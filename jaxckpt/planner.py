@@ -11,7 +11,7 @@ from jaxckpt.calibration import Calibration, add_samples, remembered
 from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe, forced_by
 from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning, OptionError
-from jaxckpt.ladder import FAR, Ladder
+from jaxckpt.ladder import FAR, FASTER, Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan
 from jaxckpt.study import Study
@@ -24,8 +24,6 @@ _UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
 _NEAR = 1.3
 # Within a cost, how many more candidates are compiled where the model was too low, by how much it must be.
 _MAX_LOWER, _LOWER = 3, 1.02
-# Where everything fits, a plan must be modelled to take this share of the step less to be taken all the same.
-_FASTER = 0.05
 
 _STUDIES: dict[tuple, Study] = {}
 _MAX_STUDIES = 4
@@ -292,10 +290,10 @@ class _Search:
 
     def _faster(self, budget: int) -> int | None:
         """The fastest plan within the budget where none is needed, if it is that much faster: loops may stack less."""
-        if min(self.ladder.costs, default=0.0) > -_FASTER:
+        if min(self.ladder.costs, default=0.0) > -FASTER:
             return None
         found = self.ladder.cheapest(budget) if self.request.verify else self._expected_best(budget)
-        return None if found is None or self.ladder.costs[found] > -_FASTER else found
+        return None if found is None or self.ladder.costs[found] > -FASTER else found
 
     def _predicted(self, budget: int, unplanned: int) -> Plan:
         chosen = self._expected_best(budget)

@@ -151,6 +151,11 @@ class Step:
         """Work beyond that without plans, as a fraction of what the decorated functions take."""
         return sum(row[i] for row, i in zip(self.costs, picks, strict=True))
 
+    @property
+    def least_cost(self) -> float:
+        """Of the picks with the least work; below 0 where plans are faster than none."""
+        return sum(map(min, self.costs))
+
     def jitted(self, picks: Picks) -> Callable:
         """The step with these plans inside."""
         fun = _under(self.choice(picks), self.fun)

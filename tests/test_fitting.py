@@ -74,6 +74,25 @@ def test_a_step_that_fits_is_left_alone():
     assert count(fitted.step.__wrapped__, WS, WS, X)["checkpoint"] == 0
 
 
+def test_a_step_that_fits_gets_plans_that_make_it_faster():
+    def loss(ws, x):
+        """A scan that stacks many values which take little to make."""
+
+        def layer(x, w):
+            for _ in range(4):
+                x = x + 0.1 * jnp.sin(x * w)
+            return x, None
+
+        return jnp.sum(jax.lax.scan(layer, x, jnp.stack([w[:1] for w in ws]))[0] ** 2)
+
+    step = make_step(jaxckpt.auto_remat(loss), jaxckpt.auto_remat(chain))
+    fitted = jaxckpt.fit(step, WS, WS, X, budget="8GB")
+    assert [plan.schedule is None for plan in fitted.plans] == [False, True]
+    assert fitted.plans[0].recompute_cost < 0 and fitted.measurement.device_bytes < fitted.unplanned.device_bytes
+    counted = jaxckpt.fit(step, WS, WS, X, budget="8GB", cost="flops")
+    assert [plan.schedule for plan in counted.plans] == [None, None]
+
+
 def test_several_functions_and_an_inner_jit_are_planned_together():
     other = jax.jit(jaxckpt.auto_remat(lambda ws, x: chain(ws[:6], x)))
     fitted = jaxckpt.fit(make_step(jaxckpt.auto_remat(chain), other), WS, WS, X, budget="70%")
