@@ -2,8 +2,9 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
@@ -40,7 +41,7 @@ class Blocks:
         residual_bytes: `[n]`, what a loop would stack of each block when it is left to JAX.
         classes: `[n]`, equal for blocks with the same equations and shapes.
         unplanned_cost: forward and backward without recomputation, in units of the plan's cost.
-        once: the blocks with side effects, which no region may repeat.
+        once: the blocks that no region may repeat, such as those with side effects.
         transients: `[n]`, for each option of a loop or a conditional the most bytes alive in its backward beyond what
             is saved, were nothing of that freed; empty for other blocks.
         stacked_peaks: `[n]`, for each option of a loop's whole body the most bytes alive in its backward where what it
@@ -66,6 +67,34 @@ class Blocks:
     def unplanned_extra(self) -> int:
         """What leaving everything to JAX takes beyond a forward sweep: the time that its loops' stacks take."""
         return keep_all(self.problem).judgement.extra_work
+
+
+def alike(blocks: Blocks) -> Iterator[Blocks]:
+    """The same with one option for all blocks of the class that there is most of, once for each of its options.
+
+    A heap that holds the same of each of them has fewer gaps than one that holds a set here and another one there.
+    """
+    number, _ = Counter(blocks.classes).most_common(1)[0]
+    are_like = [c == number for c in blocks.classes]
+    for o in range(len(blocks.problem.blocks[are_like.index(True)].options)):
+        one = functools.partial(_with_one, are_like=are_like, o=o)
+        yield replace(
+            blocks,
+            problem=_with_options(blocks.problem, one),
+            flops_problem=_with_options(blocks.flops_problem, one),
+            choices=one(blocks.choices),
+            once=(*blocks.once, *(k for k, like in enumerate(are_like) if like)),
+        )
+
+
+def _with_one(rows: Sequence[Sequence[Any]], *, are_like: Sequence[bool], o: int) -> tuple[Any, ...]:
+    return tuple(row[o : o + 1] if like else row for row, like in zip(rows, are_like, strict=True))
+
+
+def _with_options(problem: Problem, choose: Callable) -> Problem:
+    options = choose([block.options for block in problem.blocks])
+    blocks = (replace(block, options=some) for block, some in zip(problem.blocks, options, strict=True))
+    return replace(problem, blocks=tuple(blocks))
 
 
 def analyse(

@@ -8,7 +8,7 @@ from typing import Any
 from ckptsolvers import Keep, simulate
 
 from jaxckpt import apply, cuts, graph, shardings, targets
-from jaxckpt.blocks import Blocks, analyse
+from jaxckpt.blocks import Blocks, alike, analyse
 from jaxckpt.candidates import SOLVERS, Candidate, candidates, keep_all
 from jaxckpt.errors import OptionError
 from jaxckpt.habits import is_head, outside_regions
@@ -84,7 +84,7 @@ class Study:
             self._add_merged()
         found = candidates([b.problem for b in self.cuts], solver)
         # The unbeaten ones, and beside them what each cut has that another one's beat by what is predicted.
-        self.candidates, self.rungs = ([self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found)
+        self.candidates, self.rungs = ([self._per_device(c) for c in cs if self._runs_once(c)] for cs in found)
         self.forward_flops = sum(dag.nodes[i]["flops"] for i in dag)
         self.unplanned_cost = 0 if self.blocks is None else self.blocks.unplanned_cost
 
@@ -106,7 +106,7 @@ class Study:
         """The blocks that a candidate is about."""
         return self.cuts[self.kind(candidate)]
 
-    def _runs_effects_once(self, candidate: Candidate) -> bool:
+    def _runs_once(self, candidate: Candidate) -> bool:
         return all(candidate.judgement.num_forwards[k] == 1 for k in self.blocks_of(candidate).once)
 
     def _analysed(self, spans: tuple[cuts.Span, ...]) -> Blocks:
@@ -130,7 +130,8 @@ class Study:
         classes = [c if plain else None for c, plain in zip(coarse.classes, is_plain, strict=True)]
         spans = cuts.merged(self.program, coarse.spans, classes)
         if len(spans) < len(coarse.spans):
-            self.cuts.append(self._analysed(spans))
+            merged = self._analysed(spans)
+            self.cuts += [merged, *alike(merged)]
 
     @functools.cached_property
     def fixed_bytes(self) -> int:
