@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import CASES, study, study_of
-from zoo import gpt
+from zoo import gpt, gpt2
 from zoo.models import chain_args, chain_loss
 
 from jaxckpt import cuts, graph
@@ -193,3 +193,23 @@ def test_what_repeats_is_merged_and_nothing_else():
     assert sizes("abcdabcd") == [1] * 6, "two repetitions are too few"
     assert sizes("aaaaaaaa") == sizes("abcdefgh") == sizes("ababxyzw") == [1] * 6
     assert sizes(["x", "a", None, "a", None, "a", None, "y"]) == [1] * 6, "what must stay as it is"
+
+
+def test_what_repeats_is_treated_alike_too_on_a_tpu():
+    config = gpt2.Config(num_layers=6, width=64, num_heads=2, num_tokens=128, vocab=64)
+    with jax.numpy_rank_promotion("allow"):
+        s = study(gpt2.make_loss(config), *gpt2.specs(config), target="v5e")
+    kinds = {s.kind(c) for c in s.rungs}
+    fine, coarse, merged, *alike = s.cuts
+    assert len(fine.spans) > len(coarse.spans) > len(merged.spans) >= 6 and len(alike) > 2
+    assert kinds > set(range(4, len(s.cuts)))
+    seen = set()
+    for candidate in (c for c in s.rungs if s.kind(c) > 2):
+        blocks, saved = s.blocks_of(candidate), s.saved(candidate)
+        like = [k for k, number in enumerate(blocks.classes) if blocks.classes.count(number) >= 4]
+        assert len(like) >= 4 and all(candidate.judgement.num_forwards[k] == 1 for k in like)
+        # What is saved of each is the same, by its place in the block.
+        places = {saved[k] and tuple(sorted(v - blocks.spans[k].outputs[0] for v in saved[k])) for k in like[:-1]}
+        assert len(places) == 1
+        seen |= places
+    assert len(seen) > 2
