@@ -41,6 +41,7 @@ class Blocks:
         residual_bytes: `[n]`, what a loop would stack of each block when it is left to JAX.
         classes: `[n]`, equal for blocks with the same equations and shapes.
         unplanned_cost: forward and backward without recomputation, in units of the plan's cost.
+        unplanned_extra: what leaving everything to JAX takes beyond a forward sweep: the time of loops' stacks.
         once: the blocks that no region may repeat, such as those with side effects.
         transients: `[n]`, for each option of a loop or a conditional the most bytes alive in its backward beyond what
             is saved, were nothing of that freed; empty for other blocks.
@@ -59,14 +60,10 @@ class Blocks:
     layouts: Layouts
     classes: tuple[int, ...]
     unplanned_cost: int
+    unplanned_extra: int
     once: tuple[int, ...] = ()
     transients: tuple[tuple[int, ...], ...] = ()
     stacked_peaks: tuple[tuple[int, ...], ...] = ()
-
-    @functools.cached_property
-    def unplanned_extra(self) -> int:
-        """What leaving everything to JAX takes beyond a forward sweep: the time that its loops' stacks take."""
-        return keep_all(self.problem).judgement.extra_work
 
 
 def alike(blocks: Blocks) -> Iterator[Blocks]:
@@ -152,17 +149,19 @@ def analyse(
     if target.platform == "tpu":
         blocks = _with_head_waiting(blocks, spans, layouts, is_apart)
     once = tuple(k for k, span in enumerate(spans) if any(eqn.effects for eqn in span.equations))
+    problem = Problem(blocks=tuple(blocks), values=values)
     return Blocks(
         program=program,
         graph=graph,
         spans=tuple(spans),
-        problem=Problem(blocks=tuple(blocks), values=values),
+        problem=problem,
         flops_problem=Problem(blocks=tuple(flops_blocks), values=values),
         once=once,
         choices=tuple(choices),
         residual_bytes=tuple(residual_bytes),
         classes=tuple(classes),
         unplanned_cost=cost + (_summing(program, spans, active) if timer is count_flops else 0),
+        unplanned_extra=keep_all(problem).judgement.extra_work,
         transients=tuple(transients),
         stacked_peaks=tuple(stacked_peaks),
         layouts=layouts,

@@ -211,5 +211,6 @@ def test_what_repeats_is_treated_alike_too_on_a_tpu():
         # What is saved of each is the same, by its place in the block.
         places = {saved[k] and tuple(sorted(v - blocks.spans[k].outputs[0] for v in saved[k])) for k in like[:-1]}
         assert len(places) == 1
+        assert s.extra_cost(candidate) == s.recompute_flops(candidate) > 0
         seen |= places
     assert len(seen) > 2
