@@ -2,9 +2,8 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
@@ -13,7 +12,7 @@ from jaxckpt import costs
 from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
 from jaxckpt.branch_model import analyse_conditional
 from jaxckpt.branches import branches_of
-from jaxckpt.candidates import keep_all
+from jaxckpt.candidates import NO_ROOM, keep_all
 from jaxckpt.cuts import Span
 from jaxckpt.layouts import Layouts, layouts_of
 from jaxckpt.regions import Saved
@@ -23,8 +22,6 @@ from jaxckpt.targets import Target, Timer, count_flops
 from jaxckpt.trace import Equation, Program, elements
 
 Profiler = Callable[[LocalBlock, Analysis], Analysis]
-# More than any budget: what a block needs that must not run without being kept.
-_NO_ROOM = 2**50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,7 @@ class Blocks:
         classes: `[n]`, equal for blocks with the same equations and shapes.
         unplanned_cost: forward and backward without recomputation, in units of the plan's cost.
         unplanned_extra: what leaving everything to JAX takes beyond a forward sweep: the time of loops' stacks.
-        once: the blocks that no region may repeat, such as those with side effects.
+        once: the blocks with side effects, which no region may repeat.
         transients: `[n]`, for each option of a loop or a conditional the most bytes alive in its backward beyond what
             is saved, were nothing of that freed; empty for other blocks.
         stacked_peaks: `[n]`, for each option of a loop's whole body the most bytes alive in its backward where what it
@@ -64,34 +61,6 @@ class Blocks:
     once: tuple[int, ...] = ()
     transients: tuple[tuple[int, ...], ...] = ()
     stacked_peaks: tuple[tuple[int, ...], ...] = ()
-
-
-def alike(blocks: Blocks) -> Iterator[Blocks]:
-    """The same with one option for all blocks of the class that there is most of, once for each of its options.
-
-    A heap that holds the same of each of them has fewer gaps than one that holds a set here and another one there.
-    """
-    number, _ = Counter(blocks.classes).most_common(1)[0]
-    are_like = [c == number for c in blocks.classes]
-    for o in range(len(blocks.problem.blocks[are_like.index(True)].options)):
-        one = functools.partial(_with_one, are_like=are_like, o=o)
-        yield replace(
-            blocks,
-            problem=_with_options(blocks.problem, one),
-            flops_problem=_with_options(blocks.flops_problem, one),
-            choices=one(blocks.choices),
-            once=(*blocks.once, *(k for k, like in enumerate(are_like) if like)),
-        )
-
-
-def _with_one(rows: Sequence[Sequence[Any]], *, are_like: Sequence[bool], o: int) -> tuple[Any, ...]:
-    return tuple(row[o : o + 1] if like else row for row, like in zip(rows, are_like, strict=True))
-
-
-def _with_options(problem: Problem, choose: Callable) -> Problem:
-    options = choose([block.options for block in problem.blocks])
-    blocks = (replace(block, options=some) for block, some in zip(problem.blocks, options, strict=True))
-    return replace(problem, blocks=tuple(blocks))
 
 
 def analyse(
@@ -218,7 +187,7 @@ def _analyse_one(
 
 def _outside(analysis: Analysis) -> Analysis:
     """The block as one that no region covers: left to JAX where it stands, and never run without being kept."""
-    alone = lambda block: replace(block, forward_peak_bytes=_NO_ROOM, options=block.options[-1:])  # noqa: E731
+    alone = lambda block: replace(block, forward_peak_bytes=NO_ROOM, options=block.options[-1:])  # noqa: E731
     return replace(
         analysis,
         block=alone(analysis.block),

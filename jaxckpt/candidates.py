@@ -5,8 +5,8 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ckptsolvers import ChainTable, InfeasibleError, Judgement, Keep, Problem, Schedule, simulate
@@ -28,16 +28,26 @@ _ILP_TIME_S = 3.0
 _FEW_BLOCKS, _FINE_LEVELS = 16, 16_000
 # There a candidate with fewer bytes stays beside one whose work is less by no more than this share of a forward.
 _NEARLY = 0.003
+# More than any budget: what a block needs that must not run without being kept.
+NO_ROOM = 2**50
 SOLVERS = ("auto", "chain", "chen", "revolve", "lower_sets", "ilp")
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A schedule with what the judge says of it, and the problem it is for."""
+    """A schedule with what the judge says of it, and the problem it is for.
+
+    Attributes:
+        schedule: a tree over the problem's blocks.
+        judgement: its bytes and work.
+        problem: one of the program's.
+        is_alike: whether it is of those that treat like blocks alike, whose bytes are off by less.
+    """
 
     schedule: Schedule
     judgement: Judgement
     problem: Problem = field(compare=False, repr=False)
+    is_alike: bool = False
 
     @property
     def digest(self) -> str:
@@ -46,22 +56,46 @@ class Candidate:
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
-def candidates(problems: Sequence[Problem], solver: Any) -> tuple[list[Candidate], list[Candidate]]:
+def candidates(
+    problems: Sequence[Problem], solver: Any, like: Sequence[int] = ()
+) -> tuple[list[Candidate], list[Candidate]]:
     """A solver's candidates, least bytes first.
 
     Args:
         problems: the program's, one for each way to cut it into blocks.
         solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
+        like: blocks of the last problem that are equal; plans that treat them alike are candidates of their own.
 
     Returns:
         Those that no other one beats in both bytes and work, and these with those that only another problem's beat: how
         much more or less than predicted a compiler takes differs from problem to problem.
     """
     judged = [_judged(problem, solver) for problem in problems]
+    if like:
+        alike = {c.digest: c for c in _alike(problems[-1], like)}
+        judged[-1] = [c for c in judged[-1] if c.digest not in alike]
+        judged.append(list(alike.values()))
     best = _unbeaten(itertools.chain(*judged))
     known = {id(candidate) for candidate in best}
     others = [c for found in judged for c in _unbeaten(found) if id(c) not in known] if len(judged) > 1 else []
     return best, sorted([*best, *others], key=_bytes_first)
+
+
+def _alike(problem: Problem, like: Sequence[int]) -> Iterator[Candidate]:
+    """Schedules with one option for all of some equal blocks, none of them in a region; once for each option.
+
+    A heap that holds the same of each of them has fewer gaps than one that holds a set here and another one there.
+    """
+    for o in range(len(problem.blocks[like[0]].options)):
+        blocks = [
+            replace(block, forward_peak_bytes=NO_ROOM, options=block.options[o : o + 1]) if k in like else block
+            for k, block in enumerate(problem.blocks)
+        ]
+        for found in chain_schedules(replace(problem, blocks=tuple(blocks)), is_fine=len(blocks) <= _FEW_BLOCKS):
+            # No region covers them, so they stand at the outermost level.
+            schedule = Schedule(tuple(Keep(n.start, o) if n.start in like else n for n in found.nodes))
+            if schedule.depth <= _MAX_DEPTH:
+                yield Candidate(schedule, simulate(problem, schedule), problem, is_alike=True)
 
 
 def _bytes_first(candidate: Candidate) -> tuple[int, int]:

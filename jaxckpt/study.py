@@ -1,6 +1,7 @@
 """Everything known about one program under one objective: blocks, candidate schedules, and what they measured."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from ckptsolvers import Keep, simulate
 
 from jaxckpt import apply, cuts, graph, shardings, targets
-from jaxckpt.blocks import Blocks, alike, analyse
+from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import SOLVERS, Candidate, candidates, keep_all
 from jaxckpt.errors import OptionError
 from jaxckpt.habits import is_head, outside_regions
@@ -79,12 +80,11 @@ class Study:
         self._known: dict = {}
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
-        if solver == "auto" and self.chip.platform == "tpu" and self.cuts:
-            # Elsewhere plans of the others beat what is written by hand, and analysing larger blocks takes time.
-            self._add_merged()
-        found = candidates([b.problem for b in self.cuts], solver)
+        # Elsewhere nothing is won by it, and analysing larger blocks takes time.
+        like = self._add_merged() if solver == "auto" and self.chip.platform == "tpu" and self.cuts else ()
+        found = candidates([b.problem for b in self.cuts], solver, like)
         # The unbeaten ones, and beside them what each cut has that another one's beat by what is predicted.
-        self.candidates, self.rungs = ([self._per_device(c) for c in cs if self._runs_once(c)] for cs in found)
+        self.candidates, self.rungs = ([self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found)
         self.forward_flops = sum(dag.nodes[i]["flops"] for i in dag)
         self.unplanned_cost = 0 if self.blocks is None else self.blocks.unplanned_cost
 
@@ -99,14 +99,17 @@ class Study:
         return self.cuts[0] if self.cuts else None
 
     def kind(self, candidate: Candidate) -> int:
-        """Which of the cuts a candidate is about: the plans of one are off by like bytes."""
-        return next(i for i, blocks in enumerate(self.cuts) if blocks.problem is candidate.problem)
+        """A number for what a candidate is: the plans of one cut are off by like bytes, and those that are alike."""
+        return len(self.cuts) if candidate.is_alike else self._cut(candidate)
 
     def blocks_of(self, candidate: Candidate) -> Blocks:
         """The blocks that a candidate is about."""
-        return self.cuts[self.kind(candidate)]
+        return self.cuts[self._cut(candidate)]
 
-    def _runs_once(self, candidate: Candidate) -> bool:
+    def _cut(self, candidate: Candidate) -> int:
+        return next(i for i, blocks in enumerate(self.cuts) if blocks.problem is candidate.problem)
+
+    def _runs_effects_once(self, candidate: Candidate) -> bool:
         return all(candidate.judgement.num_forwards[k] == 1 for k in self.blocks_of(candidate).once)
 
     def _analysed(self, spans: tuple[cuts.Span, ...]) -> Blocks:
@@ -123,15 +126,20 @@ class Study:
             profiler=self.profiler,
         )
 
-    def _add_merged(self) -> None:
-        """Add a cut whose blocks are what the program repeats."""
+    def _add_merged(self) -> list[int]:
+        """Add a cut whose blocks are what the program repeats; return those that are equal, if there are any."""
         coarse = self.cuts[-1]
         is_plain = [len(b.options) > 1 and not t for b, t in zip(coarse.problem.blocks, coarse.transients, strict=True)]
         classes = [c if plain else None for c, plain in zip(coarse.classes, is_plain, strict=True)]
         spans = cuts.merged(self.program, coarse.spans, classes)
-        if len(spans) < len(coarse.spans):
-            merged = self._analysed(spans)
-            self.cuts += [merged, *alike(merged)]
+        if len(spans) == len(coarse.spans):
+            return []
+        merged = self._analysed(spans)
+        self.cuts.append(merged)
+        alone = {span.positions for span in coarse.spans}
+        numbers = [c for c, span in zip(merged.classes, spans, strict=True) if span.positions not in alone]
+        number, _ = Counter(numbers).most_common(1)[0]
+        return [k for k, c in enumerate(merged.classes) if c == number]
 
     @functools.cached_property
     def fixed_bytes(self) -> int:
