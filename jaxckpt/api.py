@@ -283,7 +283,7 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
             short_bytes(found.budget_bytes or 0),
             short_count(found.recompute_flops),
         )
-        if found.is_unplanned_measured or not request.verify:
+        if found.measured_peak_bytes is not None or not request.verify:
             _write(path, found)  # a prediction for want of a compiler is made again once there is one
     return found
 

@@ -21,7 +21,7 @@ class InfeasibleBudgetError(JaxckptError):
     """No plan fits the budget.
 
     Attributes:
-        budget_bytes: what was asked for.
+        budget_bytes: what was asked for, `reserve` taken off.
         least_peak_bytes: the least peak found.
         unplanned_peak_bytes: the peak without a plan.
         measured: whether the two peaks were measured, or predicted.

@@ -139,13 +139,16 @@ def make_request(
         raise BudgetError(f"max_cost={max_cost!r} is not a number; 1.1 allows 10 % more than the unplanned cost")
     if max_cost is not None and not 1 <= max_cost < math.inf:
         raise BudgetError(f"max_cost={max_cost!r} is below 1; 1.1 allows 10 % more than the unplanned cost")
+    reserve_bytes = parse_bytes(reserve, "reserve", least=0)
+    if max_cost is not None and reserve_bytes:
+        raise BudgetError(f"reserve={reserve!r} is taken off a budget, and max_cost={max_cost!r} has none")
     return Request(
         budget=None if budget is None else parse_budget(budget),
         max_cost=max_cost,
         cost=cost,
         solver=solver,
         target=target,
-        reserve_bytes=parse_bytes(reserve, "reserve", least=0),
+        reserve_bytes=reserve_bytes,
         verify=verify,
         calibration=calibration,
         profile=profile,
@@ -217,9 +220,14 @@ class _Search:
         certain = self.request.verify and not self._may_wait(wanted)
         unplanned = self._unplanned_bytes() if certain else self._expected_unplanned()
         budget = wanted.resolve(unplanned) - self.request.reserve_bytes
-        if budget <= 0:
+        if budget <= 0 < self.request.reserve_bytes:
             raise BudgetError(f"reserve={self.request.reserve_bytes:,} leaves nothing of the budget")
-        if unplanned <= budget:
+        # Of a percentage the prediction cancels out.
+        is_guess = not self.request.verify and wanted.size_bytes is not None
+        margin = (
+            self._with_margin(unplanned - self.study.fixed_bytes) if is_guess else unplanned - self.study.fixed_bytes
+        )
+        if self.study.fixed_bytes + margin <= budget:
             return self._plan(self._faster(budget), budget, unplanned)
         if not self.candidates:
             self._refuse(budget, unplanned, unplanned, None)
@@ -298,22 +306,24 @@ class _Search:
     def _predicted(self, budget: int, unplanned: int) -> Plan:
         chosen = self._expected_best(budget)
         if chosen is None:
-            at = min(range(len(self.candidates)), key=self._with_margin)
-            least = self.study.fixed_bytes + math.ceil(self._with_margin(at))
+            at = min(range(len(self.candidates)), key=self.ladder.corrected)
+            least = self.study.fixed_bytes + math.ceil(self._needed(at))
             self._refuse(budget, unplanned, least, self.candidates[at])
         return self._plan(chosen, budget, unplanned)
 
     def _expected_best(self, budget: int) -> int | None:
         """The cheapest candidate that is expected to fit, a margin left."""
         room = budget - self.study.fixed_bytes
-        inside = [i for i in range(len(self.candidates)) if self._with_margin(i) <= room]
-        return min(inside, key=lambda i: (self.ladder.costs[i], self._with_margin(i)), default=None)
+        inside = [i for i in range(len(self.candidates)) if self._needed(i) <= room]
+        return min(inside, key=lambda i: (self.ladder.costs[i], self._needed(i)), default=None)
 
-    def _with_margin(self, i: int) -> float:
+    def _needed(self, i: int) -> float:
         """Bytes beyond the fixed ones to leave for a candidate that is not measured."""
+        return self._with_margin(self.ladder.corrected(i) - self.study.fixed_bytes)
+
+    def _with_margin(self, predicted_bytes: float) -> float:
         knows = self.record is not None and self.record.knows(self.program)
-        margin = 1 + (_KNOWN_MARGIN if knows else _UNVERIFIED_MARGIN)
-        return margin * (self.ladder.corrected(i) - self.study.fixed_bytes)
+        return predicted_bytes * (1 + (_KNOWN_MARGIN if knows else _UNVERIFIED_MARGIN))
 
     def _within_cost(self, unplanned: int) -> Plan:
         assert self.request.max_cost is not None
@@ -338,13 +348,15 @@ class _Search:
 
     def _refuse(self, budget: int, unplanned: int, least: int, candidate: Candidate | None) -> NoReturn:
         self._remember()
+        reserve = self.request.reserve_bytes
+        left = f", of which reserve={show_bytes(reserve)} leaves {show_bytes(budget)}" if reserve else ""
         forced = forced_by(self.study, candidate) if candidate else ()
         label = "measured" if self.request.verify else "predicted"
         least = min(least, unplanned)
         at = "".join(f"\n  {what}: {show_bytes(size)}{' at ' + line if line else ''}" for what, size, line in forced)
         raise InfeasibleBudgetError(
-            f"no plan fits budget={show_bytes(budget)}. The least feasible peak is {show_bytes(least)} ({label}); "
-            f"without a plan it is {show_bytes(unplanned)} ({label}). What stands at the least peak:{at}",
+            f"no plan fits budget={show_bytes(budget + reserve)}{left}. The least feasible peak is {show_bytes(least)} "
+            f"({label}); without a plan it is {show_bytes(unplanned)} ({label}). What stands at the least peak:{at}",
             budget_bytes=budget,
             least_peak_bytes=least,
             unplanned_peak_bytes=unplanned,

@@ -139,12 +139,13 @@ class Plan:
         Raises:
             PlanMismatchError: when called, if the function or its shapes are not those of the plan.
         """
-        if self.schedule is None and self.keeps_checkpoints:
-            return fun
 
+        @functools.wraps(fun)
         def with_plan(*args: Any, **kwargs: Any) -> Any:
             traced = trace(fun, args, kwargs, keep_checkpoints=self.keeps_checkpoints)
             self.check(traced.program)
+            if self.schedule is None and self.keeps_checkpoints:
+                return fun(*args, **kwargs)
             leaves = jax.tree.leaves((args, kwargs))
             dynamic = [leaf for leaf, dyn in zip(leaves, traced.is_array, strict=True) if dyn]
             return jax.tree.unflatten(traced.out_tree, self.flat(traced.program)(*traced.consts, *dynamic))

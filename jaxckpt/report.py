@@ -53,7 +53,7 @@ def show_frontier(frontier: Frontier, *, color: bool = False, width: int = _WIDT
     for point in frontier.points:
         table.add_row(
             show_bytes(point.peak_bytes),
-            f"{point.peak_bytes / unplanned:.1%}",
+            f"{point.peak_bytes / max(1, unplanned):.1%}",
             f"{point.cost_ratio:.4f}",
             f"{point.recompute_flops / max(1, frontier.forward_flops):.2%}",
             _point_name(point),
@@ -120,6 +120,8 @@ def _after_colon(row: dict[str, Any]) -> str:
 
 
 def _headline(plan: Plan) -> str:
+    if plan.schedule is None and plan.max_cost is not None:
+        return f"No plan on {plan.target} takes fewer bytes at that cost: no checkpoint is applied."
     if plan.schedule is None:
         return f"The program fits as it is on {plan.target}: no checkpoint is needed, and none is applied."
     share = plan.recompute_flops / max(1, plan.forward_flops)
@@ -150,7 +152,8 @@ def _sizes(plan: Plan) -> Table:
         "planned peak", show_bytes(plan.predicted_peak_bytes), "profiled" if plan.is_profiled else "predicted"
     )
     if plan.next_peak_bytes is not None:
-        table.add_row("next cheaper plan", show_bytes(plan.next_peak_bytes), "measured, does not fit")
+        said = "measured, does not fit" if plan.max_cost is None else "measured"
+        table.add_row("next cheaper plan", show_bytes(plan.next_peak_bytes), said)
     table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), _label(plan.is_least_measured))
     table.add_row("forward", f"{short_count(plan.forward_flops)}FLOP", "counted")
     share = plan.recompute_flops / max(1, plan.forward_flops)
@@ -231,4 +234,5 @@ def _notes(plan: Plan) -> Iterator[str]:
     if plan.measured_peak_bytes is None and is_part:
         yield "Sizes are predicted, of the value and gradient alone; where fit(...) chose it, the step was measured."
     elif plan.measured_peak_bytes is None:
-        yield "Nothing was compiled: sizes are predicted and a margin is left. verify=True measures."
+        margin = "" if plan.max_cost is not None else " and a margin is left"
+        yield f"Nothing was compiled: sizes are predicted{margin}. verify=True measures."

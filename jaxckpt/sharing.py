@@ -13,14 +13,13 @@ def apart(peaks: Sequence[Sequence[int]], costs: Sequence[Sequence[float]]) -> l
 
     Args:
         peaks: `[num_functions, num_options]` bytes, ascending.
-        costs: the same of work, descending.
+        costs: the same of work.
 
     Returns:
         Picks from the least bytes to the least work.
     """
-    del costs
     limits = sorted({peak for row in peaks for peak in row})
-    found = [tuple(_last_within(row, limit) for row in peaks) for limit in limits]
+    found = [tuple(_cheapest(row, work, limit) for row, work in zip(peaks, costs, strict=True)) for limit in limits]
     return list(dict.fromkeys(found))
 
 
@@ -29,7 +28,7 @@ def together(peaks: Sequence[Sequence[int]], costs: Sequence[Sequence[float]]) -
 
     Args:
         peaks: `[num_functions, num_options]` bytes, ascending.
-        costs: the same of work, descending.
+        costs: the same of work.
 
     Returns:
         Picks from the least bytes to the least work.
@@ -53,5 +52,6 @@ def _unbeaten(sums: Sequence[tuple[int, float, Picks]]) -> list[tuple[int, float
     return best
 
 
-def _last_within(peaks: Sequence[int], limit: int) -> int:
-    return max((i for i, peak in enumerate(peaks) if peak <= limit), default=0)
+def _cheapest(peaks: Sequence[int], costs: Sequence[float], limit: int) -> int:
+    """The option with the least work within a limit, of equal ones the last; the first where none is."""
+    return min((i for i, peak in enumerate(peaks) if peak <= limit), key=lambda i: (costs[i], -i), default=0)

@@ -194,18 +194,22 @@ def no_compiles(monkeypatch):
     jaxckpt.planner._STUDIES.clear()
 
 
-def plan_once(cache_dir, **options):
-    args = chain_args(layers=6, rows=64, width=16)
-    jax.make_jaxpr(jax.grad(auto_remat(chain_loss, budget="85%", cache_dir=cache_dir, **options)))(*args)
+def plan_once(cache_dir, budget="85%", **options):
+    args = chain_args(layers=16, rows=256, width=16)
+    jax.make_jaxpr(jax.grad(auto_remat(chain_loss, budget=budget, cache_dir=cache_dir, **options)))(*args)
 
 
-def test_plans_are_kept_on_disk_and_found_there(tmp_path, monkeypatch):
+# The smaller one is so far below what the program takes that nobody compiles that without a plan.
+@pytest.mark.parametrize("budget", ["85%", 170_000])
+def test_plans_are_kept_on_disk_and_found_there(tmp_path, monkeypatch, budget):
     api._PLANS.clear()
-    plan_once(tmp_path)
+    plan_once(tmp_path, budget)
     (kept,) = tmp_path.glob("*.json")
-    assert jaxckpt.Plan.load(kept).measured_peak_bytes
+    plan = jaxckpt.Plan.load(kept)
+    assert plan.measured_peak_bytes and plan.is_unplanned_measured == (budget == "85%")
+    api._PLANS.clear()
     no_compiles(monkeypatch)
-    plan_once(tmp_path)
+    plan_once(tmp_path, budget)
     assert list(tmp_path.glob("*.json")) == [kept]
 
 

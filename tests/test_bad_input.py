@@ -96,6 +96,24 @@ def test_a_reserve_that_leaves_nothing_is_refused():
         jaxckpt.plan(chain_loss, *ARGS, budget="1MB", reserve="1MB", verify=False)
 
 
+def test_a_reserve_beside_a_limit_on_cost_is_refused():
+    with pytest.raises(BudgetError, match="max_cost"):
+        jaxckpt.plan(chain_loss, *ARGS, max_cost=1.1, reserve="1MB")
+
+
+def test_a_refusal_says_what_the_reserve_left():
+    with pytest.raises(InfeasibleBudgetError, match=r"of which reserve=.* leaves") as caught:
+        jaxckpt.plan(chain_loss, *ARGS, budget=100_000, reserve=99_999, verify=False)
+    assert caught.value.budget_bytes == 1
+    enough = -(-caught.value.least_peak_bytes * 11 // 10) + 99_999
+    assert jaxckpt.plan(chain_loss, *ARGS, budget=enough, reserve=99_999, verify=False).peak_bytes < enough
+
+
+def test_a_program_of_nothing_is_planned_as_it_is():
+    assert jaxckpt.plan(lambda x: x * 2, jnp.zeros((0,)), budget="80%", verify=False).schedule is None
+    assert "0 B" in str(jaxckpt.frontier(lambda x: x * 2, jnp.zeros((0,)), num_points=2))
+
+
 def test_a_function_that_fails_raises_its_own_error():
     class OwnError(Exception):
         pass

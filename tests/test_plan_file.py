@@ -37,7 +37,9 @@ def test_a_plan_that_changes_nothing_comes_back_too(tmp_path):
     plan = jaxckpt.plan(chain_loss, *ARGS, budget="1GB", verify=False)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
-    assert plan.schedule is None and plan.apply(chain_loss) is chain_loss
+    assert plan.schedule is None and count(plan.apply(chain_loss), *ARGS)["checkpoint"] == 0
+    with pytest.raises(jaxckpt.PlanMismatchError):
+        plan.apply(chain_loss)(ARGS[0], ARGS[1][:8])
 
 
 def test_json_has_the_attributes_names(plan, path):
