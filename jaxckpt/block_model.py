@@ -57,6 +57,7 @@ class LocalBlock:
         layouts: Layouts,
         *,
         is_last: bool = False,
+        is_repeated: bool = False,
     ):
         self.program, self.span, self.active = program, span, active
         self.values = [*span.inputs, *(v for eqn in span.equations for v in eqn.outputs)]
@@ -69,6 +70,8 @@ class LocalBlock:
         self.layouts = layouts
         # In a loop's body forward and backward are loops of their own, which no compiler mixes.
         self.is_body = invariant is not None
+        # All of its kind may be treated alike, as all iterations are.
+        self.is_repeated = is_repeated or self.is_body
         # The backward waits for nothing but the forward, and a compiler runs it right behind that.
         self.is_last = is_last and not self.is_body
         self.invariant = [v for v in span.inputs if v in (invariant or ())]
@@ -91,7 +94,7 @@ class LocalBlock:
         crossing = [
             (self.layouts.held_bytes(v), self.layouts.features.get(v)) for v in (*self.span.inputs, *self.outputs)
         ]
-        flags += [crossing, [self.is_last]]
+        flags += [crossing, [self.is_last, self.is_repeated]]
         return hashlib.sha256("\n".join((*block.lines(), repr(flags))).encode()).hexdigest()
 
 
@@ -330,20 +333,21 @@ class Model:
     def save_sets(self) -> list[frozenset[int]]:
         """Sets worth considering: once as if every value had its price, once as if outputs were held anyway.
 
-        All iterations of a loop are run alike, so for its body sets between those of the hull are worth having too,
-        and those of results of costly operations alone: fewer values are alive while what follows is made again.
+        All iterations of a loop are run alike, and other blocks that repeat may be, so for these sets between those of
+        the hull are worth having too, and those of results of costly operations alone: fewer values are alive while
+        what follows is made again.
         """
         fine = self._operations(self.time)
         read = {v for eqn in self._needed(self.joint.residuals, frozenset()) for v in eqn.outputs}
         outputs = read.intersection(self.outputs, self.savable)
         found: dict[frozenset[int], None] = {}
-        for operations in (fine, _costly(fine)) if self.local.is_body else (fine,):
+        for operations in (fine, _costly(fine)) if self.local.is_repeated else (fine,):
             for sizes in (self.savable, self.savable | dict.fromkeys(outputs, 1)) if outputs else (self.savable,):
                 for saved in save_sets(
                     operations,
                     targets=self.joint.residuals,
                     save_bytes=sizes,
-                    max_between=_MAX_BETWEEN if self.local.is_body else 0,
+                    max_between=_MAX_BETWEEN if self.local.is_repeated else 0,
                     is_early=operations is not fine,
                 ):
                     found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)

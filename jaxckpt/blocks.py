@@ -76,6 +76,7 @@ def analyse(
     known: dict[str, tuple[int, Analysis]] | None = None,
     is_apart: Callable[[Equation], bool] = lambda eqn: False,
     profiler: Profiler | None = None,
+    are_repeated: bool = False,
 ) -> Blocks:
     """Analyse every distinct block once and put the solver's problem together.
 
@@ -91,6 +92,7 @@ def analyse(
         known: what is known of the blocks of other cuts of the same program, by signature; new ones are added.
         is_apart: which operations that tangents flow through no region may cover; each is a block of its own.
         profiler: puts what is measured of a distinct block in the place of what is modelled.
+        are_repeated: whether blocks may be treated alike, so that each wants more options.
 
     Returns:
         The problem, with what stands behind its options.
@@ -102,7 +104,17 @@ def analyse(
     blocks, flops_blocks, choices, classes, residual_bytes, cost = [], [], [], [], [], 0
     transients, stacked_peaks = [], []
     for span in spans:
-        local = LocalBlock(program, span, active, arguments, results, invariant, layouts, is_last=span is spans[-1])
+        local = LocalBlock(
+            program,
+            span,
+            active,
+            arguments,
+            results,
+            invariant,
+            layouts,
+            is_last=span is spans[-1],
+            is_repeated=are_repeated,
+        )
         key = local.signature()
         if key not in known:
             known[key] = len(known), _analyse_one(local, timer, target, is_apart, profiler)

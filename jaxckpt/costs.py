@@ -5,8 +5,9 @@ result whatever its function, a reduction one per element of its operand, moving
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -85,11 +86,13 @@ class Cost:
         flops: floating-point operations.
         moved_bytes: bytes of its operands and results.
         unknown: primitives inside it without a FLOP rule, or loops whose trips cannot be known.
+        matmul_flops: of the operations those on the matrix units, by dtype.
     """
 
     flops: int
     moved_bytes: int
     unknown: frozenset[str] = frozenset()
+    matmul_flops: Mapping[str, int] = field(default_factory=dict)
 
 
 def cost(eqn: Equation, avals: list[Any]) -> Cost:
@@ -111,7 +114,8 @@ def _cost(primitive: Any, params: dict[str, Any], operands: list[Any], results: 
     if nested is not None:
         return nested
     if primitive in _FLOPS:
-        return Cost(_FLOPS[primitive](params, operands, results), moved)
+        flops = _FLOPS[primitive](params, operands, results)
+        return Cost(flops, moved, matmul_flops={_dtype(operands[0]): flops} if primitive in _MATMULS else {})
     # A primitive without a rule still takes time: one operation per element it makes.
     return Cost(sum(map(elements, results)), moved, frozenset({primitive.name}))
 
@@ -119,7 +123,15 @@ def _cost(primitive: Any, params: dict[str, Any], operands: list[Any], results: 
 def _total(costs: Iterable[Cost], trips: int = 1) -> Cost:
     costs = list(costs)
     unknown = frozenset().union(*(c.unknown for c in costs)) if costs else frozenset()
-    return Cost(trips * sum(c.flops for c in costs), trips * sum(c.moved_bytes for c in costs), unknown)
+    matmuls: Counter[str] = Counter()
+    for c in costs:
+        matmuls.update(c.matmul_flops)
+    return Cost(
+        trips * sum(c.flops for c in costs),
+        trips * sum(c.moved_bytes for c in costs),
+        unknown,
+        {dtype: trips * flops for dtype, flops in matmuls.items()},
+    )
 
 
 def _nested(primitive: Any, params: dict[str, Any]) -> Cost | None:
@@ -128,7 +140,7 @@ def _nested(primitive: Any, params: dict[str, Any]) -> Cost | None:
         return _total([jaxpr_cost(params["jaxpr"].jaxpr)], params["length"])
     if primitive is prims.while_p:
         body = _total([jaxpr_cost(params[k].jaxpr) for k in ("body_jaxpr", "cond_jaxpr")])
-        return Cost(body.flops, body.moved_bytes, body.unknown | {"while (trips unknown, counted once)"})
+        return replace(body, unknown=body.unknown | {"while (trips unknown, counted once)"})
     if primitive is prims.cond_p:
         return max((jaxpr_cost(b.jaxpr) for b in params["branches"]), key=lambda c: c.flops)
     if primitive in _SOLVES:
@@ -210,6 +222,7 @@ _FLOPS: dict[Any, Callable[[dict[str, Any], list[Any], list[Any]], int]] = {
     **dict.fromkeys(_find("triangular_solve tridiagonal_solve"), _triangular_solve),
 }
 _FLOPS.pop(None, None)
+_MATMULS = _find("dot_general conv_general_dilated ragged_dot_general")
 
 
 def inner_bytes(eqn: Equation) -> int:
@@ -220,13 +233,12 @@ def inner_bytes(eqn: Equation) -> int:
 
 def is_matmul(eqn: Equation) -> bool:
     """Whether it runs on the matrix units."""
-    return eqn.primitive in _find("dot_general conv_general_dilated ragged_dot_general")
+    return eqn.primitive in _MATMULS
 
 
-def matmul_dtype(eqn: Equation, avals: list[Any]) -> str:
+def _dtype(operand: Any) -> str:
     """The dtype that decides the matrix units' rate."""
-    operand = eqn.inputs[0]
-    return str(np.dtype((avals[operand] if isinstance(operand, int) else operand.aval).dtype))
+    return str(np.dtype(operand.dtype))
 
 
 def renamed(equations: Iterable[Equation]) -> dict[int, int]:

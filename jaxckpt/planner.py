@@ -335,6 +335,8 @@ class _Search:
         if not self.request.verify:
             return self._plan(inside[0], None, unplanned)
         best = inside[0]
+        alike = next((i for i in inside if self.candidates[i].is_alike), best)
+        best = min(best, alike, key=self.ladder.measured)
         for _ in range(_MAX_LOWER):
             # Where the model was too low, one that it puts below what was measured may take less, and costs less.
             most = self.ladder.measured(best) - self.study.fixed_bytes

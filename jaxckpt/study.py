@@ -112,7 +112,7 @@ class Study:
     def _runs_effects_once(self, candidate: Candidate) -> bool:
         return all(candidate.judgement.num_forwards[k] == 1 for k in self.blocks_of(candidate).once)
 
-    def _analysed(self, spans: tuple[cuts.Span, ...]) -> Blocks:
+    def _analysed(self, spans: tuple[cuts.Span, ...], *, are_repeated: bool = False) -> Blocks:
         return analyse(
             self.program,
             self.graph,
@@ -124,6 +124,7 @@ class Study:
             known=self._known,
             is_apart=self._is_apart,
             profiler=self.profiler,
+            are_repeated=are_repeated,
         )
 
     def _add_merged(self) -> list[int]:
@@ -134,7 +135,7 @@ class Study:
         spans = cuts.merged(self.program, coarse.spans, classes)
         if len(spans) == len(coarse.spans):
             return []
-        merged = self._analysed(spans)
+        merged = self._analysed(spans, are_repeated=True)
         self.cuts.append(merged)
         alone = {span.positions for span in coarse.spans}
         numbers = [c for c, span in zip(merged.classes, spans, strict=True) if span.positions not in alone]

@@ -77,13 +77,12 @@ def _roofline(target: Target, equations: Sequence[Equation], avals: list[Any], k
     moved = liveness.moved_bytes(equations, lambda v: size_bytes(avals[v]), kept=kept)
     times = []
     for eqn, num_bytes in zip(equations, moved, strict=True):
-        rate = target.vector_flops
-        if costs.is_matmul(eqn):
-            rate = target.matmul_flops.get(costs.matmul_dtype(eqn, avals), target.matmul_flops["other"])
-        elif eqn.primitive in costs.EXPENSIVE:
-            rate /= _EXPENSIVE_FLOPS
-        flops = costs.cost(eqn, avals).flops
+        found = costs.cost(eqn, avals)
+        rates = {dtype: target.matmul_flops.get(dtype, target.matmul_flops["other"]) for dtype in found.matmul_flops}
+        others = found.flops - sum(found.matmul_flops.values())
+        others *= _EXPENSIVE_FLOPS if eqn.primitive in costs.EXPENSIVE else 1
+        computing = others / target.vector_flops + sum(f / rates[dtype] for dtype, f in found.matmul_flops.items())
         if eqn.primitive not in costs.FUSIBLE:
             num_bytes = max(num_bytes, costs.inner_bytes(eqn))
-        times.append(math.ceil(1e12 * max(flops / rate, num_bytes / target.bandwidth)))
+        times.append(math.ceil(1e12 * max(computing, num_bytes / target.bandwidth)))
     return times

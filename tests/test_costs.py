@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxckpt import costs
+from jaxckpt import costs, targets
 from jaxckpt.trace import trace
 
 
@@ -219,3 +219,20 @@ def test_the_cost_of_a_gradient_leaves_out_dead_code():
     live = costs.gradient_cost(jax.grad(fun), spec(8, 8)).flops
     # Forward, what the checkpoint runs again of it, and two matmuls backward.
     assert 4 * 2 * 8**3 <= live < 5 * 2 * 8**3 < dead
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["checkpoint", "jit"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_inside_an_operation_take_the_time_of_products(wrap, dtype):
+    layer = lambda x, w: jnp.tanh(x @ w)  # noqa: E731
+    specs = [jax.ShapeDtypeStruct((4096, 4096), dtype)] * 2
+
+    def seconds(fun):
+        program = trace(fun, specs).program
+        timed = targets.timer("time", targets.find("h100"))
+        return sum(timed(program.equations, program.avals, program.outputs))
+
+    # What fuses with a product is timed beside it, and not where both are inside.
+    assert seconds(wrap(layer)) == pytest.approx(seconds(layer), rel=0.2)
+    looped = lambda x, w: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: layer(x, w), x)  # noqa: E731
+    assert seconds(looped) == pytest.approx(seconds(layer), rel=0.5)
