@@ -229,7 +229,7 @@ class _Model:
         return (one if is_saved else 0, *[one] * len(self.local.outputs))
 
     def _again(self, picks: Sequence[Iteration], unit: str) -> int:
-        return max(getattr(p, f"again_{unit}") for p in picks)
+        return max(0, *(getattr(p, f"again_{unit}") for p in picks))
 
     def _differentiated(self, plan: BranchPlan | None) -> Joint:
         if plan is None:

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _NO
     except errors.PlanMismatchError as error:
         print(f"jaxckpt: {error}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"matches": False, "why": str(error)}))
         return _NO
     except BrokenPipeError:
         # Whoever read the output has seen enough; what is still buffered must not complain at exit.
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     limit.add_argument("--budget", type=_number_or_text, help='device bytes: "4GB", "4GiB", "80%%" or a number')
     limit.add_argument("--max-cost", type=float, help="instead, the most a step may cost: 1.1 is 10 %% more")
     plan.add_argument("--cost", choices=("time", "flops"), default="time", help="what is minimised")
-    plan.add_argument("--solver", default="auto", help="auto, chain, chen or revolve")
+    plan.add_argument("--solver", default="auto", help="auto, chain, chen, revolve, lower_sets or ilp")
     plan.add_argument("--reserve", type=_number_or_text, default=0, help="bytes to leave for optimizer state")
     plan.add_argument("--no-verify", action="store_true", help="predict, do not compile")
     _takes_checkpoints(plan)

@@ -109,7 +109,10 @@ class Profiler:
             peak = max(last.saved_bytes, last.forward_peak_bytes + again[run])
             options[-1] = replace(last, forward_peak_bytes=peak)
         block = replace(analysis.block, forward_peak_bytes=forward_peaks[0], options=tuple(options))
-        return self._timed(replace(analysis, block=block), model, forwards[0], backwards[-1], saved)
+        # Of a loop's body there are peaks of another reading too, with what is saved elsewhere.
+        stacked = [max(0, p + again[run]) for p, run in zip(analysis.stacked_peaks, backwards, strict=False)]
+        found = replace(analysis, block=block, stacked_peaks=tuple(stacked))
+        return self._timed(found, model, forwards[0], backwards[-1], saved)
 
     def _corrections(self, runs: Iterable[_Run], avals: list[Any], model: Model) -> dict[_Run, int]:
         """For each run, the compiler's temporaries less the model's."""

@@ -5,7 +5,6 @@ so in a loop the residuals of the jaxpr are what counts. With levels, an outer i
 inner loop runs again when its backward is due; XLA then copies the chunk of every stacked input, and of its cotangent.
 """
 
-import functools
 import itertools
 import math
 import operator
@@ -49,8 +48,9 @@ class Iteration:
         tree: the plan.
         stacked_bytes: kept from its forward to its backward.
         peak_bytes: most alive at once in its backward.
-        again_time: what it makes again.
-        again_flops: the same in FLOPs.
+        whole_peak_bytes: the same where nothing of its forward is there.
+        again_time: what it makes again, less what loops inside take to stack without a plan.
+        again_flops: the same in FLOPs, of which stacking takes none.
         whole_time: what it makes again where nothing of its forward is there, its results left out.
         whole_flops: the same in FLOPs.
         is_wrapped: one checkpoint stands around the whole.
@@ -243,9 +243,9 @@ class Body:
                     stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
                     peak_bytes=(whole if is_wrapped else apart).peak_bytes,
                     whole_peak_bytes=(whole if is_wrapped else judged).peak_bytes,
-                    again_time=max(0, (whole.work if is_wrapped else judged.extra_work) - without),
+                    again_time=(whole.work if is_wrapped else judged.extra_work) - without,
                     again_flops=whole_in_flops.work if is_wrapped else in_flops.extra_work,
-                    whole_time=max(0, whole.work - without),
+                    whole_time=whole.work - without,
                     whole_flops=whole_in_flops.work,
                     is_wrapped=is_wrapped,
                 )
@@ -276,7 +276,7 @@ class _LoopModel:
 
     def __init__(self, local: LocalBlock, loop: Loop, body: Body, active: set[int], timer: Timer, target: Target):
         self.is_cpu = target.platform == "cpu"
-        self._stacking_time = functools.partial(stacking_time, timer, target)
+        self._stacking = lambda part: stacking_time(timer, target, self._moved(part))
         self.local, self.loop, self.body = local, loop, body
         size = lambda vs: sum(size_bytes(loop.body.avals[v]) for v in vs)  # noqa: E731
         results = loop.body.outputs[loop.num_carry :]
@@ -317,7 +317,8 @@ class _LoopModel:
             saved[-1] + copies,
             copies + made + self.outside.results + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
             joined + moving + max(backward) + self.outside.cotangents,
-            sum(part.again(self.body.forward_time, "time") + self._stacking_time(self._moved(part)) for part in parts),
+            # A solver takes no gains; only loops inside that stack less could make more than this one's stacks take.
+            max(0, sum(part.again(self.body.forward_time, "time") + self._stacking(part) for part in parts)),
         )
 
     def transient(self, parts: Sequence[_Part]) -> int:

@@ -87,6 +87,9 @@ def test_a_plan_for_something_else_is_a_clear_no(capsys):
         assert main(["check", "plan.json", *what]) == 1
         out, err = capsys.readouterr()
         assert not out and "another function" in err
+        assert main(["check", "plan.json", *what, "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found["matches"] is False and "another function" in found["why"]
 
 
 def test_a_budget_that_cannot_be_kept_is_a_clear_no(capsys):
