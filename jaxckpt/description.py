@@ -1,13 +1,16 @@
 """A plan put together from a study, the candidate that was chosen, and the numbers it was chosen by."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from ckptsolvers import Keep
 
 from jaxckpt import _compat
 from jaxckpt.candidates import Candidate
 from jaxckpt.plans import Plan, SavedGroup, line_digests
+from jaxckpt.scans import loop_of
 from jaxckpt.study import Study
 from jaxckpt.trace import show_aval, size_bytes
 
@@ -89,7 +92,32 @@ def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
                 size_bytes=sum(size_bytes(program.avals[v]) for v in values),
             )
         )
+    found += _unnamed_groups(study, candidate)
     return tuple(sorted(found, key=lambda g: -g.size_bytes))
+
+
+def _unnamed_groups(study: Study, candidate: Candidate) -> Iterator[SavedGroup]:
+    """What is held without a name: stacks of loops, and what JAX keeps of conditionals and blocks that are left to it."""
+    blocks, saved = study.blocks_of(candidate), study.saved(candidate)
+    groups: dict[tuple, list[int]] = {}
+    for node in candidate.schedule.nodes:
+        if isinstance(node, Keep) and not isinstance(saved[node.block], tuple):
+            size = blocks.problem.blocks[node.block].options[node.option].saved_bytes
+            groups.setdefault((blocks.classes[node.block], node.option), []).extend([node.block] * (size > 0))
+    for (_, option), members in groups.items():
+        if not members:
+            continue
+        first = members[0]
+        eqn = blocks.spans[first].equations[-1]
+        loop = loop_of(eqn)
+        yield SavedGroup(
+            source=eqn.source,
+            primitive=eqn.primitive.name,
+            scope=eqn.scope,
+            shape_dtype="what JAX keeps" if loop is None else f"stacks of {loop.length} iterations",
+            count=len(members),
+            size_bytes=sum(blocks.problem.blocks[k].options[option].saved_bytes for k in members) // study.split,
+        )
 
 
 def forced_by(study: Study, candidate: Candidate, most: int = 5) -> tuple[tuple[str, int, str], ...]:

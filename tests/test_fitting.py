@@ -144,7 +144,8 @@ def test_mixed_precision_with_donated_state_is_planned_in_half_the_bytes():
     fitted = jaxckpt.fit(make_step(loss), WS, WS, X, budget="60%", donate_argnums=(0, 1))
     assert fitted.measurement.device_bytes <= 0.6 * fitted.unplanned.device_bytes
     assert fitted.measurement.alias_bytes >= 2 * 12 * 64 * 64 * 4
-    assert {g.shape_dtype.split("[")[0] for g in fitted.plans[0].saved} == {"bfloat16"}
+    saved = (g.shape_dtype.split("[")[0] for g in fitted.plans[0].saved)
+    assert set(saved) - {"what JAX keeps"} == {"bfloat16"}
 
 
 def cost(fitted):

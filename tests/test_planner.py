@@ -197,8 +197,9 @@ def test_the_report_labels_every_number():
 def test_what_is_saved_adds_up():
     plan = jaxckpt.plan(chain_loss, *ARGS, budget="70%")
     size = 4 * 256 * 32
-    assert sum(g.count for g in plan.saved) * size == sum(g.size_bytes for g in plan.saved)
-    assert {g.shape_dtype for g in plan.saved} == {"float32[256,32]"}
+    named = [g for g in plan.saved if g.shape_dtype != "what JAX keeps"]
+    assert sum(g.count for g in named) * size == sum(g.size_bytes for g in named)
+    assert {g.shape_dtype for g in named} == {"float32[256,32]"}
     assert sum(g.size_bytes for g in plan.saved) < plan.measured_peak_bytes
 
 

@@ -218,6 +218,17 @@ def test_a_plan_that_stacks_less_is_taken_where_everything_fits():
     assert predicted.recompute_cost == plan.recompute_cost and predicted.measured_peak_bytes is None
 
 
+def test_a_report_says_how_a_loop_is_run():
+    specs = shapes(rnn_args(60))
+    plan = jaxckpt.plan(rnn_loss, *specs, max_cost=1.3, verify=False, cost="flops")
+    (loop,) = [saved for saved in plan.block_saves if isinstance(saved, LoopPlan)]
+    report = str(plan)
+    for part in loop.parts:
+        assert f"{' x '.join(map(str, part.lengths))} iterations" in report
+    (stacks,) = [group for group in plan.saved if group.shape_dtype == "stacks of 60 iterations"]
+    assert stacks.size_bytes > 60 * 8 * WIDTH * 4 // 10 and "stacks of 60 iterations" in report
+
+
 def test_where_everything_fits_nothing_is_planned_for_little():
     assert jaxckpt.plan(stacking_loss, *shapes(stacking_args()), budget="8GB", cost="flops").schedule is None
     specs = shapes(
