@@ -97,7 +97,7 @@ def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
 
 
 def _unnamed_groups(study: Study, candidate: Candidate) -> Iterator[SavedGroup]:
-    """What is held without a name: stacks of loops, and what JAX keeps of conditionals and blocks that are left to it."""
+    """What is held without a name: stacks of loops, and what JAX keeps of conditionals and other blocks."""
     blocks, saved = study.blocks_of(candidate), study.saved(candidate)
     groups: dict[tuple, list[int]] = {}
     for node in candidate.schedule.nodes:
