@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from ckptsolvers import ChainTable, InfeasibleError, Judgement, Keep, Problem, Schedule, simulate
 from ckptsolvers.chain import default_num_levels
 
+from jaxckpt.errors import OptionError
+
 _T = TypeVar("_T")
 
 # Candidates stand this far apart in predicted bytes; finer ones differ by less than a compiler's own noise.
@@ -54,6 +56,16 @@ class Candidate:
         """A name for the schedule, among those of one program, that is the same everywhere."""
         shown = [self.problem.num_blocks, self.schedule.to_json()]
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def check_solver(solver: Any) -> None:
+    """Refuse what is neither a solver's name nor a function.
+
+    Raises:
+        OptionError: with the names there are.
+    """
+    if not (callable(solver) or solver in SOLVERS):
+        raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(SOLVERS)}, or a function")
 
 
 def candidates(

@@ -77,7 +77,8 @@ def fit(
         donate_argnums: as in `jax.jit`.
 
     Returns:
-        The jitted step with its plans and what it measured. It takes one compile without plans, unless the budget is
+        The jitted step with its plans and what it measured. A step that fits gets plans only where they make it 5 %
+        faster, by the model. It takes one compile without plans, unless the budget is
         in bytes and far below, and some three with; a few more where several functions share the budget. What was
         measured is remembered, as in `plan`, and saves compiles the next time.
 

@@ -15,7 +15,7 @@ from typing import Any
 from jaxckpt.files import write_text
 
 _LOG = logging.getLogger("jaxckpt")
-# Set to anything, nothing is read from disk or written to it.
+# Set to anything, measured sizes are neither read from disk nor written to it.
 SWITCH = "JAXCKPT_NO_CACHE"
 
 

@@ -76,7 +76,7 @@ class Plan:
         keeps_checkpoints: whether the function's own checkpoints are left as they are.
         parameter_bytes: of what is differentiated.
         saved: what is saved, grouped by equal blocks.
-        schedule: the tree of regions; None where the program fits as it is.
+        schedule: the tree of regions; None where the program runs as it is.
         blocks: `[n]`, positions of each block's equations in the flat program.
         block_saves: `[n]`, the values that each block saves by name, or how a loop is run; None where JAX decides.
         block_labels: `[n]`, how a person recognises each block.

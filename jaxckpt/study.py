@@ -10,8 +10,7 @@ from ckptsolvers import Keep, simulate
 
 from jaxckpt import apply, cuts, graph, shardings, targets
 from jaxckpt.blocks import Blocks, analyse
-from jaxckpt.candidates import SOLVERS, Candidate, candidates, keep_all
-from jaxckpt.errors import OptionError
+from jaxckpt.candidates import Candidate, candidates, check_solver, keep_all
 from jaxckpt.habits import is_head, outside_regions
 from jaxckpt.measurement import (
     Measurement,
@@ -57,8 +56,7 @@ class Study:
         self.timer = targets.timer(cost, self.chip)
         is_timed = cost == "time" and target is None
         self.profiler = Profiler(target, self.chip, self.timer, is_timed=is_timed) if is_profiled else None
-        if not (callable(solver) or solver in SOLVERS):
-            raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(SOLVERS)}, or a function")
+        check_solver(solver)
         refuse_effects(program, "the planned function")
         self._measured: dict[str | None, Measurement] = {}
         wanted = [program.outputs[i] for i in objective.outputs]

@@ -52,11 +52,18 @@ def timer(cost: str, target: Target) -> Timer:
     Raises:
         OptionError: `cost` is neither "time" nor "flops".
     """
-    if cost == "flops":
-        return count_flops
-    if cost != "time":
+    check_cost(cost)
+    return count_flops if cost == "flops" else functools.partial(_roofline, target)
+
+
+def check_cost(cost: str) -> None:
+    """Refuse what nothing can be minimised by.
+
+    Raises:
+        OptionError: `cost` is neither "time" nor "flops".
+    """
+    if cost not in ("time", "flops"):
         raise OptionError(f'cost={cost!r} is not accepted; write cost="time" or cost="flops"')
-    return functools.partial(_roofline, target)
 
 
 def stacking_time(timer: Timer, target: Target, num_bytes: int) -> int:

@@ -96,6 +96,12 @@ def test_a_reserve_that_leaves_nothing_is_refused():
         jaxckpt.plan(chain_loss, *ARGS, budget="1MB", reserve="1MB", verify=False)
 
 
+@pytest.mark.parametrize("option", [{"cost": "money"}, {"solver": "fastest"}])
+def test_a_decorator_refuses_an_unknown_choice_at_once(option):
+    with pytest.raises(jaxckpt.errors.OptionError, match=next(iter(option))):
+        jaxckpt.auto_remat(chain_loss, budget="1GB", **option)
+
+
 def test_a_reserve_beside_a_limit_on_cost_is_refused():
     with pytest.raises(BudgetError, match="max_cost"):
         jaxckpt.plan(chain_loss, *ARGS, max_cost=1.1, reserve="1MB")

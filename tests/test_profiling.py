@@ -77,10 +77,9 @@ def test_a_body_that_reads_its_saved_values_from_stacks_is_profiled_so():
 
     stacked = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32)
     studied = studies(lambda ws, x: jnp.mean(jax.lax.scan(layer, x, ws)[0] ** 2), stacked, X, cost="flops")
-    peaks = [
-        {o.saved_bytes: o.backward_peak_bytes for b in s.blocks.problem.blocks for o in b.options} for s in studied
-    ]
-    plain = [o.saved_bytes for b in studied[0].blocks.problem.blocks for o in b.options if o.name == "scan 8"]
+    options = [[o for block in s.blocks.problem.blocks for o in block.options] for s in studied]
+    peaks = [{o.saved_bytes: o.backward_peak_bytes for o in each} for each in options]
+    plain = [o.saved_bytes for o in options[0] if o.name == "scan 8"]
     assert plain and all(peaks[0][size] != peaks[1].get(size) for size in plain)
 
 
