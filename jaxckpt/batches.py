@@ -49,7 +49,8 @@ def largest_batch(
 
     Raises:
         BudgetError: a budget that cannot be read, or a percentage: there is no one unplanned peak.
-        OptionError: the step differentiates no decorated function, or its bytes do not grow with the batch.
+        OptionError: a cost that is none, a step that differentiates no decorated function, or bytes that do not grow
+            with the batch.
         InfeasibleBudgetError: not even a batch of one fits.
 
     Example:

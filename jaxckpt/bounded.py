@@ -56,6 +56,7 @@ def while_loop(
         The last state.
 
     Raises:
+        BudgetError: a budget that cannot be read.
         OptionError: both `budget` and `num_checkpoints`, or a number below 1.
         InfeasibleBudgetError: not even one held state fits.
 

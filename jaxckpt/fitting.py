@@ -83,7 +83,8 @@ def fit(
         measured is remembered, as in `plan`, and saves compiles the next time.
 
     Raises:
-        OptionError: the step differentiates no decorated function.
+        BudgetError: a budget that cannot be read.
+        OptionError: a cost that is none, or a step that differentiates no decorated function.
         InfeasibleBudgetError: no choice of plans fits.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.

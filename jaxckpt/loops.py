@@ -62,6 +62,7 @@ def scan(
         The last carry and the stacked ys, as `lax.scan` does.
 
     Raises:
+        BudgetError: a budget that cannot be read.
         OptionError: both `budget` and `num_checkpoints`, or a number of states that makes no sense for the length.
         InfeasibleBudgetError: no plan fits, when it is differentiated.
 

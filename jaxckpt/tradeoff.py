@@ -136,8 +136,10 @@ def frontier(
         The frontier. Its `str` is a table.
 
     Raises:
-        OptionError: `num_points` below 2.
+        OptionError: `num_points` below 2, or a cost that is none.
         NotDifferentiableError: nothing to differentiate.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target; with `verify`, a compiler that is not here or fails (`CompilerError`).
         UnsupportedProgramError: side effects inside the function.
 
     Example:
