@@ -138,8 +138,9 @@ def binomial_loop(
 
     @hold.defjvp
     def hold_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        (carry, ys), (carry_tangents, result_tangents) = jax.jvp(plain, primals, tangents)
-        slots = hold(*primals)[2]
+        # Under vmap a rule's results must lie as the function's own do, so that they are the function's own.
+        carry, ys, slots = hold(*primals)
+        _, (carry_tangents, result_tangents) = jax.jvp(plain, primals, tangents)
         # Of the states that are held, the gradient is a function of the first alone.
         starts = zip(slots, tangents[1], strict=True)
         slot_tangents = [_put_tangent(s, t, int(table.first[0])) for s, t in starts]
@@ -180,7 +181,7 @@ def binomial_loop(
         def gradient(consts: Any, slots: Any, slices: Any, *cotangents: Any) -> Any:
             return tuple(_pull(plain, consts, [s[int(table.first[0])] for s in slots], slices, *cotangents))
 
-        return jax.jvp(gradient, primals, tangents)
+        return turned(*primals), jax.jvp(gradient, primals, tangents)[1]
 
     def backward(residuals: Any, cotangents: Any) -> tuple[Any, Any, Any]:
         consts, slots, slices = residuals
