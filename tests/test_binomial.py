@@ -72,7 +72,7 @@ def test_the_hessian_of_stacked_inputs_is_that_of_the_plain_loop():
 
         def hessian_of(loop):
             # The inputs are stacked inside, so that the transposed stack takes the cotangents apart along one axis.
-            return jax.hessian(jit(lambda s: loss(loop, w, h * s[0], jnp.stack([u[0], u[1] * s[1], u[2]]), b)))
+            return jax.hessian(jax.jit(lambda s: loss(loop, w, h * s[0], jnp.stack([u[0], u[1] * s[1], u[2]]), b)))
 
         loops = with_states(3, 1), plain(False)
         assert_close(*(jit(hessian_of(loop))(jnp.ones(2)) for loop in loops), 1e-10)
