@@ -103,7 +103,7 @@ def _alike(problem: Problem, like: Sequence[int]) -> Iterator[Candidate]:
             replace(block, forward_peak_bytes=NO_ROOM, options=block.options[o : o + 1]) if k in like else block
             for k, block in enumerate(problem.blocks)
         ]
-        for found in chain_schedules(replace(problem, blocks=tuple(blocks)), is_fine=len(blocks) <= _FEW_BLOCKS):
+        for found in chain_schedules(replace(problem, blocks=tuple(blocks))):
             # No region covers them, so they stand at the outermost level.
             schedule = Schedule(tuple(Keep(n.start, o) if n.start in like else n for n in found.nodes))
             if schedule.depth <= _MAX_DEPTH:
