@@ -84,7 +84,8 @@ def candidates(
     """
     judged = [_judged(problem, solver) for problem in problems]
     if like:
-        alike = {c.digest: c for c in _alike(problems[-1], like)}
+        schedules = _alike_schedules(problems[-1], like)
+        alike = {c.digest: c for c in _with_judgements(problems[-1], schedules, is_alike=True)}
         judged[-1] = [c for c in judged[-1] if c.digest not in alike]
         judged.append(list(alike.values()))
     best = _unbeaten(itertools.chain(*judged))
@@ -93,7 +94,7 @@ def candidates(
     return best, sorted([*best, *others], key=_bytes_first)
 
 
-def _alike(problem: Problem, like: Sequence[int]) -> Iterator[Candidate]:
+def _alike_schedules(problem: Problem, like: Sequence[int]) -> Iterator[Schedule]:
     """Schedules with one option for all of some equal blocks, none of them in a region; once for each option.
 
     A heap that holds the same of each of them has fewer gaps than one that holds a set here and another one there.
@@ -105,9 +106,7 @@ def _alike(problem: Problem, like: Sequence[int]) -> Iterator[Candidate]:
         ]
         for found in chain_schedules(replace(problem, blocks=tuple(blocks))):
             # No region covers them, so they stand at the outermost level.
-            schedule = Schedule(tuple(Keep(n.start, o) if n.start in like else n for n in found.nodes))
-            if schedule.depth <= _MAX_DEPTH:
-                yield Candidate(schedule, simulate(problem, schedule), problem, is_alike=True)
+            yield Schedule(tuple(Keep(n.start, o) if n.start in like else n for n in found.nodes))
 
 
 def _bytes_first(candidate: Candidate) -> tuple[int, int]:
@@ -146,7 +145,12 @@ def _judged(problem: Problem, solver: Any) -> list[Candidate]:
             limit = {"time_limit_s": _ILP_TIME_S} if solver == "ilp" else {}
             solver = functools.partial(by_name[solver], **limit)
         schedules = _called_schedules(problem, solver)
-    return [Candidate(s, simulate(problem, s), problem) for s in schedules if s.depth <= _MAX_DEPTH]
+    return _with_judgements(problem, schedules)
+
+
+def _with_judgements(problem: Problem, schedules: Iterable[Schedule], *, is_alike: bool = False) -> list[Candidate]:
+    """The schedules that JAX can trace, as candidates."""
+    return [Candidate(s, simulate(problem, s), problem, is_alike) for s in schedules if s.depth <= _MAX_DEPTH]
 
 
 def _spread(items: Sequence[_T], sizes: Sequence[float], works: Sequence[int], *, is_fine: bool) -> list[_T]:

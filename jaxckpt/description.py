@@ -99,16 +99,14 @@ def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
 def _unnamed_groups(study: Study, candidate: Candidate) -> Iterator[SavedGroup]:
     """What is held without a name: stacks of loops, and what JAX keeps of conditionals and other blocks."""
     blocks, saved = study.blocks_of(candidate), study.saved(candidate)
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for node in candidate.schedule.nodes:
         if isinstance(node, Keep) and not isinstance(saved[node.block], tuple):
             size = blocks.problem.blocks[node.block].options[node.option].saved_bytes
-            groups.setdefault((blocks.classes[node.block], node.option), []).extend([node.block] * (size > 0))
-    for (_, option), members in groups.items():
-        if not members:
-            continue
-        first = members[0]
-        eqn = blocks.spans[first].equations[-1]
+            if size:
+                groups.setdefault((blocks.classes[node.block], node.option, size), []).append(node.block)
+    for (*_, size), members in groups.items():
+        eqn = blocks.spans[members[0]].equations[-1]
         loop = loop_of(eqn)
         yield SavedGroup(
             source=eqn.source,
@@ -116,7 +114,7 @@ def _unnamed_groups(study: Study, candidate: Candidate) -> Iterator[SavedGroup]:
             scope=eqn.scope,
             shape_dtype="what JAX keeps" if loop is None else f"stacks of {loop.length} iterations",
             count=len(members),
-            size_bytes=sum(blocks.problem.blocks[k].options[option].saved_bytes for k in members) // study.split,
+            size_bytes=len(members) * size // study.split,
         )
 
 

@@ -1,5 +1,6 @@
 """From a budget to a plan: choose a candidate, compile it, compare, correct the prediction, choose again."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -229,10 +230,8 @@ class _Search:
             raise BudgetError(f"reserve={self.request.reserve_bytes:,} leaves nothing of the budget")
         # Of a percentage the prediction cancels out.
         is_guess = not self.request.verify and wanted.size_bytes is not None
-        margin = (
-            self._with_margin(unplanned - self.study.fixed_bytes) if is_guess else unplanned - self.study.fixed_bytes
-        )
-        if self.study.fixed_bytes + margin <= budget:
+        needed = (unplanned - self.study.fixed_bytes) * (self._margin if is_guess else 1)
+        if self.study.fixed_bytes + needed <= budget:
             return self._plan(self._faster(budget), budget, unplanned)
         if not self.candidates:
             self._refuse(budget, unplanned, unplanned, None)
@@ -319,16 +318,19 @@ class _Search:
     def _expected_best(self, budget: int) -> int | None:
         """The cheapest candidate that is expected to fit, a margin left."""
         room = budget - self.study.fixed_bytes
-        inside = [i for i in range(len(self.candidates)) if self._needed(i) <= room]
-        return min(inside, key=lambda i: (self.ladder.costs[i], self._needed(i)), default=None)
+        needed = [self._needed(i) for i in range(len(self.candidates))]
+        inside = [i for i, size in enumerate(needed) if size <= room]
+        return min(inside, key=lambda i: (self.ladder.costs[i], needed[i]), default=None)
 
     def _needed(self, i: int) -> float:
         """Bytes beyond the fixed ones to leave for a candidate that is not measured."""
-        return self._with_margin(self.ladder.corrected(i) - self.study.fixed_bytes)
+        return self._margin * (self.ladder.corrected(i) - self.study.fixed_bytes)
 
-    def _with_margin(self, predicted_bytes: float) -> float:
+    @functools.cached_property
+    def _margin(self) -> float:
+        """What to multiply predicted bytes beyond the fixed ones with where nothing is measured."""
         knows = self.record is not None and self.record.knows(self.program)
-        return predicted_bytes * (1 + (_KNOWN_MARGIN if knows else _UNVERIFIED_MARGIN))
+        return 1 + (_KNOWN_MARGIN if knows else _UNVERIFIED_MARGIN)
 
     def _within_cost(self, unplanned: int) -> Plan:
         assert self.request.max_cost is not None

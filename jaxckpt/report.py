@@ -214,7 +214,8 @@ def _body(tree: BodyPlan) -> str:
         parts.append("is left to JAX")
     elif num_left:
         parts.append(f"leaves {num_left} of {len(tree.saved)} blocks to JAX")
-    parts += [f"plans {n} inside" for n in [sum(isinstance(s, LoopPlan | BranchPlan) for s in tree.saved)] if n]
+    if num := sum(isinstance(s, LoopPlan | BranchPlan) for s in tree.saved):
+        parts.append(f"plans {num} inside")
     if num := tree.schedule.num_regions:
         parts.append(f"makes {num} region{'s' * (num != 1)} again")
     return ", ".join(parts) or "saves nothing inside"

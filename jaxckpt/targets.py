@@ -85,10 +85,11 @@ def _roofline(target: Target, equations: Sequence[Equation], avals: list[Any], k
     times = []
     for eqn, num_bytes in zip(equations, moved, strict=True):
         found = costs.cost(eqn, avals)
-        rates = {dtype: target.matmul_flops.get(dtype, target.matmul_flops["other"]) for dtype in found.matmul_flops}
         others = found.flops - sum(found.matmul_flops.values())
         others *= _EXPENSIVE_FLOPS if eqn.primitive in costs.EXPENSIVE else 1
-        computing = others / target.vector_flops + sum(f / rates[dtype] for dtype, f in found.matmul_flops.items())
+        computing = others / target.vector_flops
+        for dtype, flops in found.matmul_flops.items():
+            computing += flops / target.matmul_flops.get(dtype, target.matmul_flops["other"])
         if eqn.primitive not in costs.FUSIBLE:
             num_bytes = max(num_bytes, costs.inner_bytes(eqn))
         times.append(math.ceil(1e12 * max(computing, num_bytes / target.bandwidth)))
