@@ -23,7 +23,7 @@ def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:
         {"saved": (), "schedule": None, "blocks": (), "block_saves": (), "block_labels": ()}
         if candidate is None or blocks is None
         else {
-            "saved": _saved_groups(study, candidate),
+            "saved": saved_groups(study, candidate),
             "schedule": candidate.schedule,
             "blocks": tuple(span.positions for span in blocks.spans),
             "block_saves": tuple(study.saved(candidate)),
@@ -60,7 +60,7 @@ def _label(span: Any) -> str:
     return f"{eqn.scope} {name}".strip()
 
 
-def _saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
+def saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
     """What the schedule's outermost level holds from the forward pass to the backward, grouped by equal blocks."""
     program, blocks = study.program, study.blocks_of(candidate)
     maker = {v: eqn for eqn in program.equations for v in eqn.outputs}
@@ -114,7 +114,7 @@ def _unnamed_groups(study: Study, candidate: Candidate) -> Iterator[SavedGroup]:
             scope=eqn.scope,
             shape_dtype="what JAX keeps" if loop is None else f"stacks of {loop.length} iterations",
             count=len(members),
-            size_bytes=len(members) * size // study.split,
+            size_bytes=len(members) * size,
         )
 
 

@@ -13,8 +13,11 @@ from jax import lax
 import jaxckpt
 from jaxckpt import costs
 from jaxckpt.binomial import num_again
+from jaxckpt.description import saved_groups
+from jaxckpt.measurement import objective
 from jaxckpt.regions import LoopPlan
 from jaxckpt.scans import Run, loop_of, run_loop
+from jaxckpt.study import Study
 from jaxckpt.trace import run, trace
 
 LENGTH, ROWS, WIDTH = 12, 64, 16
@@ -227,6 +230,15 @@ def test_a_report_says_how_a_loop_is_run():
         assert f"{' x '.join(map(str, part.lengths))} iterations" in report
     (stacks,) = [group for group in plan.saved if group.shape_dtype == "stacks of 60 iterations"]
     assert stacks.size_bytes > 60 * 8 * WIDTH * 4 // 10 and "stacks of 60 iterations" in report
+
+
+def test_what_is_saved_is_shown_in_bytes_of_all_devices():
+    traced = trace(rnn_loss, shapes(rnn_args(60)))
+    goal = objective(traced, 0, False)
+    whole, halves = (Study(traced.program, goal, "flops", "auto", None, split) for split in (1, 2))
+    pairs = list(zip(whole.candidates, halves.candidates, strict=True))
+    assert any("stacks" in group.shape_dtype for c, _ in pairs for group in saved_groups(whole, c))
+    assert all(saved_groups(whole, a) == saved_groups(halves, b) for a, b in pairs)
 
 
 def test_where_everything_fits_nothing_is_planned_for_little():
