@@ -4,8 +4,8 @@
 
 OLD and NEW are commits; `.` is the working tree. A change that only moves code must give the same digests; one that
 changes plans on purpose shows here which, and says so. The digest is of what a plan does: each block's equations, the
-tree of regions, what each block saves, the plans of loops and branches, predicted bytes and cost. Fingerprints, the form
-of plan files and the numbers of options are no part of it. Caches are empty, and no calibration record is read.
+tree of regions, what each block saves, the plans of loops and branches, predicted bytes and cost. Fingerprints, the
+form of plan files and the numbers of options are no part of it. Caches are empty, and no calibration record is read.
 
 Rows of a commit are kept in benchmarks/out, so that a comparison goes on where it stopped. Exit 1 where plans differ.
 """
@@ -174,32 +174,39 @@ def _row(name: str, target: str, size: str) -> dict[str, str]:
     """Digests of what this tree's package plans for a model, by what each is of."""
     import jax
 
-    import jaxckpt
-
     jax.config.update("jax_numpy_rank_promotion", "allow")
     fun, specs, has_aux = _case(name, "tiny" if size == "verified" else size)
     found: dict[str, str] = {}
     for cost in ("time", "flops"):
         if size != "verified":
-            study = _analysed(fun, specs, has_aux, cost, target)
-            for i, candidate in enumerate(study.rungs):
-                found[f"{cost}, candidate {i}"] = _candidate(study, candidate)
-        for budget in BUDGETS:
             try:
-                plan = jaxckpt.plan(
-                    fun,
-                    *specs,
-                    budget=budget,
-                    cost=cost,
-                    target=target,
-                    has_aux=has_aux,
-                    verify=size == "verified",
-                    calibration=None,
-                )
-                found[f"{cost}, {budget}"] = _plan(plan)
-            except jaxckpt.InfeasibleBudgetError as error:
-                found[f"{cost}, {budget}"] = f"least {error.least_peak_bytes} of {error.unplanned_peak_bytes}"
+                study = _analysed(fun, specs, has_aux, cost, target)
+                found |= {f"{cost}, candidate {i}": _candidate(study, c) for i, c in enumerate(study.rungs)}
+            except ValueError as error:  # what cannot be planned is told apart too
+                found[f"{cost}, candidates"] = type(error).__name__
+        for budget in BUDGETS:
+            found[f"{cost}, {budget}"] = _planned(
+                fun,
+                *specs,
+                budget=budget,
+                cost=cost,
+                target=target,
+                has_aux=has_aux,
+                verify=size == "verified",
+                calibration=None,
+            )
     return found
+
+
+def _planned(*args: Any, **options: Any) -> str:
+    import jaxckpt
+
+    try:
+        return _plan(jaxckpt.plan(*args, **options))
+    except jaxckpt.InfeasibleBudgetError as error:
+        return f"least {error.least_peak_bytes} of {error.unplanned_peak_bytes}"
+    except ValueError as error:
+        return type(error).__name__
 
 
 def _first(*places: str) -> Any:
@@ -234,10 +241,7 @@ def _candidate(study: Any, candidate: Any) -> str:
 
 
 def _plan(plan: Any) -> str:
-    if plan.schedule is None:
-        tree = None
-    else:
-        tree = _tree(plan.blocks, plan.schedule, plan.block_saves)
+    tree = None if plan.schedule is None else _tree(plan.blocks, plan.schedule, plan.block_saves)
     numbers = (
         plan.unplanned_peak_bytes,
         plan.predicted_peak_bytes,
