@@ -30,6 +30,7 @@ TARGETS = ("cpu", "h100", "v5e")
 BUDGETS = ("30%", "50%", "80%")
 # Another number where the digests mean something else than before.
 _FORM = 1
+_TREE = "tree"
 # Quick to compile on CPU, loops and none.
 VERIFIED = ("gpt2", "gpt2-scan", "llama", "llama-scan", "vit", "unet", "lstm", "moe")
 
@@ -66,27 +67,27 @@ def main() -> int:
 
 def _rows(commit: str, wanted: Sequence[tuple[str, str, str]]) -> dict[str, dict[str, str]]:
     """The rows of a commit, those that are not kept made in a checkout of it."""
+    made_with = f"{_FORM}-{metadata.version('jax')}"
+    known = {}
     with _checkout(commit) as (folder, name):
-        path = OUT / f"{name}.json"
-        known = json.loads(path.read_text()) if name != "tree" and path.exists() else {}
-        made_by = {"form": _FORM, "jax": metadata.version("jax"), "jaxlib": metadata.version("jaxlib")}
-        if known.get("made by") != made_by:
-            known = {"made by": made_by}
         for row in wanted:
             key = " ".join(row)
-            if key not in known:
-                known[key] = _made(folder, row)
-                if name != "tree":
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(known, indent=1))
-                print(f"{name[:8]} {key}", file=sys.stderr, flush=True)
+            path = OUT / f"{name}-{made_with}" / f"{key}.json"
+            if name != _TREE and path.exists():
+                known[key] = json.loads(path.read_text())
+                continue
+            known[key] = _made(folder, row)
+            print(f"{name[:8]} {key}", file=sys.stderr, flush=True)
+            if name != _TREE:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(known[key], indent=1))
     return known
 
 
 @contextlib.contextmanager
 def _checkout(commit: str) -> Iterator[tuple[Path, str]]:
     if commit == ".":
-        yield ROOT, "tree"
+        yield ROOT, _TREE
         return
     git = lambda *args: subprocess.run(  # noqa: E731
         ["git", "-C", str(ROOT), *args], check=True, capture_output=True, text=True
