@@ -35,8 +35,9 @@ from zoo.handmade import Case, arrays
 
 import jaxckpt
 from benchmarks.store import OUT, Store, code_digest, measured, remembering
-from jaxckpt import _compat, costs
+from jaxckpt import _compat
 from jaxckpt.measurement import Measurement
+from jaxckpt.program.flops import gradient_cost
 
 _NUM_BUDGETS = 10
 _QUICK = ("tanh-64", "lstm", "llama")
@@ -165,7 +166,7 @@ class _Bench:
 
     def flops(self, fun: Callable) -> int:
         """Of the differentiated program."""
-        return costs.gradient_cost(jax.value_and_grad(fun), *self.case.specs).flops
+        return gradient_cost(jax.value_and_grad(fun), *self.case.specs).flops
 
     def extra(self, fun: Callable) -> float:
         """FLOPs beyond the unplanned program, as a share of it."""
@@ -208,7 +209,7 @@ class _Bench:
         found |= {"next_bytes": plan.next_peak_bytes, "plan_s": time.perf_counter() - started}
         planned = plan.apply(self.case.fun)
         # A jaxpr does not say how often a binomial loop's inner loop runs; the table in the plan does.
-        unknown = costs.gradient_cost(jax.value_and_grad(planned), *self.case.specs).unknown
+        unknown = gradient_cost(jax.value_and_grad(planned), *self.case.specs).unknown
         is_counted = not any(name.startswith("while") for name in unknown)
         return found | {"extra": self.extra(planned) if is_counted else found["claimed_extra"]}
 

@@ -31,7 +31,7 @@ from rich.table import Table
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "solvers")]
 
 import jaxckpt
-from jaxckpt import costs
+from jaxckpt.program.flops import gradient_cost
 from jaxckpt.regions import LoopPlan, Saved
 from jaxckpt.units import short_bytes
 
@@ -184,7 +184,7 @@ def measured_policies(config: Decoder, target: str | None) -> list[Row]:
     """Every policy with its bytes and its recomputation."""
     specs, rows, base = config.specs(), [], 0
     for name, fun in policies(config):
-        flops = costs.gradient_cost(jax.value_and_grad(fun), *specs).flops
+        flops = gradient_cost(jax.value_and_grad(fun), *specs).flops
         base = base or flops
         found = jaxckpt.measure(fun, *specs, target=target)
         rows.append(
@@ -239,7 +239,7 @@ def _planned(fun: Callable, specs: Any, budget: int, target: str | None) -> Row:
     took = time.perf_counter() - started
     extra, is_counted = plan.recompute_flops, not any(map(_is_binomial, plan.block_saves))
     if is_counted:
-        counted = [costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (plan.apply(fun), fun)]
+        counted = [gradient_cost(jax.value_and_grad(f), *specs).flops for f in (plan.apply(fun), fun)]
         extra = counted[0] - counted[1]
     _say(f"{short_bytes(budget)}: {short_bytes(plan.measured_peak_bytes or 0)}, {plan.num_compiles} compiles")
     return Row(

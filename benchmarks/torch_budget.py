@@ -37,8 +37,10 @@ from benchmarks.store import OUT
 from jaxckpt import _compat
 from jaxckpt.candidates import Candidate
 from jaxckpt.measurement import output_objective
+from jaxckpt.program.interpret import run
+from jaxckpt.program.ir import size_bytes
+from jaxckpt.program.trace import trace
 from jaxckpt.study import Study
-from jaxckpt.trace import run, size_bytes, trace
 
 _LAYERS, _WIDTH, _HEADS, _TOKENS, _BATCH = 4, 256, 4, 256, 4
 # Budget, saved MiB, GFLOP of the backward pass, measured with torch 2.13; 15.03 is no recomputation.

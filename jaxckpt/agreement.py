@@ -15,7 +15,7 @@ import jax
 from jaxckpt import _compat
 from jaxckpt.errors import InfeasibleBudgetError, JaxckptError, PlanMismatchError
 from jaxckpt.plans import Plan
-from jaxckpt.trace import Program
+from jaxckpt.program.ir import Program
 
 # Planning takes a dozen compiles of the whole program.
 _WAIT_S = 3600

@@ -23,11 +23,14 @@ import jaxckpt
 from jaxckpt import _compat, keeping, targets
 from jaxckpt.agreement import agreed
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
-from jaxckpt.fitting import FITTING
 from jaxckpt.measurement import Objective, input_specs, output_objective
 from jaxckpt.planner import Request, make_request, plan_program
 from jaxckpt.plans import SCHEMA, Plan
-from jaxckpt.trace import PROGRAM_CALLS, Memory, Program, is_differentiable, is_settled, refuse_effects, run, trace
+from jaxckpt.program.flatten import PROGRAM_CALLS
+from jaxckpt.program.interpret import run
+from jaxckpt.program.ir import Program, is_differentiable, refuse_effects
+from jaxckpt.program.trace import Memory, is_settled, trace
+from jaxckpt.steps import FITTING
 from jaxckpt.units import short_bytes, short_count
 
 _LOG = logging.getLogger("jaxckpt")

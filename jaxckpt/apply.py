@@ -8,11 +8,13 @@ import jax
 from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
 
-from jaxckpt.branches import branches_of, run_branches
 from jaxckpt.cuts import Span, spans_at
+from jaxckpt.kinds.cond import run_branches
+from jaxckpt.kinds.scan import Run, run_loop
+from jaxckpt.program.control_flow import Loop, branches_of, loop_of
+from jaxckpt.program.interpret import evaluate, outputs_of
+from jaxckpt.program.ir import Constant, Equation, Program
 from jaxckpt.regions import BranchPlan, LoopPart, LoopPlan, Saved
-from jaxckpt.scans import Loop, Run, loop_of, run_loop
-from jaxckpt.trace import Constant, Equation, Program, evaluate, outputs_of
 
 
 @functools.lru_cache(maxsize=4096)

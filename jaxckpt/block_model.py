@@ -16,23 +16,18 @@ import jax
 from ckptsolvers import Block, Option
 from ckptsolvers.mincut import Operation, save_sets
 
-from jaxckpt import costs, liveness
+from jaxckpt import liveness
+from jaxckpt.chips import Target
 from jaxckpt.cuts import Span
 from jaxckpt.habits import habits_of
 from jaxckpt.layouts import Layouts, layouts_of
+from jaxckpt.program import primitives
+from jaxckpt.program.flatten import flatten
+from jaxckpt.program.flops import equation_cost
+from jaxckpt.program.interpret import evaluate
+from jaxckpt.program.ir import Equation, Program, elements, is_differentiable, live_equations, size_bytes, spec_of
 from jaxckpt.regions import Saved
-from jaxckpt.targets import Target, Timer, count_flops
-from jaxckpt.trace import (
-    Equation,
-    Program,
-    elements,
-    evaluate,
-    flatten,
-    is_differentiable,
-    live_equations,
-    size_bytes,
-    spec_of,
-)
+from jaxckpt.targets import Timer, count_flops
 
 EVERYTHING = "everything"
 # Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
@@ -311,7 +306,7 @@ class Model:
         self.size = _sizes(local, joint, target).__getitem__
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
-        self.flops = {id(eqn): costs.cost(eqn, joint.avals).flops for eqn in joint.forward}
+        self.flops = {id(eqn): equation_cost(eqn, joint.avals).flops for eqn in joint.forward}
         self.is_in_flops = timer is count_flops
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
@@ -472,7 +467,7 @@ class Model:
         same = {self.joint.value[v] for v in self.local.invariant}
         _following(self.joint.forward, same)
         # Without a checkpoint there are no names, and what only renames a value is that value.
-        origin = costs.renamed(self.joint.forward)
+        origin = primitives.renamed(self.joint.forward)
         held = {origin.get(v, v): v for v in self.joint.residuals if v not in same}
         return sum(map(self.size, held.values()))
 

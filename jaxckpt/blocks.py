@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
 
-from jaxckpt import costs
 from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
 from jaxckpt.branch_model import analyse_conditional
-from jaxckpt.branches import branches_of
 from jaxckpt.candidates import NO_ROOM, keep_all
+from jaxckpt.chips import Target
 from jaxckpt.cuts import Span
 from jaxckpt.layouts import Layouts, layouts_of
+from jaxckpt.program import primitives
+from jaxckpt.program.control_flow import branches_of, loop_of
+from jaxckpt.program.ir import Equation, Program, elements
 from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
-from jaxckpt.scans import loop_of
-from jaxckpt.targets import Target, Timer, count_flops
-from jaxckpt.trace import Equation, Program, elements
+from jaxckpt.targets import Timer, count_flops
 
 Profiler = Callable[[LocalBlock, Analysis], Analysis]
 
@@ -165,7 +165,7 @@ def _with_head_waiting(
     found, waiting = [], 0
     for block, span in zip(reversed(blocks), reversed(spans), strict=True):
         last = span.equations[-1]
-        if costs.is_matmul(last) and is_apart(last):
+        if primitives.is_matmul(last) and is_apart(last):
             waiting += sum(map(layouts.full_bytes.__getitem__, span.outputs))
         if loop_of(last) is not None:
             options = (replace(o, backward_peak_bytes=o.backward_peak_bytes + waiting) for o in block.options)

@@ -26,7 +26,9 @@ from jaxckpt.errors import InfeasibleBudgetError, NotDifferentiableError, Option
 from jaxckpt.ladder import Ladder
 from jaxckpt.loops import check_options
 from jaxckpt.measurement import compiled_bytes, cotangent_specs, input_specs, output_objective
-from jaxckpt.trace import Constant, Equation, Program, evaluate, is_differentiable, outputs_of, run, size_bytes, trace
+from jaxckpt.program.interpret import evaluate, outputs_of, run
+from jaxckpt.program.ir import Constant, Equation, Program, is_differentiable, size_bytes
+from jaxckpt.program.trace import trace
 from jaxckpt.units import Budget, parse_budget, show_bytes
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from ckptsolvers import Block, Keep, Option, Schedule
 
-from jaxckpt import graph
 from jaxckpt.apply import run_conditional
 from jaxckpt.block_model import (
     EVERYTHING,
@@ -23,11 +22,13 @@ from jaxckpt.block_model import (
     dominates,
     outside,
 )
-from jaxckpt.branches import Branch, branches_of
+from jaxckpt.chips import Target
+from jaxckpt.program import dataflow
+from jaxckpt.program.control_flow import Branch, branches_of
+from jaxckpt.program.ir import size_bytes
 from jaxckpt.regions import BranchPlan, Tree
 from jaxckpt.scan_model import Body, Iteration, pareto
-from jaxckpt.targets import Target, Timer
-from jaxckpt.trace import size_bytes
+from jaxckpt.targets import Timer
 from jaxckpt.transients import transient_bytes
 
 # Each is differentiated by JAX, which takes some hundredths of a second.
@@ -129,7 +130,7 @@ def _active(branch: Branch, local: LocalBlock) -> set[int]:
     """The branch's values that tangents flow through."""
     body = branch.body
     inputs, outputs = differentiated_ends(local, body, local.span.equations[-1].inputs[1:])
-    active = graph.active_values(body, inputs, outputs)
+    active = dataflow.active_values(body, inputs, outputs)
     return active if any(v in active for e in body.equations for v in e.outputs) else set()
 
 

@@ -23,7 +23,7 @@ from jaxckpt import _compat, keeping
 from jaxckpt.errors import PlanFileError
 from jaxckpt.files import write_text
 from jaxckpt.ladder import offset_at
-from jaxckpt.trace import Program
+from jaxckpt.program.ir import Program
 
 _LOG = logging.getLogger("jaxckpt")
 _FORMAT = "jaxckpt calibration"

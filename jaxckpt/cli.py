@@ -243,7 +243,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from jaxckpt.plans import Plan
-    from jaxckpt.trace import trace
+    from jaxckpt.program.trace import trace
 
     found = Plan.load(options.plan)
     fun, args = _function_and_args(options)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from jaxckpt import costs
-from jaxckpt.branches import is_planned_inside
-from jaxckpt.trace import Equation, Program, size_bytes
+from jaxckpt.program import primitives
+from jaxckpt.program.control_flow import is_planned_inside
+from jaxckpt.program.ir import Equation, Program, size_bytes
 
 # What is sunk is made again by every block that reads it, so it must cost next to nothing.
-_SINKABLE = costs.CHEAP | costs.LAYOUT
+_SINKABLE = primitives.CHEAP | primitives.LAYOUT
 # A cut at which this many times more is alive than at both its neighbours is not worth a place in the table.
 _HIGH_CUT = 6
 # What repeats has so few blocks, and repeats so often.
@@ -77,7 +77,7 @@ def cut(
     loss = _before_loss(heavy, borders, alive)
     if heavy and not is_coarse:
         # What is behind the last costly equation is no mere loss where there are products in it.
-        head = any(costs.is_matmul(program.equations[i]) for i in order[heavy[-1] + 1 :])
+        head = any(primitives.is_matmul(program.equations[i]) for i in order[heavy[-1] + 1 :])
         loss |= {heavy[-1] + 1} if head else set()
     if is_coarse and borders:
         level = sorted(alive[b - 1] for b in borders)[(len(borders) - 1) // 4]
@@ -202,7 +202,7 @@ def _heavy(program: Program, graph: nx.DiGraph, order: Sequence[int], active: se
 
     def is_light(i: int) -> bool:
         eqn = program.equations[i]
-        return eqn.primitive in costs.FUSIBLE and active.isdisjoint(eqn.outputs)
+        return eqn.primitive in primitives.FUSIBLE and active.isdisjoint(eqn.outputs)
 
     weights = [graph.nodes[i]["flops"] for i in order]
     total = sum(weights)

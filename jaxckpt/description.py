@@ -10,9 +10,9 @@ from ckptsolvers import Keep
 from jaxckpt import _compat
 from jaxckpt.candidates import Candidate
 from jaxckpt.plans import Plan, SavedGroup, line_digests
-from jaxckpt.scans import loop_of
+from jaxckpt.program.control_flow import loop_of
+from jaxckpt.program.ir import show_aval, size_bytes
 from jaxckpt.study import Study
-from jaxckpt.trace import show_aval, size_bytes
 
 
 def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:

@@ -19,7 +19,6 @@ from jaxckpt.ladder import FAR, FASTER, Ladder
 from jaxckpt.measurement import Measurement
 from jaxckpt.plans import Plan
 from jaxckpt.sharing import Picks, apart, together
-from jaxckpt.steps import FITTING as FITTING
 from jaxckpt.steps import Step
 from jaxckpt.study import Study
 from jaxckpt.units import parse_budget, show_bytes

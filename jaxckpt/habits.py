@@ -10,11 +10,11 @@ from typing import Any
 
 from jax.extend.core import primitives as prims
 
-from jaxckpt import costs
-from jaxckpt.branches import is_planned_inside
+from jaxckpt.chips import Target
 from jaxckpt.liveness import Habits
-from jaxckpt.targets import Target
-from jaxckpt.trace import Equation, size_bytes
+from jaxckpt.program import primitives
+from jaxckpt.program.control_flow import is_planned_inside
+from jaxckpt.program.ir import Equation, size_bytes
 
 
 def habits_of(target: Target, avals: Sequence[Any], equations: Sequence[Equation] = ()) -> Habits:
@@ -118,18 +118,18 @@ def is_head(target: Target, avals: Sequence[Any], equations: Sequence[Equation])
     def shapes(eqn: Equation) -> list[Any]:
         return [avals[x].shape for x in (*eqn.reads, *eqn.outputs)]
 
-    last = next((eqn for eqn in reversed(equations) if costs.is_matmul(eqn) or is_planned_inside(eqn)), None)
+    last = next((eqn for eqn in reversed(equations) if primitives.is_matmul(eqn) or is_planned_inside(eqn)), None)
     if target.platform != "tpu" or last is None or is_planned_inside(last):
         return lambda eqn: False
     # Parameters under another shape are there anyway.
-    made = {v for eqn in equations if eqn.reads and eqn.primitive not in costs.RESHAPES for v in eqn.outputs}
+    made = {v for eqn in equations if eqn.reads and eqn.primitive not in primitives.RESHAPES for v in eqn.outputs}
     read = sum(math.prod(avals[v].shape) for v in made.intersection(last.reads))
     if math.prod(avals[last.outputs[0]].shape) < _MANY_TIMES * read:
         return lambda eqn: False
     return lambda eqn: eqn.primitive is last.primitive and shapes(eqn) == shapes(last)
 
 
-_KERNEL_HOLDS = (costs.CHEAP | costs.EXPENSIVE | costs.BROADCASTS) - costs.COMPARES
+_KERNEL_HOLDS = (primitives.CHEAP | primitives.EXPENSIVE | primitives.BROADCASTS) - primitives.COMPARES
 _ADDITIONS = frozenset({prims.add_p, prims.add_jaxvals_p})
 _POOLINGS = frozenset({prims.reduce_window_max_p, prims.reduce_window_min_p})
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p

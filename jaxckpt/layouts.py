@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from jaxckpt import costs
-from jaxckpt.targets import Target
-from jaxckpt.trace import Equation, size_bytes
+from jaxckpt.chips import Target
+from jaxckpt.program import primitives
+from jaxckpt.program.ir import Equation, size_bytes
 
 _LANES = 128
 _DEFAULT_PRECISIONS = (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
 # Their operands and results of one rank are laid out alike.
-_KEEPS_LAYOUT = costs.FUSIBLE | costs.IMAGES
+_KEEPS_LAYOUT = primitives.FUSIBLE | primitives.IMAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +106,11 @@ def _narrow(avals: Sequence[Any], equations: Sequence[Equation], read_by_derivat
     """Float32 values that products of the default precision alone read; changes of shape on the way do not matter."""
     wide: set[int] = set()
     for eqn in reversed(equations):
-        if read_by_derivatives and eqn.primitive in costs.EXPENSIVE:
+        if read_by_derivatives and eqn.primitive in primitives.EXPENSIVE:
             wide.update(eqn.outputs)
-        if costs.is_matmul(eqn) and eqn.params.get("precision") in _DEFAULT_PRECISIONS:
+        if primitives.is_matmul(eqn) and eqn.params.get("precision") in _DEFAULT_PRECISIONS:
             continue
-        if eqn.primitive in costs.RESHAPES and wide.isdisjoint(eqn.outputs):
+        if eqn.primitive in primitives.RESHAPES and wide.isdisjoint(eqn.outputs):
             continue
         wide.update(eqn.reads)
     read = {v for eqn in equations for v in eqn.reads}

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from jaxckpt import costs
-from jaxckpt.trace import Equation
+from jaxckpt.program import primitives
+from jaxckpt.program.ir import Equation
 
 # An operand this many times smaller than the result is repeated; a smaller factor may be between two dtypes.
 _SMALL = 8
@@ -332,7 +332,7 @@ def _resolve(
     kept: Iterable[int],
     stacked: Iterable[int] = (),
 ) -> _Resolved:
-    same = costs.renamed(equations)
+    same = primitives.renamed(equations)
     runs = [_Run((), (v,), True, True, False) for v in stacked]
     copying = _Copying()
     in_place = {scatter.outputs[0] for scatter in habits.scatters.values()}
@@ -353,13 +353,13 @@ def _resolve(
             _Run(
                 reads,
                 eqn.outputs,
-                eqn.primitive in costs.FUSIBLE,
-                eqn.primitive in costs.READS_FUSED or (habits.matmuls_fuse_operands and costs.is_matmul(eqn)),
-                eqn.primitive in costs.EXPENSIVE and not habits.repeats_expensive,
-                reads[0] if eqn.primitive in costs.IN_PLACE and reads else None,
+                eqn.primitive in primitives.FUSIBLE,
+                eqn.primitive in primitives.READS_FUSED or (habits.matmuls_fuse_operands and primitives.is_matmul(eqn)),
+                eqn.primitive in primitives.EXPENSIVE and not habits.repeats_expensive,
+                reads[0] if eqn.primitive in primitives.IN_PLACE and reads else None,
                 habits.scratch_bytes(eqn),
-                habits.kernel_holds is not None and eqn.primitive in costs.FUSIBLE and habits.kernel_holds(eqn),
-                eqn.primitive in costs.BROADCASTS,
+                habits.kernel_holds is not None and eqn.primitive in primitives.FUSIBLE and habits.kernel_holds(eqn),
+                eqn.primitive in primitives.BROADCASTS,
             )
         )
     runs = copying.inserted(runs)

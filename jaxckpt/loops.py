@@ -21,8 +21,11 @@ from jax import lax
 from jaxckpt import _compat
 from jaxckpt.api import auto_remat
 from jaxckpt.errors import OptionError
-from jaxckpt.scans import Run, loop_of, run_loop
-from jaxckpt.trace import Constant, Equation, Program, evaluate, outputs_of, run, trace
+from jaxckpt.kinds.scan import Run, run_loop
+from jaxckpt.program.control_flow import loop_of
+from jaxckpt.program.interpret import evaluate, outputs_of, run
+from jaxckpt.program.ir import Constant, Equation, Program
+from jaxckpt.program.trace import trace
 
 # JAX traces nested checkpoints by recursion: as deep as this goes with Python's own limit, and no schedule that runs a
 # step more often than the second number is worth having.

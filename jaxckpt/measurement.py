@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxckpt import _compat, compilers, installs, isolated, keeping, shardings, targets
+from jaxckpt import _compat, chips, compilers, installs, isolated, keeping, shardings, targets
 from jaxckpt.errors import CompilerError, NotDifferentiableError
-from jaxckpt.trace import Traced, is_differentiable, run, show_aval, size_bytes, spec_of
+from jaxckpt.program.interpret import run
+from jaxckpt.program.ir import is_differentiable, show_aval, size_bytes, spec_of
+from jaxckpt.program.trace import Traced
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
@@ -277,14 +279,14 @@ def side_by_side(programs: Iterable[Callable[[], Measurement]]) -> list[Measurem
         return [each.result() for each in running]
 
 
-def _versions(chip: targets.Target) -> tuple[Any, ...]:
+def _versions(chip: chips.Target) -> tuple[Any, ...]:
     """What else than its text decides how a program is compiled."""
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     return _compat.JAXLIB_VERSION, installs.installed(chip), *flags
 
 
 def _compiled(
-    compiled: Callable[[], Any], chip: targets.Target, label: str, refusal: Callable[[int], Measurement]
+    compiled: Callable[[], Any], chip: chips.Target, label: str, refusal: Callable[[int], Measurement]
 ) -> Measurement:
     """Compile and read the sizes; a refusal that says how much the program takes is a measurement too."""
     started = time.perf_counter()

@@ -15,8 +15,8 @@ from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, Ja
 from jaxckpt.ladder import FAR, FASTER, Ladder
 from jaxckpt.measurement import Objective, objective
 from jaxckpt.plans import Plan
+from jaxckpt.program.ir import Program
 from jaxckpt.study import Study
-from jaxckpt.trace import Program
 from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 
 # Room left below the budget when nothing is compiled.

@@ -19,8 +19,10 @@ from jaxckpt.apply import planned
 from jaxckpt.cuts import spans_at
 from jaxckpt.errors import PlanFileError, PlanMismatchError
 from jaxckpt.files import write_text
+from jaxckpt.program.interpret import run
+from jaxckpt.program.ir import Program
+from jaxckpt.program.trace import trace
 from jaxckpt.regions import Saved, blocks_from_json, check_cover, saved_from_json, saved_to_json
-from jaxckpt.trace import Program, run, trace
 
 SCHEMA = 3
 _FORMAT = "jaxckpt plan"

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 
-from jaxckpt import _compat, costs, liveness, targets
+from jaxckpt import _compat, liveness, targets
 from jaxckpt.measurement import cotangent_specs, input_specs
+from jaxckpt.program.flatten import flatten
+from jaxckpt.program.flops import jaxpr_cost
+from jaxckpt.program.ir import size_bytes
 from jaxckpt.study import Study
-from jaxckpt.trace import flatten, size_bytes
 
 Flat = Callable[..., list[Any]]
 
@@ -45,7 +47,7 @@ def differentiated_cost(study: Study, fun: Flat) -> DifferentiatedCost:
     flat = flatten(live, keep_checkpoints=False)
     outputs = {x for x in flat.outputs if isinstance(x, int)}
     return DifferentiatedCost(
-        flops=costs.jaxpr_cost(live).flops,
+        flops=jaxpr_cost(live).flops,
         cost=sum(targets.timer(study.cost, study.chip)(flat.equations, flat.avals, outputs)),
         peak_bytes=liveness.peak_bytes(flat.equations, lambda v: size_bytes(flat.avals[v]), external=outputs),
     )

@@ -25,8 +25,9 @@ from jaxckpt import _compat, liveness
 from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock, Model, differentiate
 from jaxckpt.chips import Target
 from jaxckpt.measurement import Measurement, lowered_for, side_by_side
+from jaxckpt.program.interpret import evaluate
+from jaxckpt.program.ir import Equation, spec_of
 from jaxckpt.targets import Timer
-from jaxckpt.trace import Equation, evaluate, spec_of
 
 _NUM_RUNS = 5
 _PICOSECONDS = 1e12

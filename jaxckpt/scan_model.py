@@ -16,15 +16,16 @@ import numpy as np
 from ckptsolvers import Block, Keep, Option, Problem, Schedule, simulate
 from ckptsolvers.schedule import Node, region
 
-from jaxckpt import cuts, graph
-from jaxckpt.binomial import num_again
+from jaxckpt import cuts
 from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock, differentiated_ends, outside
-from jaxckpt.branches import Branch
 from jaxckpt.candidates import chain_schedules
+from jaxckpt.chips import Target
+from jaxckpt.kinds.binomial import num_again
+from jaxckpt.program import dataflow
+from jaxckpt.program.control_flow import Branch, Loop, loop_of
+from jaxckpt.program.ir import elements, size_bytes
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
-from jaxckpt.scans import Loop, loop_of
-from jaxckpt.targets import Target, Timer, count_flops, stacking_time
-from jaxckpt.trace import elements, size_bytes
+from jaxckpt.targets import Timer, count_flops, stacking_time
 
 _T = TypeVar("_T")
 
@@ -176,7 +177,7 @@ class Body:
     def __init__(self, loop: Loop | Branch, active: set[int], timer: Timer, target: Target, analyse: Callable):
         program = loop.body
         self.loop = loop
-        dag = graph.build_graph(program)
+        dag = dataflow.build_graph(program)
         cut = cuts.cut(program, dag, active)
         one = cuts.spans_at(program, [range(len(program.equations))])
         self.cuts = [
@@ -421,8 +422,8 @@ def _active(loop: Loop, local: LocalBlock) -> set[int]:
     inputs, outputs = differentiated_ends(local, program, eqn.inputs)
     carry_out = program.outputs[: loop.num_carry]
     while True:
-        active = graph.active_values(program, inputs, outputs)
-        reached = graph.reached_values(program, inputs)
+        active = dataflow.active_values(program, inputs, outputs)
+        reached = dataflow.reached_values(program, inputs)
         more_in = {v for v, x in zip(loop.carry, carry_out, strict=True) if x in reached} - inputs
         more_out = {
             x for v, x in zip(loop.carry, carry_out, strict=True) if v in active and isinstance(x, int)

@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxckpt import chips, compilers, targets
 from jaxckpt.errors import ShardingError
-from jaxckpt.trace import Program, Traced, show_aval, size_bytes, trace
+from jaxckpt.program.ir import Program, show_aval, size_bytes
+from jaxckpt.program.trace import Traced, trace
 
 # What is smaller lies on every device if nobody says where: step counters, keys, learning rates.
 _SMALL_BYTES = 1024

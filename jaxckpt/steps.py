@@ -12,9 +12,10 @@ from jaxckpt import _compat, keeping, shardings
 from jaxckpt.candidates import Candidate
 from jaxckpt.errors import OptionError
 from jaxckpt.measurement import Measurement, Objective, compiled_bytes, donated_leaves
+from jaxckpt.program.interpret import run
+from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.sharing import Picks
 from jaxckpt.study import Study
-from jaxckpt.trace import Program, run, size_bytes
 
 # What decorated functions ask while a step is traced; jit traces again when it changes.
 FITTING = jax.make_user_context(None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptsolvers import Keep, simulate
 
-from jaxckpt import apply, cuts, graph, shardings, targets
+from jaxckpt import apply, cuts, regions, shardings, targets
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import Candidate, candidates, check_solver, keep_all
 from jaxckpt.habits import is_head, outside_regions
@@ -22,7 +22,9 @@ from jaxckpt.measurement import (
     side_by_side,
 )
 from jaxckpt.profiling import Profiler
-from jaxckpt.trace import Program, refuse_effects, run, size_bytes
+from jaxckpt.program import dataflow
+from jaxckpt.program.interpret import run
+from jaxckpt.program.ir import Program, refuse_effects, size_bytes
 
 
 class Study:
@@ -60,10 +62,10 @@ class Study:
         refuse_effects(program, "the planned function")
         self._measured: dict[str | None, Measurement] = {}
         wanted = [program.outputs[i] for i in objective.outputs]
-        self.active = graph.active_values(
+        self.active = dataflow.active_values(
             program, {program.inputs[i] for i in objective.inputs}, {x for x in wanted if isinstance(x, int)}
         )
-        dag = graph.build_graph(program)
+        dag = dataflow.build_graph(program)
         self.graph = dag
         # Solvers that know one shape of schedule only would find none that goes around a block.
         is_apart = is_logits = lambda eqn: False
@@ -173,7 +175,7 @@ class Study:
         """What it takes beyond the program without a plan, in the unit of the cost; less than 0 where it is faster."""
         return candidate.judgement.extra_work - self.blocks_of(candidate).unplanned_extra
 
-    def saved(self, candidate: Candidate) -> list[apply.Saved]:
+    def saved(self, candidate: Candidate) -> list[regions.Saved]:
         """What each block's chosen option saves, `[num_blocks]`."""
         choices = self.blocks_of(candidate).choices
         keeps = [node for node, _ in candidate.schedule.walk() if isinstance(node, Keep)]

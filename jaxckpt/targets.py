@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
-from jaxckpt import chips, costs, liveness
-from jaxckpt.chips import Target as Target
+from jaxckpt import chips, liveness
+from jaxckpt.chips import Target
 from jaxckpt.errors import OptionError
-from jaxckpt.trace import Equation, size_bytes
+from jaxckpt.program import primitives
+from jaxckpt.program.flops import equation_cost, inner_bytes
+from jaxckpt.program.ir import Equation, size_bytes
 
 # An exponential or a logarithm takes about this many operations.
 _EXPENSIVE_FLOPS = 10
@@ -76,7 +78,7 @@ def stacking_time(timer: Timer, target: Target, num_bytes: int) -> int:
 def count_flops(equations: Sequence[Equation], avals: list[Any], kept: Collection[int]) -> list[int]:
     """FLOPs of each equation, whatever outlives them."""
     del kept
-    return [costs.cost(eqn, avals).flops for eqn in equations]
+    return [equation_cost(eqn, avals).flops for eqn in equations]
 
 
 def _roofline(target: Target, equations: Sequence[Equation], avals: list[Any], kept: Collection[int]) -> list[int]:
@@ -84,13 +86,13 @@ def _roofline(target: Target, equations: Sequence[Equation], avals: list[Any], k
     moved = liveness.moved_bytes(equations, lambda v: size_bytes(avals[v]), kept=kept)
     times = []
     for eqn, num_bytes in zip(equations, moved, strict=True):
-        found = costs.cost(eqn, avals)
+        found = equation_cost(eqn, avals)
         others = found.flops - sum(found.matmul_flops.values())
-        others *= _EXPENSIVE_FLOPS if eqn.primitive in costs.EXPENSIVE else 1
+        others *= _EXPENSIVE_FLOPS if eqn.primitive in primitives.EXPENSIVE else 1
         computing = others / target.vector_flops
         for dtype, flops in found.matmul_flops.items():
             computing += flops / target.matmul_flops.get(dtype, target.matmul_flops["other"])
-        if eqn.primitive not in costs.FUSIBLE:
-            num_bytes = max(num_bytes, costs.inner_bytes(eqn))
+        if eqn.primitive not in primitives.FUSIBLE:
+            num_bytes = max(num_bytes, inner_bytes(eqn))
         times.append(math.ceil(1e12 * max(computing, num_bytes / target.bandwidth)))
     return times

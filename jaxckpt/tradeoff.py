@@ -20,8 +20,8 @@ from jaxckpt.measurement import compiled_bytes, cotangent_specs, input_specs, ob
 from jaxckpt.planner import find_study
 from jaxckpt.plans import Plan
 from jaxckpt.policies import DifferentiatedCost, differentiated_cost, policy_functions
+from jaxckpt.program.interpret import run
 from jaxckpt.study import Study
-from jaxckpt.trace import run
 
 UNPLANNED = "unplanned"
 PLAN = "plan"

@@ -15,8 +15,8 @@ from zoo.models import MODELS
 
 from jaxckpt import _compat
 from jaxckpt.measurement import objective
+from jaxckpt.program.trace import trace
 from jaxckpt.study import Study
-from jaxckpt.trace import trace
 
 
 def x64() -> contextlib.AbstractContextManager:

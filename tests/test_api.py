@@ -13,7 +13,7 @@ from helpers import assert_close, count, jit, x64
 from zoo.models import MODELS, chain_args, chain_loss
 
 import jaxckpt
-from jaxckpt import InfeasibleBudgetError, JaxckptWarning, _compat, api, auto_remat
+from jaxckpt import InfeasibleBudgetError, JaxckptWarning, _compat, api, auto_remat, planner
 
 ARGS = chain_args("float64", layers=6, rows=128, width=16)
 WEIGHTS, X = ARGS
@@ -103,7 +103,7 @@ def test_every_model_has_its_own_gradient(name):
 def planned_shapes(monkeypatch):
     """Shapes of the inputs of every program that is planned from here on."""
     seen = []
-    plan_program = api.plan_program
+    plan_program = planner.plan_program
 
     def spy(program, *args):
         seen.append([program.avals[v].shape for v in program.inputs])
@@ -130,7 +130,7 @@ def test_a_mapped_gradient_is_never_planned_for_one_example_silently():
 
 def test_what_is_not_differentiated_is_no_part_of_the_plan(monkeypatch):
     goals = []
-    plan_program = api.plan_program
+    plan_program = planner.plan_program
     monkeypatch.setattr(
         api, "plan_program", lambda p, goal, *rest: goals.append(goal.inputs) or plan_program(p, goal, *rest)
     )

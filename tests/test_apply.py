@@ -13,9 +13,9 @@ from helpers import CASES, assert_close, count, jit, names, study, study_of, x64
 from zoo import gpt, models
 from zoo.models import MODELS
 
-from jaxckpt import costs
 from jaxckpt.candidates import Candidate
-from jaxckpt.trace import run
+from jaxckpt.program.flops import gradient_cost
+from jaxckpt.program.interpret import run
 
 
 def planned(s, candidate):
@@ -88,8 +88,8 @@ def test_no_schedule_recomputes_more_than_the_judge_says(name, seed):
     s = study_of(name)
     schedule = random_schedule(s.blocks.flops_problem, np.random.default_rng(seed))
     specs = jax.tree.leaves(CASES[name][1])
-    base = costs.gradient_cost(s.objective.differentiated(unplanned(s)), *specs).flops
-    found = costs.gradient_cost(s.objective.differentiated(planned(s, judged(s, schedule))), *specs).flops - base
+    base = gradient_cost(s.objective.differentiated(unplanned(s)), *specs).flops
+    found = gradient_cost(s.objective.differentiated(planned(s, judged(s, schedule))), *specs).flops - base
     predicted = simulate(s.blocks.flops_problem, schedule).extra_work
     # Less where a region makes what only a dead value reads; what solvers choose agrees both ways (test_blocks).
     assert 0 <= found <= predicted + 0.005 * base

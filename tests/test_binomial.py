@@ -9,7 +9,8 @@ from helpers import assert_close, count, jit, x64
 from jax import lax
 
 import jaxckpt
-from jaxckpt import binomial, compiler_options
+from jaxckpt import compiler_options
+from jaxckpt.kinds import binomial
 from jaxckpt.regions import LoopPlan
 
 

@@ -10,8 +10,9 @@ import pytest
 from helpers import CASES, study, study_of
 from zoo import gpt, models, unet
 
-from jaxckpt import costs
-from jaxckpt.trace import run
+from jaxckpt.program import primitives
+from jaxckpt.program.flops import gradient_cost
+from jaxckpt.program.interpret import run
 
 # Of the gradient's FLOPs: elementwise work at the borders of blocks, which JAX does not always repeat.
 FLOPS_TOLERANCE = 0.005
@@ -30,7 +31,7 @@ def spread(items, most):
 
 def counted(s, fun):
     specs = [jax.ShapeDtypeStruct(s.program.avals[v].shape, s.program.avals[v].dtype) for v in s.program.inputs]
-    return costs.gradient_cost(s.objective.differentiated(fun), *specs).flops
+    return gradient_cost(s.objective.differentiated(fun), *specs).flops
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def test_blocks_that_differ_are_told_apart():
     weights, x = models.chain_args(layers=3)
     wide = [weights[0], weights[1], weights[2][:, :16]]
     s = study(models.chain_loss, *shapes((wide, x)))
-    dots = {k: e.outputs[0] for k, span in enumerate(s.blocks.spans) for e in span.equations if costs.is_matmul(e)}
+    dots = {k: e.outputs[0] for k, span in enumerate(s.blocks.spans) for e in span.equations if primitives.is_matmul(e)}
     widths = {s.blocks.classes[k]: s.program.avals[v].shape for k, v in dots.items()}
     assert all(widths[s.blocks.classes[k]] == s.program.avals[v].shape for k, v in dots.items())
     assert len(set(widths.values())) == 2

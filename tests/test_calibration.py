@@ -14,7 +14,7 @@ import jaxckpt
 from jaxckpt import Calibration, PlanFileError, planner
 from jaxckpt.calibration import Sample, family_of, remembered
 from jaxckpt.ladder import Ladder
-from jaxckpt.trace import trace
+from jaxckpt.program.trace import trace
 
 UNET = unet_args(levels=5)
 PROGRAM = "0123456789abcdef0123"

@@ -9,8 +9,10 @@ from helpers import CASES, study, study_of
 from zoo import gpt, gpt2
 from zoo.models import chain_args, chain_loss
 
-from jaxckpt import cuts, graph
-from jaxckpt.trace import size_bytes, trace
+from jaxckpt import cuts
+from jaxckpt.program import dataflow
+from jaxckpt.program.ir import size_bytes
+from jaxckpt.program.trace import trace
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -105,8 +107,8 @@ def test_what_no_tangent_reaches_waits_until_it_is_read():
 def test_no_more_blocks_than_allowed(most):
     config = dataclasses.replace(gpt.TINY, num_layers=4)
     program = trace(gpt.make_loss(config), gpt.specs(config)).program
-    dag = graph.build_graph(program)
-    active = graph.active_values(program, set(program.inputs[:-1]), {program.outputs[0]})
+    dag = dataflow.build_graph(program)
+    active = dataflow.active_values(program, set(program.inputs[:-1]), {program.outputs[0]})
     spans = cuts.cut(program, dag, active, max_blocks=most)
     assert 1 <= len(spans) <= most
     assert {i for span in spans for i in span.positions} == set(range(len(program.equations)))
@@ -114,7 +116,7 @@ def test_no_more_blocks_than_allowed(most):
 
 def test_the_graph_has_an_edge_for_every_value_read():
     program = trace(chain_loss, chain_args(layers=2)).program
-    dag = graph.build_graph(program)
+    dag = dataflow.build_graph(program)
     for i, eqn in enumerate(program.equations):
         assert dag.nodes[i]["primitive"] == eqn.primitive.name
         read = {v for _, _, edge in dag.in_edges(i, data=True) for v in edge["values"]}
@@ -128,7 +130,7 @@ def test_tangents_stop_where_a_gradient_does():
         return jnp.sum(jnp.sin(x) * jax.lax.stop_gradient(jnp.cos(x)) + y.astype(x.dtype))
 
     program = trace(fun, (jnp.ones(3), jnp.arange(3))).program
-    active = graph.active_values(program, {program.inputs[0]}, {program.outputs[0]})
+    active = dataflow.active_values(program, {program.inputs[0]}, {program.outputs[0]})
     made = {e.primitive.name: set(e.outputs) for e in program.equations}
     assert made["sin"] <= active and made["cos"].isdisjoint(active)
 

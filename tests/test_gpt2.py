@@ -14,9 +14,10 @@ from zoo import gpt
 
 import jaxckpt
 from examples import gpt2
-from jaxckpt import InfeasibleBudgetError, api, costs, planner
+from jaxckpt import InfeasibleBudgetError, api, planner
 from jaxckpt.measurement import objective
-from jaxckpt.trace import trace
+from jaxckpt.program.flops import gradient_cost
+from jaxckpt.program.trace import trace
 
 # Sums of 512 terms and more, in another order: a hundred last bits of the largest element.
 FLOAT32_TOLERANCE = 1e-4
@@ -48,7 +49,7 @@ def next_cheaper_bytes(config, found):
 
 def gradient_flops(config, found=None):
     loss = gpt.make_loss(config)
-    return costs.gradient_cost(jax.value_and_grad(found.apply(loss) if found else loss), *gpt.specs(config)).flops
+    return gradient_cost(jax.value_and_grad(found.apply(loss) if found else loss), *gpt.specs(config)).flops
 
 
 def check(config, found):

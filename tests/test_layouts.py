@@ -9,8 +9,9 @@ from jax import lax
 
 from jaxckpt.habits import is_head
 from jaxckpt.layouts import layouts_of
+from jaxckpt.program.ir import size_bytes
+from jaxckpt.program.trace import trace
 from jaxckpt.targets import find
-from jaxckpt.trace import size_bytes, trace
 
 X = jax.ShapeDtypeStruct((256, 128), jnp.float32)
 W = jax.ShapeDtypeStruct((128, 128), jnp.float32)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from jaxckpt.habits import habits_of
 from jaxckpt.liveness import Copy, Habits, _packed_bytes, held_across, peak_bytes
+from jaxckpt.program.ir import size_bytes
+from jaxckpt.program.trace import trace
 from jaxckpt.targets import find
-from jaxckpt.trace import size_bytes, trace
 
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 A = 256

@@ -11,14 +11,16 @@ from helpers import assert_close, count, jit, study, x64
 from jax import lax
 
 import jaxckpt
-from jaxckpt import costs
-from jaxckpt.binomial import num_again
 from jaxckpt.description import saved_groups
+from jaxckpt.kinds.binomial import num_again
+from jaxckpt.kinds.scan import Run, run_loop
 from jaxckpt.measurement import objective
+from jaxckpt.program.control_flow import loop_of
+from jaxckpt.program.flops import gradient_cost, jaxpr_cost
+from jaxckpt.program.interpret import run
+from jaxckpt.program.trace import trace
 from jaxckpt.regions import LoopPlan
-from jaxckpt.scans import Run, loop_of, run_loop
 from jaxckpt.study import Study
-from jaxckpt.trace import run, trace
 
 LENGTH, ROWS, WIDTH = 12, 64, 16
 
@@ -122,7 +124,7 @@ def test_predicted_recomputation_is_what_jax_does(name):
     fun, make = LOOPS[name]
     s = study(fun, *shapes(make()))
     specs = [jax.ShapeDtypeStruct(s.program.avals[v].shape, s.program.avals[v].dtype) for v in s.program.inputs]
-    counted = lambda f: costs.gradient_cost(s.objective.differentiated(f), *specs).flops  # noqa: E731
+    counted = lambda f: gradient_cost(s.objective.differentiated(f), *specs).flops  # noqa: E731
     base = counted(lambda *x: run(s.program, *x))
     for candidate in some_candidates(s):
         if has_binomial(s.saved(candidate)):
@@ -135,10 +137,10 @@ def test_predicted_recomputation_of_a_binomial_loop_counts_what_its_table_runs_a
     specs = shapes(rnn_args())
     s = study(rnn_loss, *specs)
     flat = jax.tree.leaves(specs)
-    counted = lambda f: costs.gradient_cost(s.objective.differentiated(f), *flat).flops  # noqa: E731
+    counted = lambda f: gradient_cost(s.objective.differentiated(f), *flat).flops  # noqa: E731
     base = counted(lambda *x: run(s.program, *x))
     (eqn,) = [e for e in s.program.equations if loop_of(e)]
-    forward = costs.jaxpr_cost(eqn.params["jaxpr"].jaxpr).flops
+    forward = jaxpr_cost(eqn.params["jaxpr"].jaxpr).flops
     seen = 0
     for candidate in some_candidates(s, 20):
         (loop,) = [saved for saved in s.saved(candidate) if isinstance(saved, LoopPlan)]
@@ -157,7 +159,7 @@ def test_predicted_recomputation_of_a_binomial_loop_counts_what_its_table_runs_a
 def test_a_checkpointed_body_is_never_better(length):
     specs = shapes(decoder_args(length, rows=512))
     by_hand = lambda params, x: decoder_loss(params, x, wrap=checkpointed)  # noqa: E731
-    flops = [costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
+    flops = [gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
     s = study(decoder_loss, *specs)
     alike = next(c for c in s.candidates if s.recompute_flops(c) <= flops[0] - flops[1])
     # Small buffers are aligned as they come.
@@ -176,7 +178,7 @@ def test_options_of_a_long_loop_stand_close_together():
 def test_a_limit_that_is_the_cost_of_a_checkpointed_body_is_met_exactly():
     specs = shapes(decoder_args(13, rows=512))
     by_hand = lambda params, x: decoder_loss(params, x, wrap=checkpointed)  # noqa: E731
-    flops = [costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
+    flops = [gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
     plan = jaxckpt.plan(decoder_loss, *specs, max_cost=flops[0] / flops[1], cost="flops")
     assert plan.unplanned_cost == flops[1] and plan.recompute_cost <= flops[0] - flops[1]
     # Small buffers are aligned as they come.
@@ -353,7 +355,7 @@ _POLICIES = jax.checkpoint_policies
 def test_a_policy_on_the_body_is_met_at_its_cost(policy):
     specs = gated_args()
     by_hand = functools.partial(gated_loss, wrap=lambda f: jax.checkpoint(f, prevent_cse=False, policy=policy))
-    theirs, plain = (costs.gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, gated_loss))
+    theirs, plain = (gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, gated_loss))
     s = study(gated_loss, *specs)
     alike = next(c for c in s.candidates if s.recompute_flops(c) <= theirs - plain)
     # Which two of three like products are saved makes a matrix of 16 KiB.

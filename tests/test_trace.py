@@ -13,7 +13,9 @@ import pytest
 from helpers import assert_close, jit
 from zoo.models import MODELS
 
-from jaxckpt.trace import run, size_bytes, trace
+from jaxckpt.program.interpret import run
+from jaxckpt.program.ir import size_bytes
+from jaxckpt.program.trace import trace
 
 SPEC = jax.ShapeDtypeStruct((3, 4), jnp.float32)
 
@@ -158,7 +160,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import jax
 from zoo.models import MODELS
-from jaxckpt.trace import trace
+from jaxckpt.program.trace import trace
 custom = jax.custom_jvp(lambda x: x)
 custom.defjvp(lambda p, t: (p[0], t[0]))
 for model in MODELS.values():

@@ -15,8 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 from zoo.models import chain_args
 
 import jaxckpt
-from jaxckpt import JaxckptWarning, _compat, auto_remat, costs
-from jaxckpt.trace import trace
+from jaxckpt import JaxckptWarning, _compat, auto_remat
+from jaxckpt.program.flops import gradient_cost
+from jaxckpt.program.trace import trace
 
 # Flags that change how JAX rematerialises, where this JAX has them; each is read when JAX is imported.
 MODES = {"remat3": {"JAX_REMAT3": "1"}}
@@ -195,7 +196,7 @@ def recomputation(fun, args):
     if os.environ.get("JAX_REMAT3"):
         # In this mode regions are barriers, and primitives of a new kind that only costs are counted inside of.
         barriers = str(jax.make_jaxpr(fun)(*args)).count("optimization_barrier")
-        return barriers, costs.gradient_cost(fun, *args).flops
+        return barriers, gradient_cost(fun, *args).flops
     found = count(fun, *args)
     return found["checkpoint"], found["dot_general"] + found["tanh"]
 
@@ -297,7 +298,7 @@ def recomputed_layers():
         x = jax.checkpoint(lambda x: layer(layer(x)))(x)
         return jnp.sum(lax.scan(lambda x, _: (layer(x), None), x, length=4)[0])
 
-    return costs.gradient_cost(jax.grad(loss), jnp.ones((8, 8)), jnp.ones((64, 8))).flops
+    return gradient_cost(jax.grad(loss), jnp.ones((8, 8)), jnp.ones((64, 8))).flops
 
 
 def test_recomputation_is_counted_in_other_modes():

@@ -9,7 +9,7 @@ from zoo.catalogue import CATALOGUE, DEEP
 from zoo.handmade import arrays, round_divisor
 
 import jaxckpt
-from jaxckpt import costs
+from jaxckpt.program.flops import gradient_cost
 
 ALL = CATALOGUE | DEEP
 
@@ -33,7 +33,7 @@ def name(request) -> str:
 
 
 def flops(fun, *specs):
-    return costs.gradient_cost(jax.value_and_grad(fun), *specs).flops
+    return gradient_cost(jax.value_and_grad(fun), *specs).flops
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of every equation, and which results a compiler does not materialise.
+"""FLOPs and bytes of every equation.
 
 FLOPs follow the convention of the field: a multiply-add is two, an elementwise operation one per element of its
 result whatever its function, a reduction one per element of its operand, moving data none. Loops count their trips.
@@ -12,68 +12,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax.extend.core import primitives as prims
 
 from jaxckpt import _compat
-from jaxckpt.trace import Equation, elements, size_bytes
-
-
-def _find(names: str) -> frozenset[Any]:
-    """The primitives of these names that this JAX has, as objects."""
-    found = (getattr(prims, f"{n}_p", None) or getattr(lax, f"{n}_p", None) for n in names.split())
-    return frozenset(p for p in found if p is not None)
-
-
-# One operation per element; cheap enough that compilers repeat them rather than store their results.
-CHEAP = _find(
-    "abs add add_jaxvals and ceil clamp clz complex conj convert_element_type copy device_put eq eq_to floor ge gt "
-    "imag integer_pow is_finite le le_to lt lt_to max min mul mulhi name ne neg nextafter not one_minus_square or "
-    "population_count real reduce_precision rem round select_n sharding_constraint shift_left "
-    "shift_right_arithmetic shift_right_logical sign square stop_gradient sub xor bitcast_convert_type random_wrap "
-    "random_unwrap"
+from jaxckpt.program.ir import Equation, elements, size_bytes
+from jaxckpt.program.primitives import (
+    CHEAP,
+    EXPENSIVE,
+    LAYOUT,
+    MATMULS,
+    MOVES,
+    RANDOM,
+    REDUCES,
+    SOLVES,
+    find_primitives,
 )
-# One operation per element too, but a compiler computes them once.
-EXPENSIVE = _find(
-    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma div erf erf_inv erfc exp exp2 "
-    "expm1 igamma igamma_grad_a igammac lgamma log log1p log2 logistic polygamma polynomial pow "
-    "regularized_incomplete_beta rsqrt sin sinh sqrt tan tanh zeta"
-)
-# No operations: a compiler folds them into whatever reads them.
-LAYOUT = _find("broadcast_in_dim expand_dims iota reshape rev slice squeeze transpose split unstack tile empty2")
-COMPARES = _find("and eq eq_to ge gt is_finite le le_to lt lt_to ne not or select_n xor clamp")
-BROADCASTS = _find("broadcast_in_dim iota")
-# The same buffer under another shape.
-ALIAS = _find("reshape squeeze expand_dims name stop_gradient sharding_constraint copy reduce_precision")
-# The same digits in another shape.
-RESHAPES = ALIAS | LAYOUT
-# Moving data by index: no operations, but a result of its own.
-_MOVES = _find(
-    "concatenate dynamic_slice dynamic_update_slice gather pad stack scatter all_gather all_to_all "
-    "ppermute ragged_all_to_all optimization_barrier after_all create_token axis_index"
-)
-_REDUCES = _find(
-    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor cumsum cummax cummin "
-    "cumprod cumlogsumexp psum pmax pmin scatter_add scatter_mul scatter_min scatter_max scatter_sub reduce_scatter"
-)
-# These write into their first operand.
-IN_PLACE = _find(
-    "dynamic_update_slice scatter scatter_add scatter_apply scatter_max scatter_min scatter_mul scatter_sub"
-)
-# Results are images like the operands.
-IMAGES = _find(
-    "concatenate pad reduce_window reduce_window_max reduce_window_min reduce_window_sum select_and_gather_add "
-    "select_and_scatter_add"
-)
-_SOLVES = frozenset({lax.linear_solve_p})
-_RANDOM = _find(
-    "random_bits random_fold_in random_seed random_split random_gamma rng_bit_generator rng_uniform threefry2x32"
-)
-# Tangents end here.
-STOPS = _find("stop_gradient")
-FUSIBLE = CHEAP | EXPENSIVE | LAYOUT
-# Reductions read fused operands and make a buffer.
-READS_FUSED = FUSIBLE | _find("reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor")
 
 FlopRule = Callable[[Equation, list[Any]], int]
 
@@ -95,7 +48,7 @@ class Cost:
     matmul_flops: Mapping[str, int] = field(default_factory=dict)
 
 
-def cost(eqn: Equation, avals: list[Any]) -> Cost:
+def equation_cost(eqn: Equation, avals: list[Any]) -> Cost:
     """Cost of an equation; an unknown primitive counts by its bytes and is listed."""
     operands = [avals[x] if isinstance(x, int) else x.aval for x in eqn.inputs]
     return _cost(eqn.primitive, eqn.params, operands, [avals[v] for v in eqn.outputs])
@@ -115,7 +68,7 @@ def _cost(primitive: Any, params: dict[str, Any], operands: list[Any], results: 
         return nested
     if primitive in _FLOPS:
         flops = _FLOPS[primitive](params, operands, results)
-        return Cost(flops, moved, matmul_flops={_dtype(operands[0]): flops} if primitive in _MATMULS else {})
+        return Cost(flops, moved, matmul_flops={_dtype(operands[0]): flops} if primitive in MATMULS else {})
     # A primitive without a rule still takes time: one operation per element it makes.
     return Cost(sum(map(elements, results)), moved, frozenset({primitive.name}))
 
@@ -143,7 +96,7 @@ def _nested(primitive: Any, params: dict[str, Any]) -> Cost | None:
         return replace(body, unknown=body.unknown | {"while (trips unknown, counted once)"})
     if primitive is prims.cond_p:
         return max((jaxpr_cost(b.jaxpr) for b in params["branches"]), key=lambda c: c.flops)
-    if primitive in _SOLVES:
+    if primitive in SOLVES:
         return jaxpr_cost(params["jaxprs"].solve.jaxpr)
     if "_prim" in params:
         return _total([jaxpr_cost(_compat.held_jaxpr(params["_prim"]))])
@@ -199,30 +152,29 @@ def _triangular_solve(params: dict[str, Any], operands: list[Any], results: list
 _FLOPS: dict[Any, Callable[[dict[str, Any], list[Any], list[Any]], int]] = {
     **dict.fromkeys(CHEAP | EXPENSIVE, lambda p, i, o: sum(map(elements, o))),
     **dict.fromkeys(
-        LAYOUT | _MOVES | _compat.UNNAMED_PRIMITIVES | _find("name copy stop_gradient reshape squeeze"),
+        LAYOUT | MOVES | _compat.UNNAMED_PRIMITIVES | find_primitives("name copy stop_gradient reshape squeeze"),
         lambda p, i, o: 0,
     ),
-    **dict.fromkeys(_REDUCES, lambda p, i, o: sum(map(elements, i))),
-    **dict.fromkeys(_RANDOM, lambda p, i, o: sum(map(elements, o))),
-    **dict.fromkeys(_find("dot_general ragged_dot_general ragged_dot"), _dot),
-    **dict.fromkeys(_find("conv_general_dilated"), _conv),
+    **dict.fromkeys(REDUCES, lambda p, i, o: sum(map(elements, i))),
+    **dict.fromkeys(RANDOM, lambda p, i, o: sum(map(elements, o))),
+    **dict.fromkeys(find_primitives("dot_general ragged_dot_general ragged_dot"), _dot),
+    **dict.fromkeys(find_primitives("conv_general_dilated"), _conv),
     **dict.fromkeys(
-        _find(
+        find_primitives(
             "reduce_window reduce_window_max reduce_window_min reduce_window_sum select_and_scatter_add "
             "select_and_gather_add select_and_scatter reduce"
         ),
         _window,
     ),
-    **dict.fromkeys(_find("sort top_k approx_top_k"), _sort),
-    **dict.fromkeys(_find("fft"), _fft),
-    **dict.fromkeys(_find("cholesky"), _cubic(1 / 3)),
-    **dict.fromkeys(_find("lu"), _cubic(2 / 3)),
-    **dict.fromkeys(_find("qr householder_product hessenberg tridiagonal geqrf"), _cubic(4 / 3)),
-    **dict.fromkeys(_find("eigh svd eig schur"), _cubic(9)),
-    **dict.fromkeys(_find("triangular_solve tridiagonal_solve"), _triangular_solve),
+    **dict.fromkeys(find_primitives("sort top_k approx_top_k"), _sort),
+    **dict.fromkeys(find_primitives("fft"), _fft),
+    **dict.fromkeys(find_primitives("cholesky"), _cubic(1 / 3)),
+    **dict.fromkeys(find_primitives("lu"), _cubic(2 / 3)),
+    **dict.fromkeys(find_primitives("qr householder_product hessenberg tridiagonal geqrf"), _cubic(4 / 3)),
+    **dict.fromkeys(find_primitives("eigh svd eig schur"), _cubic(9)),
+    **dict.fromkeys(find_primitives("triangular_solve tridiagonal_solve"), _triangular_solve),
 }
 _FLOPS.pop(None, None)
-_MATMULS = _find("dot_general conv_general_dilated ragged_dot_general")
 
 
 def inner_bytes(eqn: Equation) -> int:
@@ -231,24 +183,9 @@ def inner_bytes(eqn: Equation) -> int:
     return nested.moved_bytes if nested else 0
 
 
-def is_matmul(eqn: Equation) -> bool:
-    """Whether it runs on the matrix units."""
-    return eqn.primitive in _MATMULS
-
-
 def _dtype(operand: Any) -> str:
     """The dtype that decides the matrix units' rate."""
     return str(np.dtype(operand.dtype))
-
-
-def renamed(equations: Iterable[Equation]) -> dict[int, int]:
-    """Values that are others' buffers under a new shape or name, and which ones."""
-    same: dict[int, int] = {}
-    for eqn in equations:
-        reads = {same.get(v, v) for v in eqn.reads}
-        if eqn.primitive in ALIAS and len(reads) == 1:
-            same[eqn.outputs[0]] = reads.pop()
-    return same
 
 
 def gradient_cost(fun: Callable, *args: Any) -> Cost:

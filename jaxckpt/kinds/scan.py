@@ -1,7 +1,4 @@
-"""Loops of known length: what `lax.scan` repeats, and running it in parts.
-
-A part is levels of scans of checkpointed scans, or a binomial loop.
-"""
+"""Loops of known length, run in parts: levels of scans of checkpointed scans, or a binomial loop."""
 
 import functools
 import math
@@ -12,72 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import primitives as prims
 
 from jaxckpt import _compat
-from jaxckpt.binomial import binomial_loop
-from jaxckpt.trace import Constant, Equation, Program, flatten
-from jaxckpt.trace import run as run_program
+from jaxckpt.kinds.binomial import binomial_loop
+from jaxckpt.program.control_flow import Loop, loop_of
+from jaxckpt.program.interpret import run as run_program
+from jaxckpt.program.ir import Constant, Equation
 
 # One iteration: carry and slices to carry and slices, flat lists all.
 Step = Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loop:
-    """A `lax.scan` taken apart.
-
-    Attributes:
-        body: one iteration: its inputs are the loop's constants, the carry and a slice of each stacked input; its
-            outputs the carry and a slice of each stacked output.
-        length: number of iterations.
-        num_consts: how many of the body's inputs are the same in every iteration.
-        num_carry: how many are carried from one to the next.
-        reverse: whether it runs from the last slice to the first.
-        unroll: how many iterations XLA sees at once.
-    """
-
-    body: Program
-    length: int
-    num_consts: int
-    num_carry: int
-    reverse: bool
-    unroll: int
-
-    @property
-    def consts(self) -> tuple[int, ...]:
-        """The body's inputs that are the same in every iteration."""
-        return self.body.inputs[: self.num_consts]
-
-    @property
-    def carry(self) -> tuple[int, ...]:
-        """The body's inputs that come from the iteration before."""
-        return self.body.inputs[self.num_consts : self.num_consts + self.num_carry]
-
-    @property
-    def slices(self) -> tuple[int, ...]:
-        """The body's inputs that are slices of stacked arrays."""
-        return self.body.inputs[self.num_consts + self.num_carry :]
-
-
-def loop_of(eqn: Equation) -> Loop | None:
-    """Take a scan of two or more iterations apart; None for every other equation, and where its body has effects."""
-    if eqn.primitive is not prims.scan_p or eqn.params["length"] < 2 or eqn.params["jaxpr"].consts or eqn.effects:
-        return None
-    num_consts, num_carry = _compat.scan_layout(eqn.params)
-    return Loop(
-        body=_body(eqn.params["jaxpr"].jaxpr),
-        length=eqn.params["length"],
-        num_consts=num_consts,
-        num_carry=num_carry,
-        reverse=eqn.params["reverse"],
-        unroll=int(eqn.params["unroll"]),
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _body(jaxpr: Any) -> Program:
-    return flatten(jaxpr)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

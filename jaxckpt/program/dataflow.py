@@ -4,8 +4,9 @@ from collections.abc import Collection
 
 import networkx as nx
 
-from jaxckpt import costs
-from jaxckpt.trace import Program, is_differentiable, size_bytes
+from jaxckpt.program import primitives
+from jaxckpt.program.flops import equation_cost
+from jaxckpt.program.ir import Program, is_differentiable, size_bytes
 
 
 def build_graph(program: Program) -> nx.DiGraph:
@@ -23,7 +24,7 @@ def build_graph(program: Program) -> nx.DiGraph:
     readers: dict[int, list[int]] = {v: [] for v in (*program.inputs, *maker)}
     graph = nx.DiGraph(maker=maker, readers=readers)
     for i, eqn in enumerate(program.equations):
-        cost = costs.cost(eqn, program.avals)
+        cost = equation_cost(eqn, program.avals)
         graph.add_node(
             i,
             eqn=eqn,
@@ -50,7 +51,7 @@ def active_values(program: Program, inputs: Collection[int], outputs: Collection
     """The values on a path from differentiated inputs to differentiated outputs, along which tangents flow."""
     needed = set(outputs)
     for eqn in reversed(program.equations):
-        if eqn.primitive not in costs.STOPS and not needed.isdisjoint(eqn.outputs):
+        if eqn.primitive not in primitives.STOPS and not needed.isdisjoint(eqn.outputs):
             needed.update(eqn.reads)
     return reached_values(program, inputs) & needed
 
@@ -59,6 +60,6 @@ def reached_values(program: Program, inputs: Collection[int]) -> set[int]:
     """The values that tangents of these inputs reach."""
     reached = set(inputs)
     for eqn in program.equations:
-        if eqn.primitive not in costs.STOPS and not reached.isdisjoint(eqn.reads):
+        if eqn.primitive not in primitives.STOPS and not reached.isdisjoint(eqn.reads):
             reached.update(v for v in eqn.outputs if is_differentiable(program.avals[v]))
     return reached

@@ -23,7 +23,7 @@ import numpy as np
 from ckptsolvers.revolve import num_forwards, revolve_actions
 from jax import lax
 
-from jaxckpt.trace import is_differentiable
+from jaxckpt.program.ir import is_differentiable
 
 # One iteration: constants, carry and slices to carry and slices, flat lists all.
 Step = Callable[[list[Any], list[Any], list[Any]], tuple[list[Any], list[Any]]]
