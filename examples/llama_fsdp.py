@@ -33,7 +33,7 @@ if not __package__:  # run as a file: make the repository importable
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "solvers")]
 
 import jaxckpt
-from jaxckpt import targets
+from jaxckpt.targets.chip import find_target
 from jaxckpt.units import show_bytes
 
 
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     config = dataclasses.replace(SIZES[args.size], **changes)
     started = time.perf_counter()
     try:
-        budget = args.budget or targets.find(args.target).memory_bytes
+        budget = args.budget or find_target(args.target).memory_bytes
         if budget is None:
             parser.error(f"{args.target} has no memory of its own; give --budget")
         _, _, layout = args.target.partition(":")

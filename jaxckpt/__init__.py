@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from jaxckpt.batches import largest_batch as largest_batch
     from jaxckpt.bounded import while_loop as while_loop
     from jaxckpt.calibration import Calibration as Calibration
-    from jaxckpt.chips import define_target as define_target
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import CompilerError as CompilerError
     from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
     from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
     from jaxckpt.plans import Plan as Plan
-    from jaxckpt.shardings import mesh as mesh
+    from jaxckpt.targets.chip import define_target as define_target
+    from jaxckpt.targets.sharding import mesh as mesh
     from jaxckpt.tradeoff import Frontier as Frontier
     from jaxckpt.tradeoff import frontier as frontier
 
@@ -41,7 +41,7 @@ _HOMES = {
     "compiler_options": "api",
     "largest_batch": "batches",
     "Calibration": "calibration",
-    "define_target": "chips",
+    "define_target": "targets.chip",
     "BudgetError": "errors",
     "CompilerError": "errors",
     "InfeasibleBudgetError": "errors",
@@ -58,7 +58,7 @@ _HOMES = {
     "fit": "fitting",
     "Measurement": "measurement",
     "measure": "measurement",
-    "mesh": "shardings",
+    "mesh": "targets.sharding",
     "Plan": "plans",
     "plan": "planner",
     "Frontier": "tradeoff",

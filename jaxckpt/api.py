@@ -20,7 +20,7 @@ import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
 import jaxckpt
-from jaxckpt import _compat, keeping, targets
+from jaxckpt import _compat, keeping
 from jaxckpt.agreement import agreed
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
 from jaxckpt.measurement import Objective, input_specs, output_objective
@@ -31,6 +31,7 @@ from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, is_differentiable, refuse_effects
 from jaxckpt.program.trace import Memory, is_settled, trace
 from jaxckpt.steps import FITTING
+from jaxckpt.targets.chip import find_target
 from jaxckpt.units import short_bytes, short_count
 
 _LOG = logging.getLogger("jaxckpt")
@@ -295,7 +296,7 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
 
 def _key(program: Program, goal: Any, request: Request) -> str:
     versions = (SCHEMA, jaxckpt.__version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
-    place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""), targets.find(request.target))
+    place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""), find_target(request.target))
     return hashlib.sha256(
         repr((program.fingerprint(), program.keeps_checkpoints, goal, request, versions, place)).encode()
     ).hexdigest()[:32]

@@ -16,18 +16,22 @@ import jax
 from ckptsolvers import Block, Option
 from ckptsolvers.mincut import Operation, save_sets
 
-from jaxckpt import liveness
-from jaxckpt.chips import Target
 from jaxckpt.cuts import Span
-from jaxckpt.habits import habits_of
-from jaxckpt.layouts import Layouts, layouts_of
+from jaxckpt.memory.across import Across, held_across
+from jaxckpt.memory.fusion import Copy
+from jaxckpt.memory.peak import peak_bytes
+from jaxckpt.model.time import Timer, count_flops
 from jaxckpt.program import primitives
 from jaxckpt.program.flatten import flatten
 from jaxckpt.program.flops import equation_cost
 from jaxckpt.program.interpret import evaluate
 from jaxckpt.program.ir import Equation, Program, elements, is_differentiable, live_equations, size_bytes, spec_of
 from jaxckpt.regions import Saved
-from jaxckpt.targets import Timer, count_flops
+from jaxckpt.targets import compiler
+from jaxckpt.targets.chip import Target
+from jaxckpt.targets.compiler import Layouts
+from jaxckpt.targets.cpu import habits_of
+from jaxckpt.targets.tpu import layouts_of
 
 EVERYTHING = "everything"
 # Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
@@ -391,7 +395,7 @@ class Model:
         results = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
         own = {v for v in self.outputs if v >= 0} - results
         needed = self._needed({*self.joint.residuals, *own, *results}, frozenset())
-        peak = liveness.peak_bytes(
+        peak = peak_bytes(
             [*needed, *self.joint.backward],
             self.size,
             held=self.joint.cotangents,
@@ -419,10 +423,10 @@ class Model:
     def _scratch_bytes(self) -> int:
         return sum(map(self.habits.scratch_bytes, self.joint.backward))
 
-    def _across(self) -> liveness.Across:
+    def _across(self) -> Across:
         """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
         late = set(map(id, self.late))
-        return liveness.held_across(
+        return held_across(
             [*(eqn for eqn in self.joint.forward if id(eqn) not in late), *self.early],
             self._backward_alone,
             self.size,
@@ -431,11 +435,11 @@ class Model:
             kept=[*self.joint.waiting, *self.joint.gradients],
             external=[self.joint.value[v] for v in self.local.results if v in self.joint.value],
             # In a loop's body forward and backward are loops of their own, each with its own copies.
-            habits=liveness.Habits() if self.local.is_body else self._mixing_habits,
+            habits=compiler.Habits() if self.local.is_body else self._mixing_habits,
         )
 
     @property
-    def _mixing_habits(self) -> liveness.Habits:
+    def _mixing_habits(self) -> compiler.Habits:
         """What the compiler does where no checkpoint separates forward and backward."""
         return replace(self.habits, scratch_bytes=lambda eqn: 0)
 
@@ -554,19 +558,19 @@ class Model:
         external = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
         kept = {*self.outputs, *saved} - external - {-1}
         needed = self._needed({*kept, *external}, frozenset())
-        return liveness.peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
+        return peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
 
     def _backward_peak(
         self,
         equations: Sequence[Equation],
         saved: frozenset[int],
-        habits: liveness.Habits | None = None,
-        copies: Collection[liveness.Copy] = (),
+        habits: compiler.Habits | None = None,
+        copies: Collection[Copy] = (),
         *,
         is_stacked: bool = False,
     ) -> int:
         waiting = set(self.joint.waiting)
-        return liveness.peak_bytes(
+        return peak_bytes(
             equations,
             self.size,
             held={*self.joint.cotangents, *(() if is_stacked else saved)},

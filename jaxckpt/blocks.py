@@ -11,15 +11,16 @@ from ckptsolvers import Block, Problem, Value
 from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
 from jaxckpt.branch_model import analyse_conditional
 from jaxckpt.candidates import NO_ROOM, keep_all
-from jaxckpt.chips import Target
 from jaxckpt.cuts import Span
-from jaxckpt.layouts import Layouts, layouts_of
+from jaxckpt.model.time import Timer, count_flops
 from jaxckpt.program import primitives
 from jaxckpt.program.control_flow import branches_of, loop_of
 from jaxckpt.program.ir import Equation, Program, elements
 from jaxckpt.regions import Saved
 from jaxckpt.scan_model import analyse_loop
-from jaxckpt.targets import Timer, count_flops
+from jaxckpt.targets.chip import Target
+from jaxckpt.targets.compiler import Layouts
+from jaxckpt.targets.tpu import layouts_of
 
 Profiler = Callable[[LocalBlock, Analysis], Analysis]
 

@@ -22,13 +22,13 @@ from jaxckpt.block_model import (
     dominates,
     outside,
 )
-from jaxckpt.chips import Target
+from jaxckpt.model.time import Timer
 from jaxckpt.program import dataflow
 from jaxckpt.program.control_flow import Branch, branches_of
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.regions import BranchPlan, Tree
 from jaxckpt.scan_model import Body, Iteration, pareto
-from jaxckpt.targets import Timer
+from jaxckpt.targets.chip import Target
 from jaxckpt.transients import transient_bytes
 
 # Each is differentiated by JAX, which takes some hundredths of a second.

@@ -253,8 +253,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _targets(options: argparse.Namespace) -> int:
-    from jaxckpt import chips, installs
     from jaxckpt.report import show_targets
+    from jaxckpt.targets import chip as chips
+    from jaxckpt.targets import install as installs
 
     if options.dry_run and not options.install:
         raise _UsageError("--dry-run goes with --install TARGET")
@@ -266,7 +267,7 @@ def _targets(options: argparse.Namespace) -> int:
 
 
 def _install(chip: Any, options: argparse.Namespace) -> int:
-    from jaxckpt import installs
+    from jaxckpt.targets import install as installs
 
     wanted = installs.command(chip)
     if options.json:

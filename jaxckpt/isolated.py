@@ -17,9 +17,11 @@ import jax.export
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from jaxckpt import _compat, chips, compilers
+from jaxckpt import _compat
 from jaxckpt.errors import CompilerError
 from jaxckpt.files import write_text
+from jaxckpt.targets.chip import find_chip, topology_of
+from jaxckpt.targets.topology import devices_for
 
 # Set to anything, compiles for a named target run here.
 SWITCH = "JAXCKPT_ISOLATE"
@@ -43,7 +45,7 @@ def sizes_later(
         A function to what `memory_analysis` says. It raises `CompilerError`, with how, where the process ended without
         an answer, and `RuntimeError` with the compiler's own error.
     """
-    chip = chips.find(target)
+    chip = find_chip(target)
     given = {donate_argnums} if isinstance(donate_argnums, int) else set(donate_argnums)
     owners = [i for i, spec in enumerate(specs) for _ in jax.tree.leaves(spec)]
     leaves, tree = jax.tree.flatten(list(specs))
@@ -53,7 +55,7 @@ def sizes_later(
         "program": _compat.without_gradient(exported),
         "donated": [i for i, owner in enumerate(owners) if owner in given],
         "chip": chip,
-        "topology": chips.topology(target) if chip.tpu else str(exported.nr_devices),
+        "topology": topology_of(target) if chip.tpu else str(exported.nr_devices),
         "options": options,
         "places": [_described(leaf.sharding) for leaf in leaves],
     }
@@ -108,7 +110,7 @@ def main(question: str, answer: str) -> None:
     """Compile what the question says and write the answer, whole or not at all."""
     asked = pickle.loads(Path(question).read_bytes())
     exported = asked["program"]
-    devices = compilers.devices(asked["chip"], asked["topology"])[: exported.nr_devices]
+    devices = devices_for(asked["chip"], asked["topology"])[: exported.nr_devices]
     places = [_placed(place, devices) for place in asked["places"]]
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(exported.in_avals, places, strict=True)]
     traced = jax.jit(exported.call, donate_argnums=asked["donated"]).trace(*specs)

@@ -15,11 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxckpt import _compat, chips, compilers, installs, isolated, keeping, shardings, targets
+from jaxckpt import _compat, isolated, keeping
 from jaxckpt.errors import CompilerError, NotDifferentiableError
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import is_differentiable, show_aval, size_bytes, spec_of
 from jaxckpt.program.trace import Traced
+from jaxckpt.targets import install
+from jaxckpt.targets.chip import Target, find_target
+from jaxckpt.targets.sharding import local_bytes, place, step_split, trace_placed
+from jaxckpt.targets.topology import refused_bytes
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
@@ -173,7 +177,7 @@ def measure(
         >>> measure(lambda x: jnp.sum(jnp.tanh(x) ** 2), x).argument_bytes
         262144
     """
-    traced = shardings.trace_placed(fun, args)
+    traced = trace_placed(fun, args)
     program = traced.program
     plain = functools.partial(run, program)
     specs = input_specs(program)
@@ -220,13 +224,13 @@ def lowered_for(
     fun: Callable, specs: Sequence[Any], target: str | None, donate_argnums: int | Sequence[int] = ()
 ) -> Callable[[], Measurement]:
     """Trace and lower a function as `compiled_bytes` does; what is returned compiles it, in any thread."""
-    chip = targets.find(target)
+    chip = find_target(target)
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise CompilerError(
             "inside shard_map a part of a program cannot be compiled on its own; decorate it without a budget and let "
             "jaxckpt.fit measure the whole step"
         )
-    placed, num_devices = shardings.place(specs, target)
+    placed, num_devices = place(specs, target)
     label = target or jax.default_backend() + (f":{num_devices}" if num_devices > 1 else "")
     started = time.perf_counter()
     traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
@@ -279,14 +283,14 @@ def side_by_side(programs: Iterable[Callable[[], Measurement]]) -> list[Measurem
         return [each.result() for each in running]
 
 
-def _versions(chip: chips.Target) -> tuple[Any, ...]:
+def _versions(chip: Target) -> tuple[Any, ...]:
     """What else than its text decides how a program is compiled."""
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    return _compat.JAXLIB_VERSION, installs.installed(chip), *flags
+    return _compat.JAXLIB_VERSION, install.installed(chip), *flags
 
 
 def _compiled(
-    compiled: Callable[[], Any], chip: chips.Target, label: str, refusal: Callable[[int], Measurement]
+    compiled: Callable[[], Any], chip: Target, label: str, refusal: Callable[[int], Measurement]
 ) -> Measurement:
     """Compile and read the sizes; a refusal that says how much the program takes is a measurement too."""
     started = time.perf_counter()
@@ -296,11 +300,11 @@ def _compiled(
     except CompilerError:
         raise
     except Exception as error:  # every backend raises its own kind
-        needed = compilers.refused_bytes(error)
+        needed = refused_bytes(error)
         if needed is None:
             said = (str(error).splitlines() or [type(error).__name__])[0][:300]
             needs = any(word in said for word in ("ptxas", "PTX", "libdevice"))
-            advice = f". Its assembler comes with: {installs.shown_command(chip)}" if needs else ""
+            advice = f". Its assembler comes with: {install.shown_command(chip)}" if needs else ""
             raise CompilerError(f"the compiler for target={label!r} failed: {said}{advice}") from error
         return refusal(needed)
     if time.perf_counter() - started > _SLOW_S:
@@ -360,8 +364,8 @@ def _refusal(
 ) -> Measurement:
     """The compiler will not build a program of this size for the chip, which says how large it is."""
     leaves = jax.tree.leaves(list(specs))
-    arguments = sum(shardings.local_bytes(leaf, getattr(leaf, "sharding", None)) for leaf in leaves)
-    split = shardings.step_split(leaves)
+    arguments = sum(local_bytes(leaf, getattr(leaf, "sharding", None)) for leaf in leaves)
+    split = step_split(leaves)
     results = Counter((x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(fun, *specs)))
     donated = Counter((x.shape, x.dtype) for x in donated_leaves(specs, donate_argnums))
     outputs, aliased = (

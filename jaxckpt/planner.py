@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from jaxckpt import shardings, targets
 from jaxckpt.calibration import Calibration, add_samples, remembered
 from jaxckpt.candidates import Candidate, check_solver
 from jaxckpt.description import describe, forced_by
 from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning, OptionError
 from jaxckpt.ladder import FAR, FASTER, Ladder
 from jaxckpt.measurement import Objective, objective
+from jaxckpt.model.time import check_cost
 from jaxckpt.plans import Plan
 from jaxckpt.program.ir import Program
 from jaxckpt.study import Study
+from jaxckpt.targets.chip import find_target
+from jaxckpt.targets.sharding import trace_placed
 from jaxckpt.units import Budget, parse_budget, parse_bytes, show_bytes
 
 # Room left below the budget when nothing is compiled.
@@ -112,7 +114,7 @@ def plan(
         True
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration, profile)
-    traced = shardings.trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+    traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
     return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
 
@@ -133,7 +135,7 @@ def make_request(
         BudgetError: with what is accepted.
         OptionError: a cost, a solver or a calibration that is none.
     """
-    targets.check_cost(cost)
+    check_cost(cost)
     check_solver(solver)
     if not (calibration is None or calibration == "auto" or isinstance(calibration, Calibration)):
         raise OptionError(
@@ -181,7 +183,7 @@ def find_study(
     program: Program, goal: Objective, cost: str, solver: Any, target: str | None, is_profiled: bool = False
 ) -> Study:
     """The study of this program, kept for the next budget; what was compiled for one budget serves the others."""
-    chip = targets.find(target)  # a user's chip may be defined anew under its name
+    chip = find_target(target)  # a user's chip may be defined anew under its name
     key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
     key += (is_profiled,)
     study = _STUDIES.pop(key, None) or Study(program, goal, cost, solver, target, is_profiled=is_profiled)

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxckpt import _compat, liveness, targets
+from jaxckpt import _compat
 from jaxckpt.measurement import cotangent_specs, input_specs
+from jaxckpt.memory.peak import peak_bytes
+from jaxckpt.model.time import timer
 from jaxckpt.program.flatten import flatten
 from jaxckpt.program.flops import jaxpr_cost
 from jaxckpt.program.ir import size_bytes
@@ -48,6 +50,6 @@ def differentiated_cost(study: Study, fun: Flat) -> DifferentiatedCost:
     outputs = {x for x in flat.outputs if isinstance(x, int)}
     return DifferentiatedCost(
         flops=jaxpr_cost(live).flops,
-        cost=sum(targets.timer(study.cost, study.chip)(flat.equations, flat.avals, outputs)),
-        peak_bytes=liveness.peak_bytes(flat.equations, lambda v: size_bytes(flat.avals[v]), external=outputs),
+        cost=sum(timer(study.cost, study.chip)(flat.equations, flat.avals, outputs)),
+        peak_bytes=peak_bytes(flat.equations, lambda v: size_bytes(flat.avals[v]), external=outputs),
     )

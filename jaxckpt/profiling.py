@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 from ckptsolvers import Block, Option
 
-from jaxckpt import _compat, liveness
+from jaxckpt import _compat
 from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock, Model, differentiate
-from jaxckpt.chips import Target
 from jaxckpt.measurement import Measurement, lowered_for, side_by_side
+from jaxckpt.memory.peak import peak_bytes
+from jaxckpt.model.time import Timer
 from jaxckpt.program.interpret import evaluate
 from jaxckpt.program.ir import Equation, spec_of
-from jaxckpt.targets import Timer
+from jaxckpt.targets.chip import Target
 
 _NUM_RUNS = 5
 _PICOSECONDS = 1e12
@@ -125,7 +126,7 @@ class Profiler:
         )
         found: dict[tuple[int, ...], int] = {}
         for run, what in zip(distinct, measured, strict=True):
-            modelled = liveness.peak_bytes(run.equations, model.size, external=run.outputs, habits=model.habits)
+            modelled = peak_bytes(run.equations, model.size, external=run.outputs, habits=model.habits)
             found[run.key] = what.temp_bytes - modelled
         return {run: found.get(run.key, 0) for run in runs}
 

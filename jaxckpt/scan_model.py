@@ -19,13 +19,13 @@ from ckptsolvers.schedule import Node, region
 from jaxckpt import cuts
 from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock, differentiated_ends, outside
 from jaxckpt.candidates import chain_schedules
-from jaxckpt.chips import Target
 from jaxckpt.kinds.binomial import num_again
+from jaxckpt.model.time import Timer, count_flops, stacking_time
 from jaxckpt.program import dataflow
 from jaxckpt.program.control_flow import Branch, Loop, loop_of
 from jaxckpt.program.ir import elements, size_bytes
 from jaxckpt.regions import LoopPart, LoopPlan, Saved, Tree
-from jaxckpt.targets import Timer, count_flops, stacking_time
+from jaxckpt.targets.chip import Target
 
 _T = TypeVar("_T")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxckpt import _compat, keeping, shardings
+from jaxckpt import _compat, keeping
 from jaxckpt.candidates import Candidate
 from jaxckpt.errors import OptionError
 from jaxckpt.measurement import Measurement, Objective, compiled_bytes, donated_leaves
@@ -16,6 +16,7 @@ from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.sharing import Picks
 from jaxckpt.study import Study
+from jaxckpt.targets.sharding import local_bytes, step_split
 
 # What decorated functions ask while a step is traced; jit traces again when it changes.
 FITTING = jax.make_user_context(None)
@@ -66,7 +67,7 @@ class Step:
         donate_argnums: int | Sequence[int],
     ):
         self.fun, self.args, self.target, self.donate_argnums = fun, args, target, donate_argnums
-        self.free = Choice(cost, target, shardings.step_split(args))
+        self.free = Choice(cost, target, step_split(args))
         self.results = jax.eval_shape(_under(self.free, fun), *args)
         if not self.free.studies:
             raise OptionError(
@@ -117,7 +118,7 @@ class Step:
     def state_bytes(self) -> int:
         """Arguments and results on each device, from their shapes: what no plan changes."""
         donated = donated_leaves(self.args, self.donate_argnums)
-        read = sum(shardings.local_bytes(x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
+        read = sum(local_bytes(x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
         # A result takes the buffer of a donated argument that is like it.
         made = Counter(map(_alike, jax.tree.leaves(self.results))) - Counter(map(_alike, donated))
         return read + sum(count * -(-size_bytes(spec) // self.free.split) for spec, count in made.items())

@@ -8,10 +8,9 @@ from typing import Any
 
 from ckptsolvers import Keep, simulate
 
-from jaxckpt import apply, cuts, regions, shardings, targets
+from jaxckpt import apply, cuts, regions
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import Candidate, candidates, check_solver, keep_all
-from jaxckpt.habits import is_head, outside_regions
 from jaxckpt.measurement import (
     Measurement,
     Objective,
@@ -21,10 +20,15 @@ from jaxckpt.measurement import (
     lowered_for,
     side_by_side,
 )
+from jaxckpt.model.time import timer
 from jaxckpt.profiling import Profiler
 from jaxckpt.program import dataflow
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, refuse_effects, size_bytes
+from jaxckpt.targets.chip import find_target
+from jaxckpt.targets.cpu import outside_regions
+from jaxckpt.targets.sharding import local_bytes, program_split
+from jaxckpt.targets.tpu import is_head
 
 
 class Study:
@@ -51,11 +55,11 @@ class Study:
         *,
         is_profiled: bool = False,
     ):
-        self.split = shardings.split(program) if split is None else split
+        self.split = program_split(program) if split is None else split
         self.program, self.objective, self.target = program, objective, target
-        self.chip = targets.find(target)
+        self.chip = find_target(target)
         self.cost, self.solver, self.is_profiled = cost, solver, is_profiled
-        self.timer = targets.timer(cost, self.chip)
+        self.timer = timer(cost, self.chip)
         is_timed = cost == "time" and target is None
         self.profiler = Profiler(target, self.chip, self.timer, is_timed=is_timed) if is_profiled else None
         check_solver(solver)
@@ -148,7 +152,7 @@ class Study:
         program, sizes = self.program, [-(-size_bytes(a) // self.split) for a in self.program.avals]
         if program.shardings:
             for v, sharding in zip(program.inputs, program.shardings, strict=True):
-                sizes[v] = shardings.local_bytes(program.avals[v], sharding)
+                sizes[v] = local_bytes(program.avals[v], sharding)
         read = {v for eqn in program.equations for v in eqn.reads} | set(program.outputs)
         arguments = sum(sizes[v] for v in program.inputs if v in read)
         results = sum(sizes[x] for x in program.outputs if isinstance(x, int))

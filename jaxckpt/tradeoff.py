@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from jaxckpt import shardings
 from jaxckpt.calibration import Calibration, add_samples, remembered
 from jaxckpt.candidates import Candidate
 from jaxckpt.description import describe
@@ -22,6 +21,7 @@ from jaxckpt.plans import Plan
 from jaxckpt.policies import DifferentiatedCost, differentiated_cost, policy_functions
 from jaxckpt.program.interpret import run
 from jaxckpt.study import Study
+from jaxckpt.targets.sharding import trace_placed
 
 UNPLANNED = "unplanned"
 PLAN = "plan"
@@ -155,7 +155,7 @@ def frontier(
     """
     if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
         raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
-    traced = shardings.trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+    traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
     study = find_study(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
     record = remembered(traced.program, target)
     expected, calibration = functools.partial(_expected, study, record), record.hash if record.samples else None

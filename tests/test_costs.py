@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxckpt import targets
+from jaxckpt.model.time import timer
 from jaxckpt.program.flops import equation_cost, gradient_cost, jaxpr_cost
 from jaxckpt.program.trace import trace
+from jaxckpt.targets.chip import find_target
 
 
 def spec(*shape, dtype="float32"):
@@ -230,7 +231,7 @@ def test_products_inside_an_operation_take_the_time_of_products(wrap, dtype):
 
     def seconds(fun):
         program = trace(fun, specs).program
-        timed = targets.timer("time", targets.find("h100"))
+        timed = timer("time", find_target("h100"))
         return sum(timed(program.equations, program.avals, program.outputs))
 
     # What fuses with a product is timed beside it, and not where both are inside.

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt import chips, installs, isolated
+from jaxckpt import isolated
+from jaxckpt.targets import install
+from jaxckpt.targets.chip import find_chip
 
 X = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
 WS = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 8
@@ -62,7 +64,7 @@ def test_sizes_are_those_of_a_compile_in_this_process(monkeypatch):
 @pytest.mark.targets
 @pytest.mark.parametrize("chip", ["h100", "v5e"])
 def test_a_described_chip_is_compiled_for_in_a_process_of_its_own(chip, monkeypatch):
-    if installs.unusable(chips.find(chip)):
+    if install.unusable(find_chip(chip)):
         pytest.skip("its compiler is not installed")
     fun = lambda x: jnp.sum(jnp.tanh(x) ** 2)  # noqa: E731
     found = jaxckpt.measure(fun, X, target=chip)
@@ -72,8 +74,8 @@ def test_a_described_chip_is_compiled_for_in_a_process_of_its_own(chip, monkeypa
 
 @pytest.mark.targets
 def test_a_refusal_comes_back_as_one():
-    if installs.unusable(chips.find("v5e")):
+    if install.unusable(find_chip("v5e")):
         pytest.skip("its compiler is not installed")
     x = jax.ShapeDtypeStruct((2**18, 1024), jnp.float32)
     found = jaxckpt.measure(lambda x: jnp.tanh(x @ x.T)[0, 0], x, target="v5e", differentiate=False)
-    assert found.temp_bytes > chips.find("v5e").memory_bytes
+    assert found.temp_bytes > find_chip("v5e").memory_bytes

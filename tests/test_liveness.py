@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from jaxckpt.habits import habits_of
-from jaxckpt.liveness import Copy, Habits, _packed_bytes, held_across, peak_bytes
+from jaxckpt.memory.across import held_across
+from jaxckpt.memory.fusion import Copy
+from jaxckpt.memory.peak import _packed_bytes, peak_bytes
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.program.trace import trace
-from jaxckpt.targets import find
+from jaxckpt.targets.chip import find_target
+from jaxckpt.targets.compiler import Habits
+from jaxckpt.targets.cpu import habits_of
 
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 A = 256
@@ -222,14 +225,16 @@ def test_on_cpu_an_operand_in_another_layout_is_a_buffer_more():
     program = trace(fun, (x, x)).program
     peaks = [
         peak_bytes(
-            program.equations, lambda v: size_bytes(program.avals[v]), habits=habits_of(find(name), program.avals)
+            program.equations,
+            lambda v: size_bytes(program.avals[v]),
+            habits=habits_of(find_target(name), program.avals),
         )
         for name in ("h100", "cpu")
     ]
     assert peaks[1] - peaks[0] in (0, x.nbytes)
     dot = next(e for e in program.equations if e.primitive.name == "dot_general")
-    assert len(habits_of(find("cpu"), program.avals).copies(dot)) == 1
-    assert not habits_of(find("h100"), program.avals).copies(dot)
+    assert len(habits_of(find_target("cpu"), program.avals).copies(dot)) == 1
+    assert not habits_of(find_target("h100"), program.avals).copies(dot)
 
 
 def test_on_cpu_a_poolings_derivative_holds_four_indices_an_element():
@@ -238,9 +243,9 @@ def test_on_cpu_a_poolings_derivative_holds_four_indices_an_element():
 
     program = trace(jax.grad(fun), (jnp.ones((2, 8, 8, 4)),)).program
     (pool,) = [e for e in program.equations if e.primitive.name == "select_and_scatter_add"]
-    scratch = habits_of(find("cpu"), program.avals).scratch_bytes(pool)
+    scratch = habits_of(find_target("cpu"), program.avals).scratch_bytes(pool)
     assert scratch == 4 * 4 * (2 * 8 * 8 * 4 + 2 * 4 * 4 * 4)
-    assert not habits_of(find("v5e"), program.avals).scratch_bytes(pool)
+    assert not habits_of(find_target("v5e"), program.avals).scratch_bytes(pool)
 
 
 def test_a_tpus_products_read_what_is_fused_into_them():
@@ -252,7 +257,7 @@ def test_a_tpus_products_read_what_is_fused_into_them():
     program = trace(attention, (x, x, x)).program
     peaks = {}
     for name in ("v5e", "h100"):
-        habits = habits_of(find(name), program.avals)
+        habits = habits_of(find_target(name), program.avals)
         size = lambda v: size_bytes(program.avals[v])  # noqa: E731
         peaks[name] = peak_bytes(program.equations, size, kept=program.outputs, habits=habits)
     scores = 512 * 512 * 4
@@ -268,7 +273,7 @@ def test_a_scatter_that_is_added_to_something_scatters_into_that():
     program = trace(jax.grad(loss), specs).program
     size = lambda v: size_bytes(program.avals[v])  # noqa: E731
     for name, most in (("cpu", 2.2), ("h100", 1.2)):
-        habits = habits_of(find(name), program.avals, program.equations)
+        habits = habits_of(find_target(name), program.avals, program.equations)
         assert len(habits.scatters) == 1
         # The exponentials, where they are not made again, and the gradient, but no zeros to scatter into.
         peak = peak_bytes(program.equations, size, kept=program.outputs, habits=habits)
@@ -294,7 +299,7 @@ def test_what_is_costly_is_made_again_on_gpus_for_each_reader():
             results=program.outputs[:2],
             cotangents=[program.inputs[1]],
             kept=[program.outputs[2]],
-            habits=habits_of(find(name), program.avals),
+            habits=habits_of(find_target(name), program.avals),
         )
         held[name] = {v for v in across.values if program.avals[v].shape == (256, 256)}
     scores, (weights,) = program.outputs[1], next(e for e in forward if e.primitive.name == "exp").outputs

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt import chips, installs, planner, shardings
+from jaxckpt import planner
 from jaxckpt.measurement import objective
+from jaxckpt.targets import install
+from jaxckpt.targets.chip import find_chip
+from jaxckpt.targets.sharding import trace_placed
 
 X = jax.ShapeDtypeStruct((2048, 64), jnp.float32)
 WS = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 8
@@ -19,7 +22,7 @@ def loss(ws, x):
 
 
 def studies(fun, *args, cost="time"):
-    traced = shardings.trace_placed(fun, args)
+    traced = trace_placed(fun, args)
     goal = objective(traced, 0, False)
     return [planner.find_study(traced.program, goal, cost, "auto", None, is_profiled) for is_profiled in (False, True)]
 
@@ -98,7 +101,7 @@ def test_a_block_that_reads_a_key_keeps_its_modelled_times():
 
 @pytest.mark.targets
 def test_blocks_are_profiled_by_a_compiler_of_a_chip_that_is_not_here():
-    if installs.unusable(chips.find("h100")):
+    if install.unusable(find_chip("h100")):
         pytest.skip("its compiler is not installed")
     x, ws = jax.ShapeDtypeStruct((131072, 256), jnp.float32), [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 6
     plan = jaxckpt.plan(loss, ws, x, budget="70%", target="h100:1", profile=True)

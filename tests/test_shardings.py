@@ -13,7 +13,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxckpt
-from jaxckpt import chips, installs, shardings
+from jaxckpt.targets import install
+from jaxckpt.targets.chip import find_chip
+from jaxckpt.targets.sharding import local_bytes, num_shards
 
 BATCH, WIDTH, LAYERS = 8192, 128, 8
 ROWS, WHOLE = P("data", None), P()
@@ -170,7 +172,7 @@ def test_what_is_small_or_closed_over_lies_on_every_device():
 
 def test_devices_that_are_not_the_targets_are_refused():
     for target in ("cpu:4", "h100:8", "v5e:2x4"):
-        if target != "cpu:4" and installs.unusable(chips.find(target)):
+        if target != "cpu:4" and install.unusable(find_chip(target)):
             continue
         with pytest.raises(jaxckpt.ShardingError, match=rf"8 devices of cpu, and target='{target}'.*jaxckpt\.mesh"):
             jaxckpt.measure(chain, *specs(eight()), target=target)
@@ -186,8 +188,8 @@ def test_a_mesh_that_is_not_of_all_devices_is_refused():
 def test_sizes_of_one_device_round_up():
     aval, mesh = jax.ShapeDtypeStruct((16, 8), jnp.float32), jaxckpt.mesh("cpu:8", {"data": 4, "model": 2})
     for spec, parts in ((P(), 1), (P("data"), 4), (P("data", "model"), 8), (P(("data", "model")), 8)):
-        assert shardings.num_shards(aval, NamedSharding(mesh, spec)) == parts
-        assert shardings.local_bytes(aval, NamedSharding(mesh, spec)) == 512 // parts
+        assert num_shards(aval, NamedSharding(mesh, spec)) == parts
+        assert local_bytes(aval, NamedSharding(mesh, spec)) == 512 // parts
 
 
 # With the compilers.
@@ -196,7 +198,7 @@ def test_sizes_of_one_device_round_up():
 @pytest.mark.targets
 @pytest.mark.parametrize(("target", "share"), [("h100:8", 0.92), ("v5e:2x4", 0.75)])
 def test_a_sharded_step_is_fitted_for_chips_that_are_not_here(target, share):
-    if installs.unusable(chips.find(target)):
+    if install.unusable(find_chip(target)):
         pytest.skip("its compiler is not installed")
     # Several GPUs get a scheduler that hides communication and holds more for it, hence the higher budget.
     mesh = jaxckpt.mesh(target, {"data": 8})

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt import _compat, chips, compilers, installs, measurement, targets
+from jaxckpt import _compat, measurement
 from jaxckpt.cli import main
+from jaxckpt.targets import chip, install
+from jaxckpt.targets.chip import FILE, VARIABLE, find_chip, find_target, known_chips
+from jaxckpt.targets.topology import _topology, devices_for, refused_bytes
 
 X = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
 WS = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 8
-INSTALLED = [name for name in ("h100", "v5e") if not installs.unusable(chips.find(name))]
+INSTALLED = [name for name in ("h100", "v5e") if not install.unusable(find_chip(name))]
 MISSING = [name for name in ("h100", "v5e") if name not in INSTALLED]
 
 
@@ -31,35 +34,34 @@ def chain(ws, x):
 @pytest.fixture
 def no_compiler(monkeypatch):
     """As on a machine where no other chip's compiler is installed."""
-    monkeypatch.setattr(installs, "_version", lambda name: None)
-    monkeypatch.setattr(installs, "find_spec", lambda name: None)
+    monkeypatch.setattr(install, "_version", lambda name: None)
+    monkeypatch.setattr(install, "find_spec", lambda name: None)
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch, tmp_path):
     """No test sees what another one defined."""
-    monkeypatch.setattr(chips, "_DEFINED", {})
-    monkeypatch.delenv(chips.VARIABLE, raising=False)
+    monkeypatch.setattr(chip, "_DEFINED", {})
+    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
 
 
 def test_the_table_holds_every_class_of_chip():
     nvidia = {"v100", "a100", "a100-40", "h100", "h200", "b200", "rtx3090", "rtx4090", "rtx5090", "l4", "l40s"}
-    table = chips.known()
+    table = known_chips()
     assert nvidia | {"v4", "v5e", "v5p", "v6e", "tpu7x", "cpu"} <= set(table)
-    for chip in table.values():
-        assert chip.bandwidth >= chip.host_bandwidth > 0
-        assert chip.matmul_flops.get("bfloat16", chip.matmul_flops["other"]) >= chip.matmul_flops["other"] > 0
-        assert (chip.gpu is not None) == (chip.platform == "cuda") and (chip.tpu is not None) == (
-            chip.platform == "tpu"
-        )
+    for each in table.values():
+        assert each.bandwidth >= each.host_bandwidth > 0
+        assert each.matmul_flops.get("bfloat16", each.matmul_flops["other"]) >= each.matmul_flops["other"] > 0
+        assert (each.gpu is not None) == (each.platform == "cuda")
+        assert (each.tpu is not None) == (each.platform == "tpu")
     assert table["a100-40"].memory_bytes < table["a100"].memory_bytes / 1.9
     assert table["h200"].gpu.capability == table["h100"].gpu.capability == "9.0"
 
 
 def test_an_unknown_chip_offers_the_nearest_names():
     with pytest.raises(jaxckpt.TargetError, match="'h100'"):
-        targets.find("h10")
+        find_target("h10")
 
 
 @pytest.mark.parametrize("name", ["h100:", "h100:0", "h100:2x4", "v5e:8", "v5e:0x4", "cpu:all"])
@@ -74,8 +76,8 @@ def test_a_topology_that_cannot_be_read_is_refused_with_ones_that_can(name):
 def test_a_chip_is_defined_in_one_call():
     mine = jaxckpt.define_target("slice", like="h100", memory="20GB", gpu={"num_cores": 32})
     assert mine.memory_bytes == 20 * 10**9 and mine.gpu.num_cores == 32
-    assert mine.bandwidth == chips.find("h100").bandwidth and mine.platform == "cuda"
-    assert targets.find("slice:8") == mine
+    assert mine.bandwidth == find_chip("h100").bandwidth and mine.platform == "cuda"
+    assert find_target("slice:8") == mine
     plan = jaxckpt.plan(chain, WS, X, budget="60%", target="slice", verify=False)
     assert plan.target == "slice"
 
@@ -96,18 +98,18 @@ def test_a_chip_defined_anew_is_planned_anew():
 
 @pytest.mark.parametrize("how", ["in the working directory", "by the variable"])
 def test_chips_are_read_from_a_file(how, tmp_path, monkeypatch):
-    path = tmp_path / (chips.FILE if how == "in the working directory" else "other.toml")
+    path = tmp_path / (FILE if how == "in the working directory" else "other.toml")
     path.write_text(
         '[targets.slice]\nlike = "v5e"\nmemory = "8GiB"\n[targets.half]\nlike = "slice"\nbandwidth = 4e11\n'
     )
     if how == "by the variable":
-        monkeypatch.setenv(chips.VARIABLE, str(path))
-    assert targets.find("half").memory_bytes == 2**33 and targets.find("half").bandwidth == 4e11
+        monkeypatch.setenv(VARIABLE, str(path))
+    assert find_target("half").memory_bytes == 2**33 and find_target("half").bandwidth == 4e11
     path.write_text('[targets.slice]\nlike = "v5e"\nmemory = "9GiB"\n')
     os.utime(path, (1, 1))
-    assert targets.find("slice").memory_bytes == 9 * 2**30
+    assert find_target("slice").memory_bytes == 9 * 2**30
     with pytest.raises(jaxckpt.TargetError, match="half"):
-        targets.find("half")
+        find_target("half")
 
 
 BAD_CHIPS = {
@@ -132,7 +134,7 @@ def test_a_chip_that_makes_no_sense_says_why(name):
     values, wanted = BAD_CHIPS[name]
     with pytest.raises(jaxckpt.TargetError, match=re.escape(wanted)):
         jaxckpt.define_target("mine", **values)
-    assert "mine" not in chips.known()
+    assert "mine" not in known_chips()
 
 
 @pytest.mark.parametrize("name", ["h100", "Mine", "mine:8", ""])
@@ -145,12 +147,12 @@ def test_a_name_that_is_taken_or_not_a_name_is_refused(name):
 def test_a_file_that_cannot_be_read_is_named(text, tmp_path, monkeypatch):
     path = tmp_path / "mine.toml"
     path.write_text(text)
-    monkeypatch.setenv(chips.VARIABLE, str(path))
+    monkeypatch.setenv(VARIABLE, str(path))
     with pytest.raises(jaxckpt.TargetError, match=r"mine\.toml"):
-        targets.find("h100")
-    monkeypatch.setenv(chips.VARIABLE, str(tmp_path / "nothing.toml"))
+        find_target("h100")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "nothing.toml"))
     with pytest.raises(jaxckpt.TargetError, match=r"JAXCKPT_TARGETS.*nothing\.toml"):
-        targets.find("h100")
+        find_target("h100")
 
 
 # Compilers that are missing, wrong, or fail.
@@ -158,15 +160,15 @@ def test_a_file_that_cannot_be_read_is_named(text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chip", ["h100", "v5e"])
 def test_a_missing_compiler_names_what_installs_it(chip, no_compiler):
-    compilers._topology.cache_clear()
-    command = re.escape(installs.shown_command(chips.find(chip)))
+    _topology.cache_clear()
+    command = re.escape(install.shown_command(find_chip(chip)))
     with pytest.raises(jaxckpt.CompilerError, match=f"not installed.*{command}"):
         jaxckpt.measure(chain, WS, X, target=chip)
 
 
 @pytest.mark.parametrize("chip", ["h100", "v5e"])
 def test_without_its_compiler_a_plan_is_predicted_and_says_so(chip, no_compiler):
-    compilers._topology.cache_clear()
+    _topology.cache_clear()
     with pytest.warns(jaxckpt.JaxckptWarning, match=r"not installed.*pip install.*predicted, not measured"):
         plan = jaxckpt.plan(chain, WS, X, budget="60%", target=chip)
     assert plan.measured_peak_bytes is None and not plan.is_unplanned_measured and plan.num_compiles == 0
@@ -175,7 +177,7 @@ def test_without_its_compiler_a_plan_is_predicted_and_says_so(chip, no_compiler)
 
 
 def test_a_decorated_function_keeps_no_prediction_that_a_compiler_was_missing_for(no_compiler, tmp_path):
-    compilers._topology.cache_clear()
+    _topology.cache_clear()
     loss = jaxckpt.auto_remat(chain, budget="60%", target="v5e", cache_dir=tmp_path / "plans")
     with pytest.warns(jaxckpt.JaxckptWarning, match="predicted, not measured"):
         jax.make_jaxpr(jax.grad(loss))(WS, X)
@@ -193,20 +195,20 @@ WRONG = {
 def test_a_plugin_that_is_not_this_jaxs_is_refused_with_the_right_one(name, monkeypatch):
     versions, wanted = WRONG[name]
     found = {f"jax-cuda13-{part}": version for part, version in versions.items()}
-    monkeypatch.setattr(installs, "_version", found.get)
-    compilers._topology.cache_clear()
+    monkeypatch.setattr(install, "_version", found.get)
+    _topology.cache_clear()
     with pytest.raises(jaxckpt.CompilerError, match=f"{wanted}.*=={re.escape(_compat.JAXLIB_VERSION)}"):
         jaxckpt.measure(chain, WS, X, target="h100")
 
 
 def test_a_chip_that_cuda_13_has_dropped_asks_for_cuda_12(monkeypatch):
     right = dict.fromkeys(("jax-cuda13-plugin", "jax-cuda13-pjrt"), _compat.JAXLIB_VERSION)
-    monkeypatch.setattr(installs, "_version", right.get)
-    monkeypatch.setattr(installs, "_has_assembler", lambda: False)
-    assert "lacks CUDA's assembler" in installs.unusable(chips.find("a100"))
-    monkeypatch.setattr(installs, "_has_assembler", lambda: True)
-    assert not installs.unusable(chips.find("a100"))
-    assert re.search(r"capability 7\.0 is gone.*jax-cuda12-plugin==", installs.unusable(chips.find("v100")))
+    monkeypatch.setattr(install, "_version", right.get)
+    monkeypatch.setattr(install, "_has_assembler", lambda: False)
+    assert "lacks CUDA's assembler" in install.unusable(find_chip("a100"))
+    monkeypatch.setattr(install, "_has_assembler", lambda: True)
+    assert not install.unusable(find_chip("a100"))
+    assert re.search(r"capability 7\.0 is gone.*jax-cuda12-plugin==", install.unusable(find_chip("v100")))
 
 
 def test_a_plan_survives_a_compile_that_fails(monkeypatch):
@@ -237,8 +239,8 @@ def test_a_compiler_that_crashes_is_a_typed_error(monkeypatch):
 
 def test_a_refusal_says_how_much_was_needed():
     text = "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (26.06G) exceeds available HBM (15.75G)"
-    assert compilers.refused_bytes(RuntimeError(text)) == int(26.06 * 2**30)
-    assert compilers.refused_bytes(RuntimeError("INTERNAL: something else (26.06G)")) is None
+    assert refused_bytes(RuntimeError(text)) == int(26.06 * 2**30)
+    assert refused_bytes(RuntimeError("INTERNAL: something else (26.06G)")) is None
 
 
 def test_a_refused_step_gives_donated_buffers_back(monkeypatch):
@@ -329,10 +331,10 @@ def test_an_install_runs_pip_and_reports_its_failure(capsys, monkeypatch, no_com
     ran = []
     done = lambda command, check: ran.append(command) or subprocess.CompletedProcess(command, len(ran) - 1)  # noqa: E731
     monkeypatch.setattr(subprocess, "run", done)
-    monkeypatch.setattr(installs, "find_spec", lambda name: name == "pip" or None)
+    monkeypatch.setattr(install, "find_spec", lambda name: name == "pip" or None)
     assert main(["targets", "--install", "v5e"]) == 0
     assert main(["targets", "--install", "v5e"]) == 1
-    assert ran == [installs.command(chips.find("v5e"))] * 2
+    assert ran == [install.command(find_chip("v5e"))] * 2
     assert main(["targets", "--install", "cpu"]) == 0
     assert len(ran) == 2 and "nothing" in capsys.readouterr().err
 
@@ -368,20 +370,20 @@ def test_a_plan_for_a_chip_that_is_not_here_fits_by_its_own_compiler(chip):
 
 
 @pytest.mark.targets
-@pytest.mark.parametrize("chip", [c.name for c in chips.known().values() if c.platform != "cpu"])
+@pytest.mark.parametrize("chip", [c.name for c in known_chips().values() if c.platform != "cpu"])
 def test_every_chip_of_the_table_is_one_its_compiler_knows(chip):
-    if installs.unusable(chips.find(chip)):
+    if install.unusable(find_chip(chip)):
         pytest.skip("its compiler is not installed")
-    found = compilers.devices(chips.find(chip), None)
-    assert len(found) == 1 and found[0].device_kind == chips.find(chip).kind
-    if tpu := chips.find(chip).tpu:
-        assert len(compilers.devices(chips.find(chip), tpu.topology)) == 4 * chips.find(chip).devices_per_chip
+    found = devices_for(find_chip(chip), None)
+    assert len(found) == 1 and found[0].device_kind == find_chip(chip).kind
+    if tpu := find_chip(chip).tpu:
+        assert len(devices_for(find_chip(chip), tpu.topology)) == 4 * find_chip(chip).devices_per_chip
 
 
 @pytest.mark.targets
 @pytest.mark.parametrize("chip", ["v100", "rtx3090", "rtx5090"])
 def test_oldest_and_newest_gpus_compile(chip):
-    if installs.unusable(chips.find(chip)):
+    if install.unusable(find_chip(chip)):
         pytest.skip("its compiler is not installed")
     found = jaxckpt.measure(chain, WS, X, target=chip)
     assert found.device_bytes > found.argument_bytes
@@ -393,7 +395,7 @@ def test_a_program_that_a_tpu_refuses_is_measured_by_its_refusal():
         pytest.skip("its compiler is not installed")
     x = jax.ShapeDtypeStruct((2**20, 1024), jnp.float32)
     found = jaxckpt.measure(lambda x: jnp.tanh(x @ x.T)[0, 0], x, target="v5e", differentiate=False)
-    assert found.temp_bytes > chips.find("v5e").memory_bytes and found.argument_bytes == 2**32
+    assert found.temp_bytes > find_chip("v5e").memory_bytes and found.argument_bytes == 2**32
 
 
 @pytest.mark.targets

@@ -10,11 +10,10 @@ from typing import Any
 
 from jax.extend.core import primitives as prims
 
-from jaxckpt.chips import Target
-from jaxckpt.liveness import Habits
 from jaxckpt.program import primitives
-from jaxckpt.program.control_flow import is_planned_inside
 from jaxckpt.program.ir import Equation, size_bytes
+from jaxckpt.targets.chip import Target
+from jaxckpt.targets.compiler import Habits
 
 
 def habits_of(target: Target, avals: Sequence[Any], equations: Sequence[Equation] = ()) -> Habits:
@@ -107,34 +106,11 @@ def outside_regions(target: Target, avals: Sequence[Any]) -> Callable[[Equation]
     return is_outside if target.platform == "cpu" else lambda eqn: False
 
 
-def is_head(target: Target, avals: Sequence[Any], equations: Sequence[Equation]) -> Callable[[Equation], bool]:
-    """Return which products make logits, where a target needs less memory if no region covers those.
-
-    On TPU the cotangent of logits is fused into the products that read it, but at the end of a region it is a buffer,
-    as large as they are. What makes them is the last product and those like it, and what it reads is tiny beside its
-    result.
-    """
-
-    def shapes(eqn: Equation) -> list[Any]:
-        return [avals[x].shape for x in (*eqn.reads, *eqn.outputs)]
-
-    last = next((eqn for eqn in reversed(equations) if primitives.is_matmul(eqn) or is_planned_inside(eqn)), None)
-    if target.platform != "tpu" or last is None or is_planned_inside(last):
-        return lambda eqn: False
-    # Parameters under another shape are there anyway.
-    made = {v for eqn in equations if eqn.reads and eqn.primitive not in primitives.RESHAPES for v in eqn.outputs}
-    read = sum(math.prod(avals[v].shape) for v in made.intersection(last.reads))
-    if math.prod(avals[last.outputs[0]].shape) < _MANY_TIMES * read:
-        return lambda eqn: False
-    return lambda eqn: eqn.primitive is last.primitive and shapes(eqn) == shapes(last)
-
-
 _KERNEL_HOLDS = (primitives.CHEAP | primitives.EXPENSIVE | primitives.BROADCASTS) - primitives.COMPARES
 _ADDITIONS = frozenset({prims.add_p, prims.add_jaxvals_p})
 _POOLINGS = frozenset({prims.reduce_window_max_p, prims.reduce_window_min_p})
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p
 _INDEX_BYTES = 4
-_MANY_TIMES = 8
 
 
 def _dot(params: dict[str, Any], ranks: Sequence[int]) -> tuple[bool, bool]:

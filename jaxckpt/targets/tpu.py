@@ -6,41 +6,23 @@ features last: 64 of them take the room of 128.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
-from jaxckpt.chips import Target
 from jaxckpt.program import primitives
+from jaxckpt.program.control_flow import is_planned_inside
 from jaxckpt.program.ir import Equation, size_bytes
+from jaxckpt.targets.chip import Target
+from jaxckpt.targets.compiler import Layouts
 
 _LANES = 128
 _DEFAULT_PRECISIONS = (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
 # Their operands and results of one rank are laid out alike.
 _KEEPS_LAYOUT = primitives.FUSIBLE | primitives.IMAGES
-
-
-@dataclass(frozen=True, slots=True)
-class Layouts:
-    """What each value of a program takes on a target.
-
-    Attributes:
-        full_bytes: `[num_values]`, as its dtype and the padding say.
-        narrow: float32 values that are held as bfloat16.
-        features: of images, which dimension lies in the lanes.
-    """
-
-    full_bytes: Sequence[int]
-    narrow: frozenset[int] = frozenset()
-    features: Mapping[int, int] = field(default_factory=dict)
-
-    def held_bytes(self, v: int) -> int:
-        """What holding a value takes."""
-        return self.full_bytes[v] // (2 if v in self.narrow else 1)
 
 
 def layouts_of(
@@ -115,3 +97,28 @@ def _narrow(avals: Sequence[Any], equations: Sequence[Equation], read_by_derivat
         wide.update(eqn.reads)
     read = {v for eqn in equations for v in eqn.reads}
     return frozenset(v for v in read - wide if getattr(avals[v], "dtype", None) == jnp.float32)
+
+
+def is_head(target: Target, avals: Sequence[Any], equations: Sequence[Equation]) -> Callable[[Equation], bool]:
+    """Return which products make logits, where a target needs less memory if no region covers those.
+
+    On TPU the cotangent of logits is fused into the products that read it, but at the end of a region it is a buffer,
+    as large as they are. What makes them is the last product and those like it, and what it reads is tiny beside its
+    result.
+    """
+
+    def shapes(eqn: Equation) -> list[Any]:
+        return [avals[x].shape for x in (*eqn.reads, *eqn.outputs)]
+
+    last = next((eqn for eqn in reversed(equations) if primitives.is_matmul(eqn) or is_planned_inside(eqn)), None)
+    if target.platform != "tpu" or last is None or is_planned_inside(last):
+        return lambda eqn: False
+    # Parameters under another shape are there anyway.
+    made = {v for eqn in equations if eqn.reads and eqn.primitive not in primitives.RESHAPES for v in eqn.outputs}
+    read = sum(math.prod(avals[v].shape) for v in made.intersection(last.reads))
+    if math.prod(avals[last.outputs[0]].shape) < _MANY_TIMES * read:
+        return lambda eqn: False
+    return lambda eqn: eqn.primitive is last.primitive and shapes(eqn) == shapes(last)
+
+
+_MANY_TIMES = 8

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxckpt import _compat
-from jaxckpt.chips import Target
 from jaxckpt.errors import TargetError
+from jaxckpt.targets.chip import Target
 
 _FACTS = (
     "name",

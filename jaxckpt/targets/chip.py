@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxckpt.errors import BudgetError, TargetError
 from jaxckpt.units import parse_bytes
 
@@ -137,23 +139,23 @@ def define_target(name: str, **values: Any) -> Target:
         >>> define_target("h100-slice", like="h100", memory="20GB", bandwidth=8e11).memory_bytes
         20000000000
     """
-    found = _target(name, values, known(), "define_target")
+    found = _target(name, values, known_chips(), "define_target")
     _DEFINED[name] = found
     return found
 
 
-def known() -> dict[str, Target]:
+def known_chips() -> dict[str, Target]:
     """Every chip by name: jaxckpt's own, the file's, those defined in this process."""
     return {**_file_targets(*_file()), **_DEFINED}
 
 
-def find(name: object) -> Target:
+def find_chip(name: object) -> Target:
     """Return a chip by name, with or without a topology.
 
     Raises:
         TargetError: an unknown name, with the nearest ones, or a topology that cannot be read.
     """
-    chips = known()
+    chips = known_chips()
     chip, colon, layout = name.partition(":") if isinstance(name, str) else ("", "", "")
     chip = chip.lower()
     if chip not in chips:
@@ -171,7 +173,7 @@ def find(name: object) -> Target:
     return found
 
 
-def topology(name: str | None) -> str | None:
+def topology_of(name: str | None) -> str | None:
     """What follows the colon of a target's name, None where nothing does."""
     return (name or "").partition(":")[2] or None
 
@@ -202,7 +204,7 @@ def _file_targets(path: str, changed: float) -> dict[str, Target]:
 
 @functools.cache
 def _own_targets() -> dict[str, Target]:
-    return _read(resources.files("jaxckpt").joinpath("chips.toml").read_text(), "jaxckpt", {})
+    return _read(resources.files("jaxckpt.targets").joinpath("chips.toml").read_text(), "jaxckpt", {})
 
 
 def _read(text: str, origin: str, base: dict[str, Target]) -> dict[str, Target]:
@@ -301,3 +303,20 @@ def _size(where: str, given: Any) -> int:
         return parse_bytes(given, "memory")
     except BudgetError as error:
         raise TargetError(f"{where}: {error}") from error
+
+
+# What stands for a device that is no chip of the table.
+_NEAREST = {"gpu": "h100", "cuda": "h100", "tpu": "v5e"}
+
+
+def find_target(name: str | None) -> Target:
+    """Return a target by name, or the one that the default backend is, or comes nearest to.
+
+    Raises:
+        TargetError: an unknown name, with the nearest ones.
+    """
+    if name is not None:
+        return find_chip(name)
+    kind, platform = jax.local_devices()[0].device_kind, jax.default_backend()
+    here = (chip for chip in known_chips().values() if chip.kind and chip.kind == kind)
+    return next(here, None) or find_chip(_NEAREST.get(platform, "cpu"))

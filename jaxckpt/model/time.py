@@ -1,40 +1,20 @@
-"""How long equations take on a chip, and which chip is here."""
+"""How long equations take on a chip, or how many FLOPs they are."""
 
 import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import jax
-
-from jaxckpt import chips, liveness
-from jaxckpt.chips import Target
 from jaxckpt.errors import OptionError
+from jaxckpt.memory.fusion import moved_bytes
 from jaxckpt.program import primitives
 from jaxckpt.program.flops import equation_cost, inner_bytes
 from jaxckpt.program.ir import Equation, size_bytes
+from jaxckpt.targets.chip import Target
+from jaxckpt.targets.compiler import STACKING
 
 # An exponential or a logarithm takes about this many operations.
 _EXPENSIVE_FLOPS = 10
-# What a loop keeps for its backward is copied into stacks and out of them: the time of moving it, this many times.
-# On CPU three scanned models (an LSTM, GPT-2, Llama) agree on 7; on an H100 plans of one are between 4 and 7. A TPU's
-# compiler puts values into their stacks where it makes them, and reads them there; that was not timed.
-_STACKING = {"cpu": 7, "cuda": 4, "tpu": 1}
-# What stands for a device that is no chip of the table.
-_NEAREST = {"gpu": "h100", "cuda": "h100", "tpu": "v5e"}
-
-
-def find(name: str | None) -> Target:
-    """Return a target by name, or the one that the default backend is, or comes nearest to.
-
-    Raises:
-        TargetError: an unknown name, with the nearest ones.
-    """
-    if name is not None:
-        return chips.find(name)
-    kind, platform = jax.local_devices()[0].device_kind, jax.default_backend()
-    here = (chip for chip in chips.known().values() if chip.kind and chip.kind == kind)
-    return next(here, None) or chips.find(_NEAREST.get(platform, "cpu"))
 
 
 Timer = Callable[[Sequence[Equation], list[Any], Collection[int]], list[int]]
@@ -72,7 +52,7 @@ def stacking_time(timer: Timer, target: Target, num_bytes: int) -> int:
     """What it takes to stack bytes in a loop's forward and to read them in its backward, in the unit of the timer."""
     if timer is count_flops:
         return 0
-    return math.ceil(1e12 * _STACKING[target.platform] * num_bytes / target.bandwidth)
+    return math.ceil(1e12 * STACKING[target.platform] * num_bytes / target.bandwidth)
 
 
 def count_flops(equations: Sequence[Equation], avals: list[Any], kept: Collection[int]) -> list[int]:
@@ -83,7 +63,7 @@ def count_flops(equations: Sequence[Equation], avals: list[Any], kept: Collectio
 
 def _roofline(target: Target, equations: Sequence[Equation], avals: list[Any], kept: Collection[int]) -> list[int]:
     """Picoseconds: the longer of computing and moving bytes. A chain that fuses moves its ends' bytes only, once."""
-    moved = liveness.moved_bytes(equations, lambda v: size_bytes(avals[v]), kept=kept)
+    moved = moved_bytes(equations, lambda v: size_bytes(avals[v]), kept=kept)
     times = []
     for eqn, num_bytes in zip(equations, moved, strict=True):
         found = equation_cost(eqn, avals)

@@ -9,16 +9,17 @@ from typing import Any
 
 import jax
 
-from jaxckpt import _compat, installs
-from jaxckpt.chips import Target
+from jaxckpt import _compat
 from jaxckpt.errors import CompilerError, TargetError
+from jaxckpt.targets import install
+from jaxckpt.targets.chip import Target
 
 # What the compiler says when a program needs more than the chip has: itself a measurement.
 _REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", re.IGNORECASE)
 _SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def devices(target: Target, topology: str | None) -> tuple[Any, ...]:
+def devices_for(target: Target, topology: str | None) -> tuple[Any, ...]:
     """Return the devices of a target to put arguments on, real or described.
 
     Args:
@@ -49,7 +50,7 @@ def _cpu_devices() -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=32)
 def _topology(target: Target, topology: str | None) -> tuple[Any, ...]:
-    if problem := installs.unusable(target):
+    if problem := install.unusable(target):
         raise CompilerError(problem)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -131,7 +132,7 @@ def _explained(target: Target, topology: str | None, error: Exception) -> Target
         )
     return CompilerError(
         f"the compiler for target={target.name!r} cannot be used here ({said}). If it is broken, install it "
-        f"again with: {installs.shown_command(target)}"
+        f"again with: {install.shown_command(target)}"
     )
 
 

@@ -9,10 +9,11 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxckpt import chips, compilers, targets
 from jaxckpt.errors import ShardingError
 from jaxckpt.program.ir import Program, show_aval, size_bytes
 from jaxckpt.program.trace import Traced, trace
+from jaxckpt.targets.chip import find_chip, find_target, topology_of
+from jaxckpt.targets.topology import devices_for
 
 # What is smaller lies on every device if nobody says where: step counters, keys, learning rates.
 _SMALL_BYTES = 1024
@@ -64,7 +65,7 @@ def devices_of(target: str | None) -> tuple[Any, ...]:
     """The devices that a target's name stands for, real or described."""
     if target is None:
         return tuple(jax.devices())
-    return compilers.devices(chips.find(target), chips.topology(target))
+    return devices_for(find_chip(target), topology_of(target))
 
 
 def trace_placed(fun: Callable, args: Sequence[Any], *, keep_checkpoints: bool = True) -> Traced:
@@ -135,7 +136,7 @@ def num_shards(aval: Any, sharding: Any) -> int:
     return max(1, whole // max(1, part))
 
 
-def split(program: Program) -> int:
+def program_split(program: Program) -> int:
     """Over how many devices the values of a program are taken to be cut: as its most finely cut argument is."""
     pairs = zip(program.inputs, program.shardings, strict=False)
     return max((num_shards(program.avals[v], s) for v, s in pairs if s is not None), default=1)
@@ -181,12 +182,12 @@ def _on_target(sharding: Any, target: str | None) -> Any:
         real = mesh(target, shape.axis_sizes, shape.axis_names, axis_types=shape.axis_types)
         return NamedSharding(real, sharding.spec, memory_kind=sharding.memory_kind)
     device = min(sharding.device_set, key=lambda d: d.id)
-    chip = targets.find(target)
+    chip = find_target(target)
     if target is None:
         is_right = device.platform == jax.default_backend()
     else:
         is_right = device.device_kind == chip.kind if chip.kind else device.platform == chip.platform
-    wanted = None if target is None else chips.topology(target)
+    wanted = None if target is None else topology_of(target)
     if is_right and wanted is not None and sharding.num_devices != len(devices_of(target)):
         is_right = False
     if not is_right:
