@@ -36,7 +36,7 @@ from zoo.handmade import Case, arrays
 import jaxckpt
 from benchmarks.store import OUT, Store, code_digest, measured, remembering
 from jaxckpt import _compat
-from jaxckpt.measurement import Measurement
+from jaxckpt.compilation.measure import Measurement
 from jaxckpt.program.flops import gradient_cost
 
 _NUM_BUDGETS = 10

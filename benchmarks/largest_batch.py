@@ -25,7 +25,7 @@ import optax
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "solvers")]
 
 import jaxckpt
-from jaxckpt.measurement import compiled_bytes
+from jaxckpt.compilation.measure import compiled_bytes
 from jaxckpt.units import parse_bytes, show_bytes
 
 _MOST_TIMES = 2.5

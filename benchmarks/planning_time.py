@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import jaxckpt
 from examples.gpt2 import SIZES, make_loss, specs
-from jaxckpt import keeping
+from jaxckpt.compilation import cache
 from jaxckpt.units import parse_bytes, show_bytes
 
 _MOST_S = 60
@@ -67,7 +67,7 @@ def main() -> int:
         first = planned(options, budget * 4 // 3)
         print(f"first  {_shown(first)}", flush=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--only"]
-        done = subprocess.run(command, env=os.environ | {keeping.SWITCH: "1"}, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(command, env=os.environ | {cache.SWITCH: "1"}, stdout=subprocess.PIPE, check=True)
     found = json.loads(done.stdout)
     print(f"second {_shown(found)}, calibrated by {found['calibration']}")
     is_good = 0 < found["measured_bytes"] <= budget and found["calibration"] and found["wall_s"] < _MOST_S

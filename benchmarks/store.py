@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from jaxckpt import _compat, measurement
-from jaxckpt.measurement import Measurement, compiled_bytes
+from jaxckpt import _compat, study
+from jaxckpt.compilation.measure import Measurement, compiled_bytes
 
 OUT = Path(__file__).parent / "out"
 _ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ class Store:
 @functools.cache
 def code_digest() -> str:
     """What changes with the planner: rows found by another planner are found again."""
-    files = sorted([*(_ROOT / "jaxckpt").glob("*.py"), *(_ROOT / "solvers" / "ckptsolvers").glob("*.py")])
+    files = sorted([*(_ROOT / "jaxckpt").rglob("*.py"), *(_ROOT / "solvers" / "ckptsolvers").rglob("*.py")])
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
@@ -68,9 +68,9 @@ def measured(store: Store, fun: Callable, specs: Any, target: str | None, **opti
 @contextmanager
 def remembering(store: Store) -> Iterator[None]:
     """Planners inside measure through the store."""
-    before = measurement.compiled_bytes
-    measurement.compiled_bytes = functools.partial(measured, store)
+    before = study.compiled_bytes
+    study.compiled_bytes = functools.partial(measured, store)
     try:
         yield
     finally:
-        measurement.compiled_bytes = before
+        study.compiled_bytes = before

@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import jaxckpt
 from examples.gpt2 import SIZES, make_loss, specs
-from jaxckpt import keeping
+from jaxckpt.compilation import cache
 from jaxckpt.units import short_bytes
 
 _OUT = Path(__file__).parent / "out" / "targets.json"
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="compile again what an earlier run has compiled")
     options = parser.parse_args()
     if options.fresh:
-        os.environ[keeping.SWITCH] = "1"
+        os.environ[cache.SWITCH] = "1"
     rows = []
     for target in options.target:
         for share in options.budget:

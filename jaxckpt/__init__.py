@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from jaxckpt.batches import largest_batch as largest_batch
     from jaxckpt.bounded import while_loop as while_loop
     from jaxckpt.calibration import Calibration as Calibration
+    from jaxckpt.compilation.measure import Measurement as Measurement
+    from jaxckpt.compilation.measure import measure as measure
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import CompilerError as CompilerError
     from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from jaxckpt.fitting import Fitted as Fitted
     from jaxckpt.fitting import fit as fit
     from jaxckpt.loops import scan as scan
-    from jaxckpt.measurement import Measurement as Measurement
-    from jaxckpt.measurement import measure as measure
     from jaxckpt.planner import plan as plan
     from jaxckpt.plans import Plan as Plan
     from jaxckpt.targets.chip import define_target as define_target
@@ -56,8 +56,8 @@ _HOMES = {
     "UnsupportedProgramError": "errors",
     "Fitted": "fitting",
     "fit": "fitting",
-    "Measurement": "measurement",
-    "measure": "measurement",
+    "Measurement": "compilation.measure",
+    "measure": "compilation.measure",
     "mesh": "targets.sharding",
     "Plan": "plans",
     "plan": "planner",

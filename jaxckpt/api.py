@@ -20,10 +20,11 @@ import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
 import jaxckpt
-from jaxckpt import _compat, keeping
+from jaxckpt import _compat
 from jaxckpt.agreement import agreed
+from jaxckpt.compilation import cache
+from jaxckpt.compilation.objective import Objective, input_specs, output_objective
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
-from jaxckpt.measurement import Objective, input_specs, output_objective
 from jaxckpt.planner import Request, make_request, plan_program
 from jaxckpt.plans import SCHEMA, Plan
 from jaxckpt.program.flatten import PROGRAM_CALLS
@@ -303,7 +304,7 @@ def _key(program: Program, goal: Any, request: Request) -> str:
 
 
 def _path(cache_dir: str | None, key: str) -> Path:
-    return keeping.folder(cache_dir) / f"{key}.json"
+    return cache.folder(cache_dir) / f"{key}.json"
 
 
 def _read(path: Path | None, program: Program) -> Plan | None:

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as prims
 
+from jaxckpt.compilation.measure import compiled_bytes
+from jaxckpt.compilation.objective import cotangent_specs, input_specs, output_objective
 from jaxckpt.errors import InfeasibleBudgetError, NotDifferentiableError, OptionError
 from jaxckpt.ladder import Ladder
 from jaxckpt.loops import check_options
-from jaxckpt.measurement import compiled_bytes, cotangent_specs, input_specs, output_objective
 from jaxckpt.program.interpret import evaluate, outputs_of, run
 from jaxckpt.program.ir import Constant, Equation, Program, is_differentiable, size_bytes
 from jaxckpt.program.trace import trace

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 
 import jaxckpt
-from jaxckpt import _compat, keeping
+from jaxckpt import _compat
+from jaxckpt.compilation import cache
+from jaxckpt.compilation.cache import write_text
 from jaxckpt.errors import PlanFileError
-from jaxckpt.files import write_text
 from jaxckpt.ladder import offset_at
 from jaxckpt.program.ir import Program
 
@@ -174,7 +175,7 @@ def remembered(program: Program, target: str | None, cache_dir: str | os.PathLik
 
 def remembered_of(programs: Sequence[Program], target: str | None) -> Calibration:
     """The same of whole steps that differentiate programs of these families."""
-    return _read(keeping.digest(("a step of", *map(family_of, programs)))[:16], target, None)
+    return _read(cache.digest(("a step of", *map(family_of, programs)))[:16], target, None)
 
 
 def _read(family: str, target: str | None, cache_dir: str | os.PathLike | None) -> Calibration:
@@ -230,7 +231,7 @@ def _path(record: Calibration, cache_dir: str | os.PathLike | None) -> Path:
     release, flags = jaxckpt.__version__, os.environ.get("XLA_FLAGS", "")
     parts = record.target, record.jaxlib_version, record.family, release, flags
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    return keeping.folder(cache_dir) / "calibration" / f"{key}.json"
+    return cache.folder(cache_dir) / "calibration" / f"{key}.json"
 
 
 def _is_near(sample: Sample, other: Sample) -> bool:

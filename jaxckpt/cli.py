@@ -59,7 +59,7 @@ def _progress() -> Iterator[None]:
         return
     from rich.console import Console
 
-    from jaxckpt.measurement import show_progress
+    from jaxckpt.compilation.measure import show_progress
 
     console = Console(stderr=True)
 
@@ -254,22 +254,22 @@ def _check(options: argparse.Namespace) -> int:
 
 def _targets(options: argparse.Namespace) -> int:
     from jaxckpt.report import show_targets
-    from jaxckpt.targets import chip as chips
-    from jaxckpt.targets import install as installs
+    from jaxckpt.targets import install
+    from jaxckpt.targets.chip import find_chip, known_chips
 
     if options.dry_run and not options.install:
         raise _UsageError("--dry-run goes with --install TARGET")
     if options.install:
-        return _install(chips.find(options.install), options)
-    rows = [installs.describe(chip) for chip in chips.known().values()]
+        return _install(find_chip(options.install), options)
+    rows = [install.describe(chip) for chip in known_chips().values()]
     print(json.dumps(rows, indent=1) if options.json else show_targets(rows, color=_color()))
     return _YES
 
 
 def _install(chip: Any, options: argparse.Namespace) -> int:
-    from jaxckpt.targets import install as installs
+    from jaxckpt.targets import install
 
-    wanted = installs.command(chip)
+    wanted = install.command(chip)
     if options.json:
         print(json.dumps({"target": chip.name, "command": wanted}))
     elif options.dry_run:
@@ -278,11 +278,11 @@ def _install(chip: Any, options: argparse.Namespace) -> int:
         print(f"{chip.name} needs nothing that JAX does not bring along", file=sys.stderr)
     if options.dry_run or not wanted:
         return _YES
-    if not installs.unusable(chip):
+    if not install.unusable(chip):
         print(f"the compiler for {chip.name} is installed already", file=sys.stderr)
         return _YES
     print(shlex.join(wanted), file=sys.stderr)
-    return _YES if installs.install(chip) == 0 else _NO
+    return _YES if install.install(chip) == 0 else _NO
 
 
 def _color() -> bool:

@@ -16,9 +16,9 @@ from ckptsolvers import InvalidScheduleError, Keep, Schedule
 
 from jaxckpt import _compat
 from jaxckpt.apply import planned
+from jaxckpt.compilation.cache import write_text
 from jaxckpt.cuts import spans_at
 from jaxckpt.errors import PlanFileError, PlanMismatchError
-from jaxckpt.files import write_text
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
 from jaxckpt.program.trace import trace

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxckpt import _compat
-from jaxckpt.measurement import cotangent_specs, input_specs
+from jaxckpt.compilation.objective import cotangent_specs, input_specs
 from jaxckpt.memory.peak import peak_bytes
 from jaxckpt.model.time import timer
 from jaxckpt.program.flatten import flatten

@@ -23,7 +23,8 @@ from ckptsolvers import Block, Option
 
 from jaxckpt import _compat
 from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock, Model, differentiate
-from jaxckpt.measurement import Measurement, lowered_for, side_by_side
+from jaxckpt.compilation.measure import Measurement, lowered_for
+from jaxckpt.compilation.pool import side_by_side
 from jaxckpt.memory.peak import peak_bytes
 from jaxckpt.model.time import Timer
 from jaxckpt.program.interpret import evaluate

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 
-from jaxckpt import _compat, keeping
+from jaxckpt import _compat
 from jaxckpt.candidates import Candidate
+from jaxckpt.compilation import cache
+from jaxckpt.compilation.measure import Measurement, compiled_bytes, donated_leaves
+from jaxckpt.compilation.objective import Objective
 from jaxckpt.errors import OptionError
-from jaxckpt.measurement import Measurement, Objective, compiled_bytes, donated_leaves
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.sharing import Picks
@@ -103,7 +105,7 @@ class Step:
     def name(self) -> str:
         """A digest of the step's arguments and of what is planned in it."""
         shapes = [(x.shape, str(x.dtype), str(getattr(x, "sharding", None))) for x in jax.tree.leaves(self.args)]
-        return keeping.digest((*shapes, self.donate_argnums, *(p.fingerprint() for p in self.programs)))
+        return cache.digest((*shapes, self.donate_argnums, *(p.fingerprint() for p in self.programs)))
 
     @property
     def gradient_bytes(self) -> int:

@@ -11,15 +11,9 @@ from ckptsolvers import Keep, simulate
 from jaxckpt import apply, cuts, regions
 from jaxckpt.blocks import Blocks, analyse
 from jaxckpt.candidates import Candidate, candidates, check_solver, keep_all
-from jaxckpt.measurement import (
-    Measurement,
-    Objective,
-    compiled_bytes,
-    cotangent_specs,
-    input_specs,
-    lowered_for,
-    side_by_side,
-)
+from jaxckpt.compilation.measure import Measurement, compiled_bytes, lowered_for
+from jaxckpt.compilation.objective import Objective, cotangent_specs, input_specs
+from jaxckpt.compilation.pool import side_by_side
 from jaxckpt.model.time import timer
 from jaxckpt.profiling import Profiler
 from jaxckpt.program import dataflow

@@ -14,7 +14,7 @@ from zoo import gpt
 from zoo.models import MODELS
 
 from jaxckpt import _compat
-from jaxckpt.measurement import objective
+from jaxckpt.compilation.objective import objective
 from jaxckpt.program.trace import trace
 from jaxckpt.study import Study
 

@@ -15,7 +15,7 @@ from zoo import gpt
 import jaxckpt
 from examples import gpt2
 from jaxckpt import InfeasibleBudgetError, api, planner
-from jaxckpt.measurement import objective
+from jaxckpt.compilation.objective import objective
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.program.trace import trace
 

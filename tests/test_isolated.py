@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt import isolated
+from jaxckpt.compilation import process
 from jaxckpt.targets import install
 from jaxckpt.targets.chip import find_chip
 
@@ -17,7 +17,7 @@ WS = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 8
 
 @pytest.fixture(autouse=True)
 def _isolate(monkeypatch):
-    monkeypatch.setenv(isolated.SWITCH, "1")
+    monkeypatch.setenv(process.SWITCH, "1")
     monkeypatch.setenv("JAXCKPT_NO_CACHE", "1")
 
 
@@ -41,7 +41,7 @@ ENDINGS = {
 @pytest.mark.parametrize("name", ENDINGS)
 def test_a_compiler_that_takes_its_process_down_leaves_a_predicted_plan(name, monkeypatch):
     code, wanted = ENDINGS[name]
-    monkeypatch.setattr(isolated, "_COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(process, "_COMMAND", (sys.executable, "-c", code))
     with pytest.raises(jaxckpt.CompilerError, match=f"'cpu' {wanted}"):
         jaxckpt.measure(loss, WS, X, target="cpu")
     with pytest.warns(jaxckpt.JaxckptWarning, match=f"{wanted}.*predicted, not measured"):
@@ -54,7 +54,7 @@ def test_sizes_are_those_of_a_compile_in_this_process(monkeypatch):
     rows, whole = (jax.NamedSharding(mesh, jax.P(*cut)) for cut in (("data",), ()))
     args = [w.update(sharding=whole) for w in WS], X.update(sharding=rows)
     found = jaxckpt.fit(step, *args, budget="100%", target="cpu:8", donate_argnums=0).measurement
-    monkeypatch.delenv(isolated.SWITCH)
+    monkeypatch.delenv(process.SWITCH)
     wanted = jaxckpt.fit(step, *args, budget="100%", target="cpu:8", donate_argnums=0).measurement
     for part in ("argument", "output", "alias", "temp", "device"):
         assert getattr(found, f"{part}_bytes") == getattr(wanted, f"{part}_bytes")
@@ -68,7 +68,7 @@ def test_a_described_chip_is_compiled_for_in_a_process_of_its_own(chip, monkeypa
         pytest.skip("its compiler is not installed")
     fun = lambda x: jnp.sum(jnp.tanh(x) ** 2)  # noqa: E731
     found = jaxckpt.measure(fun, X, target=chip)
-    monkeypatch.delenv(isolated.SWITCH)
+    monkeypatch.delenv(process.SWITCH)
     assert found.device_bytes == jaxckpt.measure(fun, X, target=chip).device_bytes
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt import keeping, measurement
+from jaxckpt.compilation import cache, measure
+from jaxckpt.compilation.measure import _compiled, contextlib, show_progress
 
 X = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 
@@ -18,9 +19,9 @@ def loss(x):
 def compiles(monkeypatch):
     """Every compile counts as a long one, and is counted."""
     found = []
-    original = measurement._compiled
-    monkeypatch.setattr(measurement, "_WORTH_KEEPING_S", 0.0)
-    monkeypatch.setattr(measurement, "_compiled", lambda *args: found.append(args) or original(*args))
+    original = _compiled
+    monkeypatch.setattr(measure, "_WORTH_KEEPING_S", 0.0)
+    monkeypatch.setattr(measure, "_compiled", lambda *args: found.append(args) or original(*args))
     return found
 
 
@@ -35,15 +36,15 @@ def test_another_program_target_or_compiler_is_compiled_anew(compiles, monkeypat
     jaxckpt.define_target("mine", like="cpu", bandwidth=1e9)
     assert jaxckpt.measure(loss, X, target="mine").target == "mine"
     assert len(compiles) == 3
-    monkeypatch.setattr(measurement, "_versions", lambda chip: ("another",))
+    monkeypatch.setattr(measure, "_versions", lambda chip: ("another",))
     jaxckpt.measure(loss, X)
     assert len(compiles) == 4
 
 
 def test_nothing_is_kept_where_that_is_not_wanted_or_possible(compiles, monkeypatch, tmp_path):
-    monkeypatch.setenv(keeping.SWITCH, "1")
+    monkeypatch.setenv(cache.SWITCH, "1")
     jaxckpt.measure(loss, X)
-    monkeypatch.delenv(keeping.SWITCH)
+    monkeypatch.delenv(cache.SWITCH)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     jaxckpt.measure(loss, X)
@@ -53,7 +54,7 @@ def test_nothing_is_kept_where_that_is_not_wanted_or_possible(compiles, monkeypa
 
 def test_a_damaged_file_is_compiled_anew(compiles):
     first = jaxckpt.measure(loss, X)
-    (kept,) = (keeping.folder() / "measured").iterdir()
+    (kept,) = (cache.folder() / "measured").iterdir()
     for text in ("{", "[]"):
         kept.write_text(text)
         assert jaxckpt.measure(loss, X).device_bytes == first.device_bytes
@@ -62,7 +63,7 @@ def test_a_damaged_file_is_compiled_anew(compiles):
 
 def test_progress_is_shown_around_each_compile(compiles):
     shown = []
-    with measurement.show_progress(lambda text: shown.append(text) or measurement.contextlib.nullcontext()):
+    with show_progress(lambda text: shown.append(text) or contextlib.nullcontext()):
         jaxckpt.measure(loss, X)
     jaxckpt.measure(lambda x: loss(x) + 1.0, X)
     assert shown == ["compiling for cpu"]

@@ -113,7 +113,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(plan, tmp_path, monkeypatc
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("jaxckpt.files.os.replace", fail)
+    monkeypatch.setattr("jaxckpt.compilation.cache.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         plan.save(tmp_path / "plan.json")
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]

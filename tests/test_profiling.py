@@ -6,7 +6,7 @@ import pytest
 
 import jaxckpt
 from jaxckpt import planner
-from jaxckpt.measurement import objective
+from jaxckpt.compilation.objective import objective
 from jaxckpt.targets import install
 from jaxckpt.targets.chip import find_chip
 from jaxckpt.targets.sharding import trace_placed

@@ -11,10 +11,10 @@ from helpers import assert_close, count, jit, study, x64
 from jax import lax
 
 import jaxckpt
+from jaxckpt.compilation.objective import objective
 from jaxckpt.description import saved_groups
 from jaxckpt.kinds.binomial import num_again
 from jaxckpt.kinds.scan import Run, run_loop
-from jaxckpt.measurement import objective
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.flops import gradient_cost, jaxpr_cost
 from jaxckpt.program.interpret import run

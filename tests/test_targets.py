@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt import _compat, measurement
+from jaxckpt import _compat
 from jaxckpt.cli import main
+from jaxckpt.compilation import measure, pool
+from jaxckpt.compilation.measure import _compiled, compiled_bytes, lowered_for
 from jaxckpt.targets import chip, install
 from jaxckpt.targets.chip import FILE, VARIABLE, find_chip, find_target, known_chips
 from jaxckpt.targets.topology import _topology, devices_for, refused_bytes
@@ -220,7 +222,7 @@ def test_a_plan_survives_a_compile_that_fails(monkeypatch):
         measured.append(original(*args))
         return measured[0]
 
-    original = measurement.compiled_bytes
+    original = compiled_bytes
     monkeypatch.setattr("jaxckpt.study.compiled_bytes", fails_late)
     fun = lambda ws, x: chain(ws, x) + 1.0  # noqa: E731  # a program that nothing else has measured
     with pytest.warns(jaxckpt.JaxckptWarning, match="out of luck.*predicted, not measured"):
@@ -251,7 +253,7 @@ def test_a_refused_step_gives_donated_buffers_back(monkeypatch):
 
     monkeypatch.setattr("jax._src.stages.Lowered.compile", refuse)
     step = lambda ws, x: ([w * 2.0 for w in ws], jnp.sum(x))  # noqa: E731
-    kept, given = (measurement.compiled_bytes(step, (WS, X), None, donated) for donated in ((), 0))
+    kept, given = (compiled_bytes(step, (WS, X), None, donated) for donated in ((), 0))
     state = 8 * 256 * 256 * 4
     assert (kept.alias_bytes, given.alias_bytes) == (0, state)
     assert kept.device_bytes - given.device_bytes == state
@@ -264,7 +266,7 @@ def test_a_refused_step_gives_donated_buffers_back(monkeypatch):
 def test_programs_compile_side_by_side_in_order(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     alive, most = set(), []
-    original = measurement._compiled
+    original = _compiled
 
     def watched(*args):
         alive.add(threading.get_ident())
@@ -275,10 +277,10 @@ def test_programs_compile_side_by_side_in_order(monkeypatch):
         finally:
             alive.discard(threading.get_ident())
 
-    monkeypatch.setattr(measurement, "_compiled", watched)
+    monkeypatch.setattr(measure, "_compiled", watched)
     sizes = (256, 512, 1024, 2048)
     specs = [[WS, jax.ShapeDtypeStruct((n, 256), jnp.float32)] for n in sizes]
-    found = measurement.side_by_side(measurement.lowered_for(chain, each, None) for each in specs)
+    found = pool.side_by_side(lowered_for(chain, each, None) for each in specs)
     assert [f.argument_bytes for f in found] == [8 * 256 * 256 * 4 + n * 256 * 4 for n in sizes]
     assert max(most) == 3
 
@@ -289,7 +291,7 @@ def test_a_failure_among_several_is_the_typed_error(monkeypatch):
 
     monkeypatch.setattr("jax._src.stages.Lowered.compile", crash)
     with pytest.raises(jaxckpt.CompilerError, match="out of luck"):
-        measurement.side_by_side(measurement.lowered_for(chain, [WS, X], None) for _ in range(2))
+        pool.side_by_side(lowered_for(chain, [WS, X], None) for _ in range(2))
 
 
 # On the command line.

@@ -18,14 +18,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxckpt import _compat
+from jaxckpt.compilation.cache import write_text
 from jaxckpt.errors import CompilerError
-from jaxckpt.files import write_text
 from jaxckpt.targets.chip import find_chip, topology_of
 from jaxckpt.targets.topology import devices_for
 
 # Set to anything, compiles for a named target run here.
 SWITCH = "JAXCKPT_ISOLATE"
-_COMMAND = (sys.executable, "-m", "jaxckpt.isolated")
+_COMMAND = (sys.executable, "-m", "jaxckpt.compilation.process")
 _SIZES = ("argument", "output", "alias", "temp", "generated_code")
 
 

@@ -1,6 +1,5 @@
 """Device bytes, as the target's own compiler counts them."""
 
-import concurrent.futures
 import contextlib
 import contextvars
 import functools
@@ -8,18 +7,18 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxckpt import _compat, isolated, keeping
-from jaxckpt.errors import CompilerError, NotDifferentiableError
+from jaxckpt import _compat
+from jaxckpt.compilation import cache, process
+from jaxckpt.compilation.objective import cotangent_specs, input_specs, objective
+from jaxckpt.errors import CompilerError
 from jaxckpt.program.interpret import run
-from jaxckpt.program.ir import is_differentiable, show_aval, size_bytes, spec_of
-from jaxckpt.program.trace import Traced
+from jaxckpt.program.ir import size_bytes
 from jaxckpt.targets import install
 from jaxckpt.targets.chip import Target, find_target
 from jaxckpt.targets.sharding import local_bytes, place, step_split, trace_placed
@@ -59,89 +58,6 @@ class Measurement:
     def __str__(self) -> str:
         """One line a person reads."""
         return f"{show_bytes(self.device_bytes)} measured for {self.target}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What of a program is differentiated.
-
-    Attributes:
-        inputs: positions among the program's inputs.
-        outputs: positions among its outputs.
-        is_scalar: the one output is a scalar, as `jax.value_and_grad` wants; otherwise cotangents are arguments.
-    """
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    is_scalar: bool
-
-    def differentiated(self, fun: Callable[..., list[Any]]) -> Callable[..., Any]:
-        """Return a flat function's results with its gradients; cotangents, where needed, follow the inputs."""
-
-        def value_and_gradients(*args: Any) -> tuple[list[Any], Any]:
-            num_inputs = len(args) - (0 if self.is_scalar else len(self.outputs))
-            inputs, cotangents = list(args[:num_inputs]), list(args[num_inputs:])
-
-            def active(*values: Any) -> tuple[list[Any], list[Any]]:
-                full = list(inputs)
-                for position, value in zip(self.inputs, values, strict=True):
-                    full[position] = value
-                results = fun(*full)
-                return [results[i] for i in self.outputs], results
-
-            outs, pull, results = jax.vjp(active, *(inputs[i] for i in self.inputs), has_aux=True)
-            return results, pull([jnp.ones_like(outs[0])] if self.is_scalar else cotangents)
-
-        return value_and_gradients
-
-
-def objective(traced: Traced, argnums: int | Sequence[int], has_aux: bool) -> Objective:
-    """Find what `jax.value_and_grad(fun, argnums, has_aux)` would differentiate; a vjp where `fun` is not scalar.
-
-    Raises:
-        NotDifferentiableError: no floating-point leaf in these arguments, or none in the result.
-    """
-    program, num_consts = traced.program, len(traced.consts)
-    wanted = {argnums} if isinstance(argnums, int) else set(argnums)
-    args_tree = traced.in_tree.children()[0]
-    num_args = args_tree.num_leaves and len(args_tree.children())
-    if any(not -num_args <= a < num_args for a in wanted):
-        raise NotDifferentiableError(f"argnums={argnums} names an argument that is not there; the call has {num_args}")
-    wanted = {a % num_args for a in wanted}
-    owner = [i for i, child in enumerate(args_tree.children()) for _ in range(child.num_leaves)]
-    owner += [-1] * (len(traced.is_array) - len(owner))
-    owner = [i for i, dyn in zip(owner, traced.is_array, strict=True) if dyn]
-    inputs = [
-        num_consts + i
-        for i, arg in enumerate(owner)
-        if arg in wanted and is_differentiable(program.avals[program.inputs[num_consts + i]])
-    ]
-    if not inputs:
-        shown = ", ".join(
-            f"{name}: {show_aval(program.avals[v])}"
-            for name, v in zip(traced.arg_names, program.inputs[num_consts:], strict=True)
-        )
-        raise NotDifferentiableError(
-            f"no floating-point array among the arguments argnums={argnums}, so there is nothing to differentiate "
-            f"(the arguments are {shown or 'no arrays at all'})"
-        )
-    num_outputs = traced.out_tree.children()[0].num_leaves if has_aux else traced.out_tree.num_leaves
-    return output_objective(program, tuple(inputs), num_outputs)
-
-
-def output_objective(program: Any, inputs: tuple[int, ...], num_outputs: int) -> Objective:
-    """Choose among a program's first outputs those that have a gradient.
-
-    Raises:
-        NotDifferentiableError: none of them is floating point.
-    """
-    avals = [program.avals[x] if isinstance(x, int) else x.aval for x in program.outputs[:num_outputs]]
-    outputs = tuple(i for i, aval in enumerate(avals) if is_differentiable(aval))
-    if not outputs:
-        shown = ", ".join(map(show_aval, avals)) or "nothing"
-        raise NotDifferentiableError(f"the function returns {shown}, and no gradient flows from that")
-    is_scalar = num_outputs == 1 and avals[0].shape == ()
-    return Objective(inputs=inputs, outputs=outputs, is_scalar=is_scalar)
 
 
 def measure(
@@ -187,22 +103,6 @@ def measure(
     return compiled_bytes(goal.differentiated(plain), [*specs, *cotangent_specs(program, goal)], target)
 
 
-def input_specs(program: Any) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a program's inputs, `[num_inputs]`."""
-    specs = [spec_of(program.avals[v]) for v in program.inputs]
-    if not program.shardings:
-        return specs
-    return [s.update(sharding=sharding) for s, sharding in zip(specs, program.shardings, strict=True)]
-
-
-def cotangent_specs(program: Any, goal: Objective) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the cotangents that are arguments; none for a scalar."""
-    if goal.is_scalar:
-        return []
-    outputs = [program.outputs[i] for i in goal.outputs]
-    return [spec_of((program.avals[x] if isinstance(x, int) else x.aval).to_ct_aval()) for x in outputs]
-
-
 def compiled_bytes(
     fun: Callable, specs: Sequence[Any], target: str | None, donate_argnums: int | Sequence[int] = ()
 ) -> Measurement:
@@ -236,13 +136,13 @@ def lowered_for(
     traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
     lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
     options = _options(chip.platform)
-    name = keeping.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
-    kept = keeping.read(name)
+    name = cache.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
+    kept = cache.read(name)
     if kept is not None:
         found = Measurement(**{**kept, "target": label})
         return lambda: found
-    if target is not None and isolated.SWITCH in os.environ:
-        compiled = isolated.sizes_later(fun, placed, donate_argnums, target, options)
+    if target is not None and process.SWITCH in os.environ:
+        compiled = process.sizes_later(fun, placed, donate_argnums, target, options)
     else:
         compiled = lambda: lowered.compile(compiler_options=options).memory_analysis()  # noqa: E731
     refusal = functools.partial(_refusal, fun, placed, donate_argnums, label)
@@ -253,34 +153,10 @@ def lowered_for(
         found = _compiled(compiled, chip, label, refusal)
         found = replace(found, compile_s=lowering_s + time.perf_counter() - started)
         if found.compile_s > _WORTH_KEEPING_S:
-            keeping.write(name, asdict(found))
+            cache.write(name, asdict(found))
         return found
 
     return finished
-
-
-def side_by_side(programs: Iterable[Callable[[], Measurement]]) -> list[Measurement]:
-    """Compile lowered programs, as many at a time as there are cores, while the next ones are lowered.
-
-    Args:
-        programs: what `lowered_for` returns; an iterator lowers each only when it is asked for.
-
-    Returns:
-        What each takes, in order.
-
-    Raises:
-        CompilerError: the first one that failed.
-    """
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_cores == 1:
-        return [program() for program in programs]
-    context = contextvars.copy_context()
-    # One line says that they compile, not one line each.
-    context.run(_SHOW.set, _show_nothing)
-    with watched("several plans side by side"), concurrent.futures.ThreadPoolExecutor(num_cores) as pool:
-        # A context is entered by one thread at a time.
-        running = [pool.submit(context.copy().run, program) for program in programs]
-        return [each.result() for each in running]
 
 
 def _versions(chip: Target) -> tuple[Any, ...]:
@@ -330,26 +206,27 @@ def _compiled(
 @contextlib.contextmanager
 def show_progress(show: Callable[[str], contextlib.AbstractContextManager]) -> Iterator[None]:
     """Enter what `show` makes of a line of text around every compile inside."""
-    token = _SHOW.set(show)
+    token = SHOW.set(show)
     try:
         yield
     finally:
-        _SHOW.reset(token)
+        SHOW.reset(token)
 
 
-def _show_nothing(text: str) -> contextlib.AbstractContextManager:
+def show_nothing(text: str) -> contextlib.AbstractContextManager:
+    """Say nothing while something compiles."""
     del text
     return contextlib.nullcontext()
 
 
-_SHOW: contextvars.ContextVar[Callable[[str], contextlib.AbstractContextManager]] = contextvars.ContextVar(
-    "show", default=_show_nothing
+SHOW: contextvars.ContextVar[Callable[[str], contextlib.AbstractContextManager]] = contextvars.ContextVar(
+    "show", default=show_nothing
 )
 
 
 def watched(label: str) -> contextlib.AbstractContextManager:
     """What shows that a compile is under way."""
-    return _SHOW.get()(f"compiling for {label}")
+    return SHOW.get()(f"compiling for {label}")
 
 
 def _options(platform: str) -> dict[str, Any] | None:

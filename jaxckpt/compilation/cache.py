@@ -4,15 +4,15 @@ JAX's own cache of compiled programs cannot be read back for a chip that is not 
 are all that is needed of such a program, and they are a function of its text, the compiler and its options.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from jaxckpt.files import write_text
 
 _LOG = logging.getLogger("jaxckpt")
 # Set to anything, measured sizes are neither read from disk nor written to it.
@@ -53,3 +53,16 @@ def write(name: str, sizes: dict[str, Any]) -> None:
 
 def _path(name: str) -> Path:
     return folder() / "measured" / f"{name}.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that others see the old one or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise

@@ -1,0 +1,1 @@
+"""Compile for a target and read the bytes: the one place where anything is compiled."""

@@ -1,0 +1,111 @@
+"""What of a program is differentiated, and the specs of what its value and gradient read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxckpt.errors import NotDifferentiableError
+from jaxckpt.program.ir import is_differentiable, show_aval, spec_of
+from jaxckpt.program.trace import Traced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What of a program is differentiated.
+
+    Attributes:
+        inputs: positions among the program's inputs.
+        outputs: positions among its outputs.
+        is_scalar: the one output is a scalar, as `jax.value_and_grad` wants; otherwise cotangents are arguments.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    is_scalar: bool
+
+    def differentiated(self, fun: Callable[..., list[Any]]) -> Callable[..., Any]:
+        """Return a flat function's results with its gradients; cotangents, where needed, follow the inputs."""
+
+        def value_and_gradients(*args: Any) -> tuple[list[Any], Any]:
+            num_inputs = len(args) - (0 if self.is_scalar else len(self.outputs))
+            inputs, cotangents = list(args[:num_inputs]), list(args[num_inputs:])
+
+            def active(*values: Any) -> tuple[list[Any], list[Any]]:
+                full = list(inputs)
+                for position, value in zip(self.inputs, values, strict=True):
+                    full[position] = value
+                results = fun(*full)
+                return [results[i] for i in self.outputs], results
+
+            outs, pull, results = jax.vjp(active, *(inputs[i] for i in self.inputs), has_aux=True)
+            return results, pull([jnp.ones_like(outs[0])] if self.is_scalar else cotangents)
+
+        return value_and_gradients
+
+
+def objective(traced: Traced, argnums: int | Sequence[int], has_aux: bool) -> Objective:
+    """Find what `jax.value_and_grad(fun, argnums, has_aux)` would differentiate; a vjp where `fun` is not scalar.
+
+    Raises:
+        NotDifferentiableError: no floating-point leaf in these arguments, or none in the result.
+    """
+    program, num_consts = traced.program, len(traced.consts)
+    wanted = {argnums} if isinstance(argnums, int) else set(argnums)
+    args_tree = traced.in_tree.children()[0]
+    num_args = args_tree.num_leaves and len(args_tree.children())
+    if any(not -num_args <= a < num_args for a in wanted):
+        raise NotDifferentiableError(f"argnums={argnums} names an argument that is not there; the call has {num_args}")
+    wanted = {a % num_args for a in wanted}
+    owner = [i for i, child in enumerate(args_tree.children()) for _ in range(child.num_leaves)]
+    owner += [-1] * (len(traced.is_array) - len(owner))
+    owner = [i for i, dyn in zip(owner, traced.is_array, strict=True) if dyn]
+    inputs = [
+        num_consts + i
+        for i, arg in enumerate(owner)
+        if arg in wanted and is_differentiable(program.avals[program.inputs[num_consts + i]])
+    ]
+    if not inputs:
+        shown = ", ".join(
+            f"{name}: {show_aval(program.avals[v])}"
+            for name, v in zip(traced.arg_names, program.inputs[num_consts:], strict=True)
+        )
+        raise NotDifferentiableError(
+            f"no floating-point array among the arguments argnums={argnums}, so there is nothing to differentiate "
+            f"(the arguments are {shown or 'no arrays at all'})"
+        )
+    num_outputs = traced.out_tree.children()[0].num_leaves if has_aux else traced.out_tree.num_leaves
+    return output_objective(program, tuple(inputs), num_outputs)
+
+
+def output_objective(program: Any, inputs: tuple[int, ...], num_outputs: int) -> Objective:
+    """Choose among a program's first outputs those that have a gradient.
+
+    Raises:
+        NotDifferentiableError: none of them is floating point.
+    """
+    avals = [program.avals[x] if isinstance(x, int) else x.aval for x in program.outputs[:num_outputs]]
+    outputs = tuple(i for i, aval in enumerate(avals) if is_differentiable(aval))
+    if not outputs:
+        shown = ", ".join(map(show_aval, avals)) or "nothing"
+        raise NotDifferentiableError(f"the function returns {shown}, and no gradient flows from that")
+    is_scalar = num_outputs == 1 and avals[0].shape == ()
+    return Objective(inputs=inputs, outputs=outputs, is_scalar=is_scalar)
+
+
+def input_specs(program: Any) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a program's inputs, `[num_inputs]`."""
+    specs = [spec_of(program.avals[v]) for v in program.inputs]
+    if not program.shardings:
+        return specs
+    return [s.update(sharding=sharding) for s, sharding in zip(specs, program.shardings, strict=True)]
+
+
+def cotangent_specs(program: Any, goal: Objective) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the cotangents that are arguments; none for a scalar."""
+    if goal.is_scalar:
+        return []
+    outputs = [program.outputs[i] for i in goal.outputs]
+    return [spec_of((program.avals[x] if isinstance(x, int) else x.aval).to_ct_aval()) for x in outputs]
