@@ -31,8 +31,8 @@ from rich.table import Table
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "solvers")]
 
 import jaxckpt
+from jaxckpt.model.tree import LoopPlan, Saved
 from jaxckpt.program.flops import gradient_cost
-from jaxckpt.regions import LoopPlan, Saved
 from jaxckpt.units import short_bytes
 
 _POLICIES = jax.checkpoint_policies

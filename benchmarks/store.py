@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from jaxckpt import _compat, study
+from jaxckpt import _compat
+from jaxckpt.compilation import measure
 from jaxckpt.compilation.measure import Measurement, compiled_bytes
 
 OUT = Path(__file__).parent / "out"
@@ -68,9 +69,9 @@ def measured(store: Store, fun: Callable, specs: Any, target: str | None, **opti
 @contextmanager
 def remembering(store: Store) -> Iterator[None]:
     """Planners inside measure through the store."""
-    before = study.compiled_bytes
-    study.compiled_bytes = functools.partial(measured, store)
+    before = measure.compiled_bytes
+    measure.compiled_bytes = functools.partial(measured, store)
     try:
         yield
     finally:
-        study.compiled_bytes = before
+        measure.compiled_bytes = before

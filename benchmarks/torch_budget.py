@@ -35,8 +35,8 @@ from zoo.handmade import array
 
 from benchmarks.store import OUT
 from jaxckpt import _compat
-from jaxckpt.candidates import Candidate
 from jaxckpt.compilation.objective import output_objective
+from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.program.trace import trace

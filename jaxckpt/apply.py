@@ -8,13 +8,13 @@ import jax
 from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
 
-from jaxckpt.cuts import Span, spans_at
 from jaxckpt.kinds.cond import run_branches
 from jaxckpt.kinds.scan import Run, run_loop
+from jaxckpt.model.cut import Span, spans_at
+from jaxckpt.model.tree import BranchPlan, LoopPart, LoopPlan, Saved
 from jaxckpt.program.control_flow import Loop, branches_of, loop_of
 from jaxckpt.program.interpret import evaluate, outputs_of
 from jaxckpt.program.ir import Constant, Equation, Program
-from jaxckpt.regions import BranchPlan, LoopPart, LoopPlan, Saved
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ import jax
 from ckptsolvers import Keep
 
 from jaxckpt import _compat
-from jaxckpt.candidates import Candidate
+from jaxckpt.model.schedules import Candidate
 from jaxckpt.plans import Plan, SavedGroup, line_digests
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.ir import show_aval, size_bytes

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jaxckpt.calibration import Calibration, add_samples, remembered_of
-from jaxckpt.candidates import Candidate
 from jaxckpt.compilation.cache import digest
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.description import describe
 from jaxckpt.errors import InfeasibleBudgetError
 from jaxckpt.ladder import FAR, FASTER, Ladder
+from jaxckpt.model.schedules import Candidate
 from jaxckpt.plans import Plan
 from jaxckpt.sharing import Picks, apart, together
 from jaxckpt.steps import Step

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from jaxckpt.calibration import Calibration, add_samples, remembered
-from jaxckpt.candidates import Candidate, check_solver
 from jaxckpt.compilation.objective import Objective, objective
 from jaxckpt.description import describe, forced_by
 from jaxckpt.errors import BudgetError, CompilerError, InfeasibleBudgetError, JaxckptWarning, OptionError
 from jaxckpt.ladder import FAR, FASTER, Ladder
+from jaxckpt.model.schedules import Candidate
 from jaxckpt.model.time import check_cost
 from jaxckpt.plans import Plan
 from jaxckpt.program.ir import Program
+from jaxckpt.search.candidates import check_solver
 from jaxckpt.study import Study
 from jaxckpt.targets.chip import find_target
 from jaxckpt.targets.sharding import trace_placed

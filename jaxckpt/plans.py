@@ -17,12 +17,12 @@ from ckptsolvers import InvalidScheduleError, Keep, Schedule
 from jaxckpt import _compat
 from jaxckpt.apply import planned
 from jaxckpt.compilation.cache import write_text
-from jaxckpt.cuts import spans_at
 from jaxckpt.errors import PlanFileError, PlanMismatchError
+from jaxckpt.model.cut import spans_at
+from jaxckpt.model.tree import Saved, blocks_from_json, check_cover, saved_from_json, saved_to_json
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
 from jaxckpt.program.trace import trace
-from jaxckpt.regions import Saved, blocks_from_json, check_cover, saved_from_json, saved_to_json
 
 SCHEMA = 3
 _FORMAT = "jaxckpt plan"

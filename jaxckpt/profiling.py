@@ -22,10 +22,12 @@ import jax.numpy as jnp
 from ckptsolvers import Block, Option
 
 from jaxckpt import _compat
-from jaxckpt.block_model import EVERYTHING, Analysis, LocalBlock, Model, differentiate
 from jaxckpt.compilation.measure import Measurement, lowered_for
 from jaxckpt.compilation.pool import side_by_side
 from jaxckpt.memory.peak import peak_bytes
+from jaxckpt.model.block import Model
+from jaxckpt.model.joint import LocalBlock, differentiate
+from jaxckpt.model.option import EVERYTHING, Analysis
 from jaxckpt.model.time import Timer
 from jaxckpt.program.interpret import evaluate
 from jaxckpt.program.ir import Equation, spec_of

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from jaxckpt.model.tree import BranchPlan, LoopPlan, Saved
+from jaxckpt.model.tree import Tree as BodyPlan
 from jaxckpt.plans import Plan, SavedGroup
-from jaxckpt.regions import BranchPlan, LoopPlan, Saved
-from jaxckpt.regions import Tree as BodyPlan
 from jaxckpt.tradeoff import Frontier, Point
 from jaxckpt.units import short_bytes, short_count, show_bytes
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from jaxckpt import _compat
-from jaxckpt.candidates import Candidate
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.measure import Measurement, compiled_bytes, donated_leaves
 from jaxckpt.compilation.objective import Objective
 from jaxckpt.errors import OptionError
+from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.sharing import Picks

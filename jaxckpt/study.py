@@ -8,17 +8,20 @@ from typing import Any
 
 from ckptsolvers import Keep, simulate
 
-from jaxckpt import apply, cuts, regions
-from jaxckpt.blocks import Blocks, analyse
-from jaxckpt.candidates import Candidate, candidates, check_solver, keep_all
+from jaxckpt import apply
 from jaxckpt.compilation.measure import Measurement, compiled_bytes, lowered_for
 from jaxckpt.compilation.objective import Objective, cotangent_specs, input_specs
 from jaxckpt.compilation.pool import side_by_side
+from jaxckpt.model import tree
+from jaxckpt.model.cut import Span, cut_program, merged_spans
+from jaxckpt.model.schedules import Candidate, keep_all
 from jaxckpt.model.time import timer
 from jaxckpt.profiling import Profiler
 from jaxckpt.program import dataflow
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, refuse_effects, size_bytes
+from jaxckpt.search.candidates import candidates, check_solver
+from jaxckpt.search.space import Blocks, analyse
 from jaxckpt.targets.chip import find_target
 from jaxckpt.targets.cpu import outside_regions
 from jaxckpt.targets.sharding import local_bytes, program_split
@@ -71,7 +74,7 @@ class Study:
             is_apart = outside_regions(self.chip, program.avals)
             is_logits = is_head(self.chip, program.avals, program.equations)
         self._is_apart = lambda eqn: is_apart(eqn) or is_logits(eqn)
-        divide = functools.partial(cuts.cut, program, dag, self.active, is_apart=is_apart, is_head=is_logits)
+        divide = functools.partial(cut_program, program, dag, self.active, is_apart=is_apart, is_head=is_logits)
         fine = divide()
         coarse = divide(is_coarse=True) if solver == "auto" else fine
         self.cuts: list[Blocks] = []
@@ -110,7 +113,7 @@ class Study:
     def _runs_effects_once(self, candidate: Candidate) -> bool:
         return all(candidate.judgement.num_forwards[k] == 1 for k in self.blocks_of(candidate).once)
 
-    def _analysed(self, spans: tuple[cuts.Span, ...], *, are_repeated: bool = False) -> Blocks:
+    def _analysed(self, spans: tuple[Span, ...], *, are_repeated: bool = False) -> Blocks:
         return analyse(
             self.program,
             self.graph,
@@ -130,7 +133,7 @@ class Study:
         coarse = self.cuts[-1]
         is_plain = [len(b.options) > 1 and not t for b, t in zip(coarse.problem.blocks, coarse.transients, strict=True)]
         classes = [c if plain else None for c, plain in zip(coarse.classes, is_plain, strict=True)]
-        spans = cuts.merged(self.program, coarse.spans, classes)
+        spans = merged_spans(self.program, coarse.spans, classes)
         if len(spans) == len(coarse.spans):
             return []
         merged = self._analysed(spans, are_repeated=True)
@@ -173,7 +176,7 @@ class Study:
         """What it takes beyond the program without a plan, in the unit of the cost; less than 0 where it is faster."""
         return candidate.judgement.extra_work - self.blocks_of(candidate).unplanned_extra
 
-    def saved(self, candidate: Candidate) -> list[regions.Saved]:
+    def saved(self, candidate: Candidate) -> list[tree.Saved]:
         """What each block's chosen option saves, `[num_blocks]`."""
         choices = self.blocks_of(candidate).choices
         keeps = [node for node, _ in candidate.schedule.walk() if isinstance(node, Keep)]

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 
 from jaxckpt.calibration import Calibration, add_samples, remembered
-from jaxckpt.candidates import Candidate
 from jaxckpt.compilation.measure import compiled_bytes
 from jaxckpt.compilation.objective import cotangent_specs, input_specs, objective
 from jaxckpt.description import describe
 from jaxckpt.errors import OptionError
+from jaxckpt.model.schedules import Candidate
 from jaxckpt.planner import find_study
 from jaxckpt.plans import Plan
 from jaxckpt.policies import DifferentiatedCost, differentiated_cost, policy_functions

@@ -13,7 +13,7 @@ from helpers import CASES, assert_close, count, jit, names, study, study_of, x64
 from zoo import gpt, models
 from zoo.models import MODELS
 
-from jaxckpt.candidates import Candidate
+from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.program.interpret import run
 

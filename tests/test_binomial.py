@@ -11,7 +11,7 @@ from jax import lax
 import jaxckpt
 from jaxckpt import compiler_options
 from jaxckpt.kinds import binomial
-from jaxckpt.regions import LoopPlan
+from jaxckpt.model.tree import LoopPlan
 
 
 def step(consts, carry, slices):

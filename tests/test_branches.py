@@ -9,9 +9,9 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 import jaxckpt
+from jaxckpt.model.tree import BranchPlan, LoopPlan
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.program.interpret import run
-from jaxckpt.regions import BranchPlan, LoopPlan
 
 LENGTH, ROWS, WIDTH = 12, 64, 16
 

@@ -2,7 +2,7 @@
 
 from ckptsolvers import Block, Option, Problem
 
-from jaxckpt.candidates import candidates
+from jaxckpt.search.candidates import candidates
 
 
 def option(saved_bytes, recompute_time):

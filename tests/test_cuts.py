@@ -9,7 +9,7 @@ from helpers import CASES, study, study_of
 from zoo import gpt, gpt2
 from zoo.models import chain_args, chain_loss
 
-from jaxckpt import cuts
+from jaxckpt.model.cut import _SINKABLE, _borders, cut_program, merged_spans, spans_at
 from jaxckpt.program import dataflow
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.program.trace import trace
@@ -22,7 +22,7 @@ def test_blocks_partition_the_equations(name):
     assert set(placed) == set(range(len(program.equations)))
     sunk = {i for i in placed if placed.count(i) > 1}
     # Only what costs nothing to speak of stands in several blocks.
-    assert {program.equations[i].primitive for i in sunk} <= cuts._SINKABLE
+    assert {program.equations[i].primitive for i in sunk} <= _SINKABLE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -42,7 +42,7 @@ def test_blocks_read_only_what_was_made_before_them(name):
 @pytest.mark.parametrize("name", CASES)
 def test_cutting_at_the_same_places_gives_the_same_blocks(name):
     program, spans = study_of(name).program, study_of(name).blocks.spans
-    assert cuts.spans_at(program, [span.positions for span in spans]) == spans
+    assert spans_at(program, [span.positions for span in spans]) == spans
 
 
 def test_a_chain_is_cut_once_a_layer_and_carries_one_value():
@@ -109,7 +109,7 @@ def test_no_more_blocks_than_allowed(most):
     program = trace(gpt.make_loss(config), gpt.specs(config)).program
     dag = dataflow.build_graph(program)
     active = dataflow.active_values(program, set(program.inputs[:-1]), {program.outputs[0]})
-    spans = cuts.cut(program, dag, active, max_blocks=most)
+    spans = cut_program(program, dag, active, max_blocks=most)
     assert 1 <= len(spans) <= most
     assert {i for span in spans for i in span.positions} == set(range(len(program.equations)))
 
@@ -176,8 +176,8 @@ def test_elsewhere_a_pooling_is_like_any_operation():
 
 def test_what_is_made_of_a_value_of_the_same_size_is_held_instead_of_it():
     # Right behind the costly operation where nothing is lower, or else behind the last of the lowest places.
-    assert cuts._borders([0, 4], [1, 1, 1, 2, 0]) == [1]
-    assert cuts._borders([0, 4], [2, 1, 1, 2, 0]) == [3]
+    assert _borders([0, 4], [1, 1, 1, 2, 0]) == [1]
+    assert _borders([0, 4], [2, 1, 1, 2, 0]) == [3]
 
 
 def test_what_repeats_is_merged_and_nothing_else():
@@ -185,7 +185,7 @@ def test_what_repeats_is_merged_and_nothing_else():
     program = study_of("chain").program
 
     def sizes(classes):
-        merged = cuts.merged(program, spans, classes)
+        merged = merged_spans(program, spans, classes)
         assert [i for span in merged for i in span.positions] == [i for span in spans for i in span.positions]
         return [len(span.equations) // len(spans[1].equations) for span in merged[1:-1]]
 

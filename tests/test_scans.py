@@ -15,11 +15,11 @@ from jaxckpt.compilation.objective import objective
 from jaxckpt.description import saved_groups
 from jaxckpt.kinds.binomial import num_again
 from jaxckpt.kinds.scan import Run, run_loop
+from jaxckpt.model.tree import LoopPlan
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.flops import gradient_cost, jaxpr_cost
 from jaxckpt.program.interpret import run
 from jaxckpt.program.trace import trace
-from jaxckpt.regions import LoopPlan
 from jaxckpt.study import Study
 
 LENGTH, ROWS, WIDTH = 12, 64, 16

@@ -39,7 +39,7 @@ class Span:
     outputs: tuple[int, ...]
 
 
-def cut(
+def cut_program(
     program: Program,
     graph: nx.DiGraph,
     active: set[int],
@@ -89,7 +89,7 @@ def cut(
     return spans_at(program, [_with_sunk(graph, run, sunk) for run in runs])
 
 
-def merged(program: Program, spans: Sequence[Span], classes: Sequence[Hashable]) -> tuple[Span, ...]:
+def merged_spans(program: Program, spans: Sequence[Span], classes: Sequence[Hashable]) -> tuple[Span, ...]:
     """Merge the blocks of each repetition of what repeats, such as the halves of a network's layers.
 
     A save set is of one block, so one of a whole layer takes a block that is the whole layer.

@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from ckptsolvers import Block, Problem, Value
 
-from jaxckpt.block_model import Analysis, LocalBlock, analyse_block, effectful
-from jaxckpt.branch_model import analyse_conditional
-from jaxckpt.candidates import NO_ROOM, keep_all
-from jaxckpt.cuts import Span
+from jaxckpt.kinds.cond_options import analyse_conditional
+from jaxckpt.kinds.effect import effectful, outside_regions_only
+from jaxckpt.kinds.plain import analyse_block
+from jaxckpt.kinds.scan_options import analyse_loop
+from jaxckpt.model.cut import Span
+from jaxckpt.model.joint import LocalBlock
+from jaxckpt.model.option import Analysis
+from jaxckpt.model.schedules import keep_all
 from jaxckpt.model.time import Timer, count_flops
+from jaxckpt.model.tree import Saved
 from jaxckpt.program import primitives
 from jaxckpt.program.control_flow import branches_of, loop_of
 from jaxckpt.program.ir import Equation, Program, elements
-from jaxckpt.regions import Saved
-from jaxckpt.scan_model import analyse_loop
 from jaxckpt.targets.chip import Target
 from jaxckpt.targets.compiler import Layouts
 from jaxckpt.targets.tpu import layouts_of
@@ -184,9 +187,9 @@ def _analyse_one(
 ) -> Analysis:
     last = local.span.equations[-1]
     if last.effects and local.active_outputs:
-        return _outside(analyse_block(local, timer, target))
+        return outside_regions_only(analyse_block(local, timer, target))
     if last.effects:
-        return _outside(effectful(local))
+        return outside_regions_only(effectful(local))
     inside = functools.partial(analyse, profiler=profiler)
     if loop_of(last) is not None and local.active_outputs:
         return analyse_loop(local, timer, target, inside)
@@ -195,19 +198,7 @@ def _analyse_one(
     found = analyse_block(local, timer, target)
     if profiler is not None:
         found = profiler(local, found)
-    return _outside(found) if local.active_outputs and is_apart(last) else found
-
-
-def _outside(analysis: Analysis) -> Analysis:
-    """The block as one that no region covers: left to JAX where it stands, and never run without being kept."""
-    alone = lambda block: replace(block, forward_peak_bytes=NO_ROOM, options=block.options[-1:])  # noqa: E731
-    return replace(
-        analysis,
-        block=alone(analysis.block),
-        flops_block=alone(analysis.flops_block),
-        saved=analysis.saved[-1:],
-        unread=analysis.unread[-1:],
-    )
+    return outside_regions_only(found) if local.active_outputs and is_apart(last) else found
 
 
 def _crossing_values(

@@ -6,298 +6,30 @@ exactly what JAX is left with after its own dead-code elimination.
 """
 
 import functools
-import hashlib
-import itertools
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-import jax
 from ckptsolvers import Block, Option
 from ckptsolvers.mincut import Operation, save_sets
 
-from jaxckpt.cuts import Span
 from jaxckpt.memory.across import Across, held_across
 from jaxckpt.memory.fusion import Copy
 from jaxckpt.memory.peak import peak_bytes
+from jaxckpt.model.joint import Joint, LocalBlock
+from jaxckpt.model.option import EVERYTHING
 from jaxckpt.model.time import Timer, count_flops
 from jaxckpt.program import primitives
-from jaxckpt.program.flatten import flatten
 from jaxckpt.program.flops import equation_cost
-from jaxckpt.program.interpret import evaluate
-from jaxckpt.program.ir import Equation, Program, elements, is_differentiable, live_equations, size_bytes, spec_of
-from jaxckpt.regions import Saved
+from jaxckpt.program.ir import Equation, elements, is_differentiable
 from jaxckpt.targets import compiler
 from jaxckpt.targets.chip import Target
-from jaxckpt.targets.compiler import Layouts
 from jaxckpt.targets.cpu import habits_of
 from jaxckpt.targets.tpu import layouts_of
 
-EVERYTHING = "everything"
 # Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
 _TINY, _FOR_NOTHING = 64, 0.001
-# Options that differ by less than these parts of a block's largest value and of its work are alike.
-_ALIKE_BYTES, _ALIKE_TIME = 64, 2000
 # An operation is costly that takes this share of a block's work; minimum cuts for sets between those of the hull.
 _COSTLY, _MAX_BETWEEN = 0.01, 256
-
-
-class LocalBlock:
-    """A block in numbers of its own, so that equal blocks look equal."""
-
-    def __init__(
-        self,
-        program: Program,
-        span: Span,
-        active: Collection[int],
-        arguments: Collection[int],
-        results: Collection[int],
-        invariant: Collection[int] | None,
-        layouts: Layouts,
-        *,
-        is_last: bool = False,
-        is_repeated: bool = False,
-    ):
-        self.program, self.span, self.active = program, span, active
-        self.values = [*span.inputs, *(v for eqn in span.equations for v in eqn.outputs)]
-        self.active_inputs = [v for v in span.inputs if v in active]
-        # An input that is no argument, its cotangent waits in a buffer of its own.
-        self.crossing = [v for v in span.inputs if v not in arguments]
-        self.outputs = span.outputs
-        self.active_outputs = [v for v in span.outputs if v in active]
-        self.results = [v for v in span.outputs if v in results]
-        self.layouts = layouts
-        # In a loop's body forward and backward are loops of their own, which no compiler mixes.
-        self.is_body = invariant is not None
-        # All of its kind may be treated alike, as all iterations are.
-        self.is_repeated = is_repeated or self.is_body
-        # The backward waits for nothing but the forward, and a compiler runs it right behind that.
-        self.is_last = is_last and not self.is_body
-        self.invariant = [v for v in span.inputs if v in (invariant or ())]
-        self.is_whole_body = self.is_body and not self.crossing and len(self.results) == len(self.outputs)
-
-    def signature(self) -> str:
-        """A digest: blocks with equal ones need only one analysis."""
-        number = {v: i for i, v in enumerate(self.values)}
-        block = Program(
-            avals=self.program.avals,
-            inputs=tuple(self.span.inputs),
-            equations=self.span.equations,
-            outputs=tuple(self.outputs),
-        )
-        flags = [
-            [number[v] for v in group]
-            for group in (self.active_inputs, self.crossing, self.active_outputs, self.results, self.invariant)
-        ]
-        # Other blocks decide how the target holds what crosses the cuts.
-        crossing = [
-            (self.layouts.held_bytes(v), self.layouts.features.get(v)) for v in (*self.span.inputs, *self.outputs)
-        ]
-        flags += [crossing, [self.is_last, self.is_repeated]]
-        return hashlib.sha256("\n".join((*block.lines(), repr(flags))).encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Analysis:
-    """What is known of a distinct block, in numbers of its own."""
-
-    block: Block
-    flops_block: Block
-    saved: tuple[Saved, ...]  # for each option what it saves, values as positions in the block's own numbering
-    unread: tuple[tuple[int, ...], ...]  # for each option, the inputs that only its forward reads
-    unplanned_cost: int
-    residual_bytes: int  # of what JAX keeps of the block without a checkpoint, whether a compiler needs it or not
-    # Of loops and conditionals, for each option: most alive in the backward beyond what is saved, if that stays.
-    transients: tuple[int, ...] = ()
-    # Of a loop's whole body, for each option: most alive in the backward where what was saved is read from stacks.
-    stacked_peaks: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Joint:
-    """A block's forward and backward as one list of equations."""
-
-    avals: list[Any]
-    forward: list[Equation]
-    backward: list[Equation]
-    value: dict[int, int]  # the block's values to the joint program's
-    residuals: list[int]  # forward values that the backward reads, inputs left out
-    cotangents: list[int]  # of the active outputs
-    waiting: list[int]  # cotangents of inputs that are no arguments
-    gradients: list[int]  # cotangents of arguments
-
-
-def differentiate(local: LocalBlock, run: Callable[[dict[int, Any]], None] | None = None) -> Joint:
-    """Trace a block with its backward.
-
-    Args:
-        local: the block.
-        run: adds what its equations make to a dict of values; None runs them as they are.
-
-    Returns:
-        Its forward and backward.
-    """
-    program, span = local.program, local.span
-    interior = [v for eqn in span.equations for v in eqn.outputs]
-
-    def joint(inputs: list[Any], cotangents: list[Any]) -> Any:
-        env = dict(zip(span.inputs, inputs, strict=True))
-
-        def forward(*active: Any) -> Any:
-            inner = env | dict(zip(local.active_inputs, active, strict=True))
-            # A name is a value of its own: what an operation's derivative reads of its unnamed result is made again
-            # even where the named one is saved, so the model must see both.
-            if run is None:
-                evaluate(span.equations, inner, dict.fromkeys(interior, "value"))
-            else:
-                run(inner)
-            return [inner[v] for v in local.active_outputs], [inner[v] for v in interior]
-
-        _, pull, values = jax.vjp(forward, *(env[v] for v in local.active_inputs), has_aux=True)
-        return values, pull(cotangents)
-
-    inputs = [spec_of(program.avals[v]) for v in span.inputs]
-    cotangents = [spec_of(program.avals[v].to_ct_aval()) for v in local.active_outputs]
-    closed = jax.make_jaxpr(joint)(inputs, cotangents)
-    flat = flatten(closed.jaxpr, is_differentiated=True)
-    inputs = flat.inputs[len(closed.consts) :]
-    cotangents = inputs[len(span.inputs) :]
-    values = dict(zip(span.inputs, inputs, strict=False))
-    made, grads = flat.outputs[: len(interior)], flat.outputs[len(interior) :]
-    values |= {v: x for v, x in zip(interior, made, strict=True) if isinstance(x, int)}
-    gradients = dict(zip(local.active_inputs, grads, strict=True))
-
-    late = set(cotangents)
-    backward = []
-    for eqn in flat.equations:
-        if not late.isdisjoint(eqn.reads):
-            late.update(eqn.outputs)
-            backward.append(eqn)
-    backward = live_equations(backward, grads)
-    forward = [eqn for eqn in flat.equations if late.isdisjoint(eqn.outputs)]
-    made_forward = {v for eqn in forward for v in eqn.outputs}
-    read = dict.fromkeys(v for eqn in backward for v in eqn.reads if v in made_forward)
-    read |= dict.fromkeys(v for v in grads if isinstance(v, int) and v in made_forward)
-    ints = lambda atoms: [x for x in atoms if isinstance(x, int)]  # noqa: E731
-    return Joint(
-        avals=flat.avals,
-        forward=forward,
-        backward=backward,
-        value=values,
-        residuals=list(read),
-        cotangents=list(cotangents),
-        waiting=ints(gradients[v] for v in local.active_inputs if v in set(local.crossing)),
-        gradients=ints(gradients[v] for v in local.active_inputs if v not in set(local.crossing)),
-    )
-
-
-def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
-    """Find a block's options; the last one leaves it to JAX."""
-    joint = differentiate(local)
-    model = Model(local, joint, timer, target)
-    # Of a loop's whole body the peaks where what was saved is read from stacks come on top of the options' own.
-    peak = model.stacked_peak if local.is_whole_body else lambda option, saved: 0
-    kept: list[tuple[Option, frozenset[int], int]] = []
-    choices: list[Saved] = []
-    spare_bytes = max(map(model.size, model.savable), default=0) // _ALIKE_BYTES
-    spare_time = sum(model.time.values()) // _ALIKE_TIME
-    for saved in model.save_sets():
-        option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
-        own = peak(option, saved)
-        if any(p <= own + spare_bytes and dominates(o, option, spare_bytes, spare_time) for o, _, p in kept):
-            continue
-        kept.append((option, saved, own))
-        choices.append(tuple(sorted(model.named[v] for v in saved)))
-    everything, held, unread = model.everything()
-    # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
-    most = peak(everything, held)
-    useful = [not (dominates(everything, option, spare_bytes) and most <= p + spare_bytes) for option, _, p in kept]
-    kept = [*itertools.compress(kept, useful), (everything, held, most)]
-    choices = [*itertools.compress(choices, useful), None]
-    return Analysis(
-        model.block(tuple(option for option, *_ in kept), model.time),
-        model.block(tuple(model.in_flops(option, saved) for option, saved, _ in kept), model.flops),
-        tuple(choices),
-        (*(model.unread(saved) for _, saved, _ in kept[:-1]), unread),
-        sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
-        model.residual_bytes(),
-        stacked_peaks=tuple(p for *_, p in kept) if local.is_whole_body else (),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outside:
-    """Bytes around the loop or the conditional that a block ends with.
-
-    Attributes:
-        operands: made in the block, and held for the backward; those from elsewhere are held anyway.
-        results: of the block, where the program does not count them.
-        cotangents: of results and operands, and those that wait.
-    """
-
-    operands: int
-    results: int
-    cotangents: int
-
-
-def outside(local: LocalBlock) -> Outside:
-    """Return what a block that ends with a loop or a conditional takes outside of that."""
-    *before, last = local.span.equations
-    size = lambda vs: sum(size_bytes(local.program.avals[v]) for v in vs)  # noqa: E731
-    made = {v for eqn in before for v in eqn.outputs}.intersection(last.reads)
-    waiting = [v for v in local.active_inputs if v in local.crossing]
-    return Outside(
-        operands=size(made),
-        results=size(v for v in local.outputs if v not in local.results),
-        cotangents=size([*local.active_outputs, *waiting, *made.intersection(local.active)]),
-    )
-
-
-def differentiated_ends(local: LocalBlock, body: Program, operands: Sequence[Any]) -> tuple[set[int], set[int]]:
-    """Inputs and outputs of a body that a block's last equation runs, as far as tangents flow through them outside.
-
-    Args:
-        local: the block.
-        body: the body.
-        operands: the equation's, one for each of the body's inputs.
-    """
-    results = zip(body.outputs, local.span.equations[-1].outputs, strict=True)
-    return (
-        {
-            v
-            for v, x in zip(body.inputs, operands, strict=True)
-            if isinstance(x, int) and x in local.active and is_differentiable(body.avals[v])
-        },
-        {x for x, v in results if isinstance(x, int) and v in local.active and is_differentiable(body.avals[x])},
-    )
-
-
-def effectful(local: LocalBlock) -> Analysis:
-    """A block with side effects and no tangents: it is run where it stands, and that is its only option."""
-    size = sum(size_bytes(local.program.avals[v]) for v in local.outputs if v not in local.results)
-    times = (0,) * (len(local.outputs) + 1)
-    option = Option(
-        name=EVERYTHING,
-        saved_bytes=0,
-        recompute_time=0,
-        forward_times=times,
-        forward_peak_bytes=size,
-        backward_peak_bytes=0,
-    )
-    block = Block(forward_times=times, forward_peak_bytes=size, options=(option,))
-    unread = tuple(range(len(local.span.inputs)))
-    return Analysis(block, block, (None,), (unread,), 0, 0)
-
-
-def dominates(a: Option, b: Option, spare_bytes: int = 0, spare_time: int = 0) -> bool:
-    """Whether an option is as good as another one in everything, or worse by no more than this."""
-    sizes = ("saved_bytes", "forward_peak_bytes", "backward_peak_bytes")
-    return (
-        set(a.saved_outputs) <= set(b.saved_outputs)
-        and all(getattr(a, k) <= getattr(b, k) + spare_bytes for k in sizes)
-        and a.recompute_time <= b.recompute_time + spare_time
-        and all(x <= y + spare_time for x, y in zip(a.forward_times, b.forward_times, strict=True))
-    )
 
 
 class Model:
