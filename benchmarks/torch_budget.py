@@ -40,7 +40,7 @@ from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.program.trace import trace
-from jaxckpt.study import Study
+from jaxckpt.search.analysis import Analysis
 
 _LAYERS, _WIDTH, _HEADS, _TOKENS, _BATCH = 4, 256, 4, 256, 4
 # Budget, saved MiB, GFLOP of the backward pass, measured with torch 2.13; 15.03 is no recomputation.
@@ -97,12 +97,14 @@ def frontier() -> Iterator[tuple[int, float]]:
     """Saved bytes and GFLOP of the backward pass, for each schedule that the solver has to offer."""
     specs = ([layer_specs(_WIDTH)] * _LAYERS, array(_BATCH, _TOKENS, _WIDTH))
     program = trace(stack, specs).program
-    study = Study(program, output_objective(program, tuple(range(len(program.inputs))), 1), "flops", "auto", None)
+    analysis = Analysis(program, output_objective(program, tuple(range(len(program.inputs))), 1), "flops", "auto", None)
     inputs = [jax.ShapeDtypeStruct(program.avals[v].shape, program.avals[v].dtype) for v in program.inputs]
     yield held_and_recomputed(lambda *args: run(program, *args), inputs)
-    for problem in (blocks.problem for blocks in study.cuts):
+    for problem in (blocks.problem for blocks in analysis.cuts):
         for schedule in _schedules(problem):
-            yield held_and_recomputed(study.planned(Candidate(schedule, simulate(problem, schedule), problem)), inputs)
+            yield held_and_recomputed(
+                analysis.planned(Candidate(schedule, simulate(problem, schedule), problem)), inputs
+            )
 
 
 def _schedules(problem: Problem) -> Iterator[Schedule]:

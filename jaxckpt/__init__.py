@@ -3,16 +3,19 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from jaxckpt._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from jaxckpt.api import auto_remat as auto_remat
-    from jaxckpt.api import compiler_options as compiler_options
-    from jaxckpt.batches import largest_batch as largest_batch
-    from jaxckpt.bounded import while_loop as while_loop
-    from jaxckpt.calibration import Calibration as Calibration
+    from jaxckpt.api.auto_remat import auto_remat as auto_remat
+    from jaxckpt.api.auto_remat import compiler_options as compiler_options
+    from jaxckpt.api.fit import fit as fit
+    from jaxckpt.api.frontier import frontier as frontier
+    from jaxckpt.api.largest_batch import largest_batch as largest_batch
+    from jaxckpt.api.measure import measure as measure
+    from jaxckpt.api.plan import plan as plan
+    from jaxckpt.api.scan import scan as scan
+    from jaxckpt.api.while_loop import while_loop as while_loop
     from jaxckpt.compilation.measure import Measurement as Measurement
-    from jaxckpt.compilation.measure import measure as measure
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import CompilerError as CompilerError
     from jaxckpt.errors import InfeasibleBudgetError as InfeasibleBudgetError
@@ -25,22 +28,19 @@ if TYPE_CHECKING:
     from jaxckpt.errors import ShardingError as ShardingError
     from jaxckpt.errors import TargetError as TargetError
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
-    from jaxckpt.fitting import Fitted as Fitted
-    from jaxckpt.fitting import fit as fit
-    from jaxckpt.loops import scan as scan
-    from jaxckpt.planner import plan as plan
-    from jaxckpt.plans import Plan as Plan
+    from jaxckpt.result.frontier import Frontier as Frontier
+    from jaxckpt.result.plan import Plan as Plan
+    from jaxckpt.search.calibration import Calibration as Calibration
+    from jaxckpt.search.step_search import Fitted as Fitted
     from jaxckpt.targets.chip import define_target as define_target
     from jaxckpt.targets.sharding import mesh as mesh
-    from jaxckpt.tradeoff import Frontier as Frontier
-    from jaxckpt.tradeoff import frontier as frontier
 
 # Importing JAX takes a second, and `jaxckpt --help` does not need it: names are found when they are first asked for.
 _HOMES = {
-    "auto_remat": "api",
-    "compiler_options": "api",
-    "largest_batch": "batches",
-    "Calibration": "calibration",
+    "auto_remat": "api.auto_remat",
+    "compiler_options": "api.auto_remat",
+    "largest_batch": "api.largest_batch",
+    "Calibration": "search.calibration",
     "define_target": "targets.chip",
     "BudgetError": "errors",
     "CompilerError": "errors",
@@ -54,17 +54,17 @@ _HOMES = {
     "ShardingError": "errors",
     "TargetError": "errors",
     "UnsupportedProgramError": "errors",
-    "Fitted": "fitting",
-    "fit": "fitting",
+    "Fitted": "search.step_search",
+    "fit": "api.fit",
     "Measurement": "compilation.measure",
-    "measure": "compilation.measure",
+    "measure": "api.measure",
     "mesh": "targets.sharding",
-    "Plan": "plans",
-    "plan": "planner",
-    "Frontier": "tradeoff",
-    "frontier": "tradeoff",
-    "scan": "loops",
-    "while_loop": "bounded",
+    "Plan": "result.plan",
+    "plan": "api.plan",
+    "Frontier": "result.frontier",
+    "frontier": "api.frontier",
+    "scan": "api.scan",
+    "while_loop": "api.while_loop",
 }
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 _YES, _NO, _USAGE = 0, 1, 2
+# The names that `plan(solver=...)` takes, and under which their solutions go.
+_METHODS = {"auto": "chain", "ilp": "regions_milp"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,7 +205,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _frontier(options: argparse.Namespace) -> int:
     import jaxckpt
-    from jaxckpt.report import show_frontier
+    from jaxckpt.result.report import show_frontier
 
     fun, args = _function_and_args(options)
     found = jaxckpt.frontier(
@@ -218,7 +220,7 @@ def _frontier(options: argparse.Namespace) -> int:
         keep_checkpoints=not options.inline_checkpoints,
     )
     if options.plot:
-        from jaxckpt.plotting import draw_frontier
+        from jaxckpt.result.plot import draw_frontier
 
         draw_frontier(found, options.plot)
         print(f"wrote {options.plot}", file=sys.stderr)
@@ -227,23 +229,47 @@ def _frontier(options: argparse.Namespace) -> int:
 
 
 def _cite(options: argparse.Namespace) -> int:
-    from jaxckpt.citing import bibtex
-
     text = bibtex(options.solver)
     print(json.dumps({"solver": options.solver, "bibtex": text}, indent=1) if options.json else text)
     return _YES
 
 
+def bibtex(solver: str = "auto") -> str:
+    """Return the BibTeX of the methods that a solver uses, each entry once.
+
+    Args:
+        solver: as in `plan`, a name that `ckptsolvers` gives a solution, or "all".
+
+    Raises:
+        OptionError: a solver without a paper.
+
+    Example:
+        >>> bibtex("chen").splitlines()[0]
+        '@article{chen2016training,'
+    """
+    from ckptsolvers.citations import CITATIONS
+
+    from jaxckpt.errors import OptionError
+
+    name = _METHODS.get(solver, solver)
+    if name != "all" and name not in CITATIONS:
+        known = sorted({*_METHODS, *(n for n in CITATIONS if " " not in n), "all"})
+        raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(known)}")
+    texts = CITATIONS.values() if name == "all" else [CITATIONS[name]]
+    entries = (entry for text in texts for entry in text.split("\n\n"))
+    return "\n\n".join(dict.fromkeys(entries))
+
+
 def _show(options: argparse.Namespace) -> int:
-    from jaxckpt.plans import Plan
+    from jaxckpt.result.plan import Plan
 
     _print_plan(Plan.load(options.plan), options.json)
     return _YES
 
 
 def _check(options: argparse.Namespace) -> int:
-    from jaxckpt.plans import Plan
     from jaxckpt.program.trace import trace
+    from jaxckpt.result.plan import Plan
 
     found = Plan.load(options.plan)
     fun, args = _function_and_args(options)
@@ -253,7 +279,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _targets(options: argparse.Namespace) -> int:
-    from jaxckpt.report import show_targets
+    from jaxckpt.result.report import show_targets
     from jaxckpt.targets import install
     from jaxckpt.targets.chip import find_chip, known_chips
 
@@ -290,7 +316,7 @@ def _color() -> bool:
 
 
 def _print_plan(found: Any, as_json: bool) -> None:
-    from jaxckpt.report import show_plan
+    from jaxckpt.result.report import show_plan
 
     if as_json:
         print(json.dumps(found.to_json(), indent=1))

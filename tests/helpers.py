@@ -16,7 +16,7 @@ from zoo.models import MODELS
 from jaxckpt import _compat
 from jaxckpt.compilation.objective import objective
 from jaxckpt.program.trace import trace
-from jaxckpt.study import Study
+from jaxckpt.search.analysis import Analysis
 
 
 def x64() -> contextlib.AbstractContextManager:
@@ -63,17 +63,17 @@ def assert_close(got: Any, wanted: Any, tolerance: float) -> None:
         assert np.max(np.abs(a.astype(float) - b), initial=0) <= tolerance * max(1e-30, np.max(np.abs(b), initial=0))
 
 
-def study(
+def analysed(
     fun: Callable,
     *args: Any,
     has_aux: bool = False,
     cost: str = "flops",
     solver: Any = "auto",
     target: str | None = None,
-) -> Study:
+) -> Analysis:
     """A program cut, analysed and solved, without a compile."""
     traced = trace(fun, args)
-    return Study(traced.program, objective(traced, 0, has_aux), cost, solver, target)
+    return Analysis(traced.program, objective(traced, 0, has_aux), cost, solver, target)
 
 
 # Name -> function, shapes of its arguments, has_aux.
@@ -82,7 +82,7 @@ CASES["gpt"] = gpt.make_loss(gpt.TINY), gpt.specs(gpt.TINY), False
 
 
 @functools.cache
-def study_of(name: str) -> Study:
-    """The study of a case, made once for all tests that only look at it."""
+def analysis_of(name: str) -> Analysis:
+    """The analysis of a case, made once for all tests that only look at it."""
     fun, args, has_aux = CASES[name]
-    return study(fun, *args, has_aux=has_aux)
+    return analysed(fun, *args, has_aux=has_aux)

@@ -13,7 +13,9 @@ from helpers import assert_close, count, jit, x64
 from zoo.models import MODELS, chain_args, chain_loss
 
 import jaxckpt
-from jaxckpt import InfeasibleBudgetError, JaxckptWarning, _compat, api, auto_remat, planner
+from jaxckpt import InfeasibleBudgetError, JaxckptWarning, _compat, auto_remat
+from jaxckpt.api import auto_remat as decorator
+from jaxckpt.api.plan import plan_program
 
 ARGS = chain_args("float64", layers=6, rows=128, width=16)
 WEIGHTS, X = ARGS
@@ -103,13 +105,12 @@ def test_every_model_has_its_own_gradient(name):
 def planned_shapes(monkeypatch):
     """Shapes of the inputs of every program that is planned from here on."""
     seen = []
-    plan_program = planner.plan_program
 
     def spy(program, *args):
         seen.append([program.avals[v].shape for v in program.inputs])
         return plan_program(program, *args)
 
-    monkeypatch.setattr(api, "plan_program", spy)
+    monkeypatch.setattr(decorator, "plan_program", spy)
     return seen
 
 
@@ -123,16 +124,15 @@ def test_a_mapped_function_is_planned_at_its_mapped_shapes(monkeypatch):
 
 
 def test_a_mapped_gradient_is_never_planned_for_one_example_silently():
-    api._warn_mapped.cache_clear()
+    decorator._warn_mapped.cache_clear()
     with pytest.warns(JaxckptWarning, match=r"one example.*Differentiate outside"):
         jax.make_jaxpr(TRANSFORMED["vmap of grad"][0](decorated(chain_loss)))(*chain_args(layers=5, rows=97, width=16))
 
 
 def test_what_is_not_differentiated_is_no_part_of_the_plan(monkeypatch):
     goals = []
-    plan_program = planner.plan_program
     monkeypatch.setattr(
-        api, "plan_program", lambda p, goal, *rest: goals.append(goal.inputs) or plan_program(p, goal, *rest)
+        decorator, "plan_program", lambda p, goal, *rest: goals.append(goal.inputs) or plan_program(p, goal, *rest)
     )
     f = decorated(chain_loss)
     args = chain_args(layers=6, rows=80, width=16)
@@ -189,9 +189,9 @@ def test_where_nothing_can_be_saved_a_tight_budget_is_refused():
 
 
 def no_compiles(monkeypatch):
-    monkeypatch.setattr("jaxckpt.study.compiled_bytes", lambda *a: pytest.fail("compiled"))
-    api._PLANS.clear()
-    jaxckpt.planner._STUDIES.clear()
+    monkeypatch.setattr("jaxckpt.search.analysis.compiled_bytes", lambda *a: pytest.fail("compiled"))
+    decorator._PLANS.clear()
+    jaxckpt.search.analysis._ANALYSES.clear()
 
 
 def plan_once(cache_dir, budget="85%", **options):
@@ -202,12 +202,12 @@ def plan_once(cache_dir, budget="85%", **options):
 # The smaller one is so far below what the program takes that nobody compiles that without a plan.
 @pytest.mark.parametrize("budget", ["85%", 170_000])
 def test_plans_are_kept_on_disk_and_found_there(tmp_path, monkeypatch, budget):
-    api._PLANS.clear()
+    decorator._PLANS.clear()
     plan_once(tmp_path, budget)
     (kept,) = tmp_path.glob("*.json")
     plan = jaxckpt.Plan.load(kept)
     assert plan.measured_peak_bytes and plan.is_unplanned_measured == (budget == "85%")
-    api._PLANS.clear()
+    decorator._PLANS.clear()
     no_compiles(monkeypatch)
     plan_once(tmp_path, budget)
     assert list(tmp_path.glob("*.json")) == [kept]
@@ -215,7 +215,7 @@ def test_plans_are_kept_on_disk_and_found_there(tmp_path, monkeypatch, budget):
 
 def test_plans_are_kept_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    api._PLANS.clear()
+    decorator._PLANS.clear()
     plan_once(None, verify=False)
     assert list((tmp_path / "jaxckpt").glob("*.json"))
 
@@ -224,12 +224,12 @@ def test_plans_are_kept_in_the_users_cache(tmp_path, monkeypatch):
     "damage", [lambda t: t[: len(t) // 2], lambda t: "{}", lambda t: t.replace('"schema": ', '"schema": 9')]
 )
 def test_a_damaged_plan_in_the_cache_is_made_again(tmp_path, damage, caplog):
-    api._PLANS.clear()
+    decorator._PLANS.clear()
     plan_once(tmp_path, verify=False)
     (kept,) = tmp_path.iterdir()
     text = kept.read_text()
     kept.write_text(damage(text))
-    api._PLANS.clear()
+    decorator._PLANS.clear()
     with caplog.at_level(logging.WARNING, "jaxckpt"):
         plan_once(tmp_path, verify=False)
     assert "made again" in caplog.text
@@ -238,7 +238,7 @@ def test_a_damaged_plan_in_the_cache_is_made_again(tmp_path, damage, caplog):
 
 def test_another_budget_is_another_plan(tmp_path):
     args = chain_args(layers=6, rows=64, width=16)
-    api._PLANS.clear()
+    decorator._PLANS.clear()
     for budget in ("85%", "90%"):
         f = auto_remat(chain_loss, budget=budget, verify=False, cache_dir=tmp_path)
         jax.make_jaxpr(jax.grad(f))(*args)
@@ -247,7 +247,7 @@ def test_another_budget_is_another_plan(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    api._PLANS.clear()
+    decorator._PLANS.clear()
     with caplog.at_level(logging.WARNING, "jaxckpt"):
         plan_once(tmp_path / "file", verify=False)
     assert "could not be kept" in caplog.text
@@ -256,7 +256,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, caplog):
 def test_a_second_trace_finds_its_plan_in_memory(monkeypatch):
     f, args = decorated(chain_loss), chain_args(layers=6, rows=72, width=16)
     jax.make_jaxpr(jax.grad(f))(*args)
-    monkeypatch.setattr(api, "plan_program", lambda *a: pytest.fail("planned again"))
+    monkeypatch.setattr(decorator, "plan_program", lambda *a: pytest.fail("planned again"))
     jax.make_jaxpr(jax.grad(f))(*args)
 
 
@@ -297,7 +297,7 @@ def test_tracers_that_are_closed_over_are_those_of_the_call():
 
 
 def test_without_a_budget_the_function_runs_unchanged_and_warns_once():
-    api._warn_no_budget.cache_clear()
+    decorator._warn_no_budget.cache_clear()
     f = auto_remat(chain_loss)
     args = chain_args(layers=3)
     with pytest.warns(JaxckptWarning, match="give budget="):
@@ -312,7 +312,7 @@ def test_without_a_budget_the_function_runs_unchanged_and_warns_once():
 def test_an_old_cpu_compiler_is_warned_of_once(undoes, monkeypatch):
     monkeypatch.setattr(_compat, "CPU_UNDOES_REMAT", undoes)
     monkeypatch.setattr(_compat, "cpu_option_is_set", lambda: False)
-    api._warn_on_old_cpu.cache_clear()
+    decorator._warn_on_old_cpu.cache_clear()
     f = decorated(chain_loss)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -321,7 +321,7 @@ def test_an_old_cpu_compiler_is_warned_of_once(undoes, monkeypatch):
     text = [str(w.message) for w in caught if issubclass(w.category, JaxckptWarning)]
     assert len(text) == undoes
     assert not text or "xla_disable_hlo_passes=cse_barrier_expander" in text[0]
-    api._warn_on_old_cpu.cache_clear()
+    decorator._warn_on_old_cpu.cache_clear()
 
 
 def test_the_compiler_options_keep_what_a_plan_saves():

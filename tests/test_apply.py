@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ckptsolvers import Keep, Schedule, simulate
 from ckptsolvers.schedule import region
-from helpers import CASES, assert_close, count, jit, names, study, study_of, x64
+from helpers import CASES, analysed, analysis_of, assert_close, count, jit, names, x64
 from zoo import gpt, models
 from zoo.models import MODELS
 
@@ -51,14 +51,14 @@ def random_schedule(problem, rng):
 
 @functools.cache
 def double(name):
-    """A case in float64: its study, its arguments and its gradient without a plan."""
+    """A case in float64: its analysis, its arguments and its gradient without a plan."""
     with x64():
         if name == "gpt":
             config = dataclasses.replace(gpt.TINY, dtype="float64")
             fun, args, aux = gpt.make_loss(config), jax.jit(gpt.init, static_argnums=0)(config), False
         else:
             fun, args, aux = MODELS[name].fun, MODELS[name].args("float64"), MODELS[name].has_aux
-        s = study(fun, *args, has_aux=aux)
+        s = analysed(fun, *args, has_aux=aux)
         leaves = jax.tree.leaves(args)
         return s, leaves, jit(s.objective.differentiated(unplanned(s)))(*leaves)
 
@@ -85,7 +85,7 @@ def test_any_schedule_gives_the_same_gradients(name, seed):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", ["chain", "unet", "residual"])
 def test_no_schedule_recomputes_more_than_the_judge_says(name, seed):
-    s = study_of(name)
+    s = analysis_of(name)
     schedule = random_schedule(s.blocks.flops_problem, np.random.default_rng(seed))
     specs = jax.tree.leaves(CASES[name][1])
     base = gradient_cost(s.objective.differentiated(unplanned(s)), *specs).flops
@@ -104,7 +104,7 @@ def test_counting_sees_a_checkpoint_and_what_it_repeats():
 
 @pytest.mark.parametrize("name", CASES)
 def test_recomputation_is_really_there(name):
-    s, specs = study_of(name), jax.tree.leaves(CASES[name][1])
+    s, specs = analysis_of(name), jax.tree.leaves(CASES[name][1])
     heavy = MODELS[name].heavy if name in MODELS else "dot_general"
     base = count(s.objective.differentiated(unplanned(s)), *specs)
     least = count(s.objective.differentiated(planned(s, s.candidates[0])), *specs)
@@ -113,7 +113,7 @@ def test_recomputation_is_really_there(name):
 
 
 def test_a_plan_that_keeps_everything_has_no_checkpoint():
-    s, specs = study_of("chain"), jax.tree.leaves(CASES["chain"][1])
+    s, specs = analysis_of("chain"), jax.tree.leaves(CASES["chain"][1])
     fun = planned(s, s.unplanned)
     assert not count(fun, *specs)["checkpoint"]
     wanted = count(s.objective.differentiated(unplanned(s)), *specs)
@@ -122,7 +122,7 @@ def test_a_plan_that_keeps_everything_has_no_checkpoint():
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_saved_name_occurs(name):
-    s, specs = study_of(name), jax.tree.leaves(CASES[name][1])
+    s, specs = analysis_of(name), jax.tree.leaves(CASES[name][1])
     for candidate in s.candidates[:: max(1, len(s.candidates) // 4)]:
         saved = s.saved(candidate)
         wanted = {f"jaxckpt.{k}.{i}" for k, values in enumerate(saved) for i in range(len(values or ()))}
@@ -146,7 +146,7 @@ def control_flow(w, x):
 def test_control_flow_and_custom_rules_survive():
     weights, x = models.chain_args("float64", layers=1, rows=8, width=8)
     with x64():
-        s = study(control_flow, weights[0], x)
+        s = analysed(control_flow, weights[0], x)
         wanted = jit(s.objective.differentiated(unplanned(s)))(weights[0], x)
         last = s.blocks.problem.num_blocks - 1
         keep_nothing = Schedule((region(tuple(Keep(k, 0) for k in range(last))), Keep(last, 0)))
@@ -164,7 +164,7 @@ def test_a_result_that_is_also_used_inside_is_returned():
 
     args = models.chain_args("float64", layers=5, rows=16, width=8)
     with x64():
-        s = study(fun, *args, has_aux=True)
+        s = analysed(fun, *args, has_aux=True)
         leaves = jax.tree.leaves(args)
         wanted = jit(s.objective.differentiated(unplanned(s)))(*leaves)
         got = jit(s.objective.differentiated(planned(s, s.candidates[0])))(*leaves)

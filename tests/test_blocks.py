@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import CASES, study, study_of
+from helpers import CASES, analysed, analysis_of
 from zoo import gpt, models, unet
 
 from jaxckpt.program import primitives
@@ -37,7 +37,7 @@ def counted(s, fun):
 @functools.cache
 def recomputations(name):
     """FLOPs predicted beyond the unplanned gradient, those counted in the planned one's jaxpr, and the gradient's."""
-    s = study_of(name)
+    s = analysis_of(name)
     base = counted(s, lambda *x: run(s.program, *x))
     found = []
     for candidate in spread(s.candidates, 4):
@@ -73,7 +73,7 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_predicted_bytes_are_near_those_measured(name):
     fun, args = MEASURED[name]
-    s = study(fun, *args)
+    s = analysed(fun, *args)
     for candidate in (s.unplanned, *spread(s.candidates, 2)):
         measured = s.measure(None if candidate.schedule == s.unplanned.schedule else candidate).device_bytes
         predicted = s.fixed_bytes + candidate.judgement.peak_bytes
@@ -82,7 +82,7 @@ def test_predicted_bytes_are_near_those_measured(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_cost_without_a_plan_is_what_jax_does(name):
-    s = study_of(name)
+    s = analysis_of(name)
     assert s.unplanned_cost == pytest.approx(counted(s, lambda *x: run(s.program, *x)), rel=FLOPS_TOLERANCE)
 
 
@@ -90,7 +90,7 @@ def test_identical_layers_are_analysed_once():
     distinct = []
     for num_layers in (3, 5):
         config = dataclasses.replace(gpt.TINY, num_layers=num_layers)
-        blocks = study(gpt.make_loss(config), *gpt.specs(config)).blocks
+        blocks = analysed(gpt.make_loss(config), *gpt.specs(config)).blocks
         assert len(blocks.classes) == len(blocks.spans)
         distinct.append((len(set(blocks.classes)), len(blocks.spans)))
     (few, small), (as_few, large) = distinct
@@ -100,7 +100,7 @@ def test_identical_layers_are_analysed_once():
 def test_blocks_that_differ_are_told_apart():
     weights, x = models.chain_args(layers=3)
     wide = [weights[0], weights[1], weights[2][:, :16]]
-    s = study(models.chain_loss, *shapes((wide, x)))
+    s = analysed(models.chain_loss, *shapes((wide, x)))
     dots = {k: e.outputs[0] for k, span in enumerate(s.blocks.spans) for e in span.equations if primitives.is_matmul(e)}
     widths = {s.blocks.classes[k]: s.program.avals[v].shape for k, v in dots.items()}
     assert all(widths[s.blocks.classes[k]] == s.program.avals[v].shape for k, v in dots.items())
@@ -109,7 +109,7 @@ def test_blocks_that_differ_are_told_apart():
 
 def test_a_chain_by_hand():
     # Three layers y = tanh(x @ w), [256, 32] float32. A block ends after its matmul, which is what it hands on.
-    s = study(models.chain_loss, *shapes(models.chain_args(layers=3)))
+    s = analysed(models.chain_loss, *shapes(models.chain_args(layers=3)))
     size = 4 * 256 * 32
     problem = s.blocks.flops_problem
     assert [v.size_bytes for v in problem.values][:2] == [size, size]
@@ -121,7 +121,7 @@ def test_a_chain_by_hand():
 
 @pytest.mark.parametrize("name", ["residual", "gpt"])
 def test_every_block_may_keep_everything_or_nothing(name):
-    blocks = study_of(name).blocks
+    blocks = analysis_of(name).blocks
     for block, choices in zip(blocks.problem.blocks, blocks.choices, strict=True):
         assert len(choices) == len(block.options)
         assert choices.count(None) == 1 and choices[-1] is None
@@ -133,14 +133,14 @@ def test_every_block_may_keep_everything_or_nothing(name):
 
 @pytest.mark.parametrize("name", ["residual", "gpt"])
 def test_no_option_is_beaten_by_another(name):
-    for block in study_of(name).blocks.problem.blocks:
+    for block in analysis_of(name).blocks.problem.blocks:
         named = block.options[:-1]
         keys = [(o.saved_bytes, o.saved_outputs, o.recompute_time, o.backward_peak_bytes) for o in named]
         assert len(set(keys)) == len(keys)
 
 
 def test_the_work_of_keeping_everything_is_one_sweep():
-    for s in map(study_of, CASES):
+    for s in map(analysis_of, CASES):
         assert s.unplanned.judgement.extra_work == 0
         assert s.recompute_flops(s.unplanned) == 0
 
@@ -148,7 +148,7 @@ def test_the_work_of_keeping_everything_is_one_sweep():
 def test_a_unet_under_a_plan_takes_on_cpu_what_is_predicted():
     with jax.numpy_rank_promotion("allow"):
         config = unet.Config(levels=1, width=16, image=64)
-        s = study(unet.make_loss(config), *unet.specs(config), target="cpu")
+        s = analysed(unet.make_loss(config), *unet.specs(config), target="cpu")
         candidate = s.candidates[0]
         predicted = s.fixed_bytes + candidate.judgement.peak_bytes
         assert abs(predicted / s.measure(candidate).device_bytes - 1) <= 0.1
@@ -163,7 +163,7 @@ def test_the_backward_of_a_loss_runs_right_behind_it():
 
     array = jax.ShapeDtypeStruct
     params = {"w": array((64, 64), jnp.float32), "out": array((64, 8192), jnp.float32)}
-    s = study(loss, params, array((1024, 64), jnp.float32), array((1024,), jnp.int32), target="cpu")
+    s = analysed(loss, params, array((1024, 64), jnp.float32), array((1024,), jnp.int32), target="cpu")
     logits = 4 * 512 * 8192
     last = s.blocks.problem.blocks[-1].options[-1]
     # Nothing of it waits but what its inputs' cotangents are, and no more than they and the logits are there at once.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, equations, jit, study, x64
+from helpers import analysed, assert_close, equations, jit, x64
 from jax import lax
 from jax.extend.core import primitives as prims
 
@@ -116,7 +116,7 @@ def some_candidates(s, most=5):
 def test_gradients_are_those_of_the_plain_conditional(name):
     with x64():
         ws, x = args("float64")
-        s = study(LOSSES[name], ws, x)
+        s = analysed(LOSSES[name], ws, x)
         found = [list(kinds(s.saved(c))) for c in s.candidates]
         assert any(isinstance(plan, BranchPlan) for plans in found for plan in plans)
         if name != "layers":
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_the_plain_conditional(name):
 
 @pytest.mark.parametrize("name", EACH)
 def test_predicted_recomputation_is_what_jax_does(name):
-    s = study(LOSSES[name], *shapes())
+    s = analysed(LOSSES[name], *shapes())
     flat = [jax.ShapeDtypeStruct(s.program.avals[v].shape, s.program.avals[v].dtype) for v in s.program.inputs]
     counted = lambda f: gradient_cost(s.objective.differentiated(f), *flat).flops  # noqa: E731
     base = counted(lambda *a: run(s.program, *a))
@@ -147,7 +147,7 @@ def test_predicted_recomputation_is_what_jax_does(name):
 
 @pytest.mark.parametrize("name", ["scan", pytest.param("layers", marks=pytest.mark.slow)])
 def test_predicted_peak_is_what_the_compiler_measures(name):
-    s = study(LOSSES[name], *shapes(rows=4096))
+    s = analysed(LOSSES[name], *shapes(rows=4096))
     for candidate in some_candidates(s, 3):
         measured = s.measure(candidate).temp_bytes
         assert 0.9 * measured <= candidate.judgement.peak_bytes <= 1.7 * measured
@@ -168,13 +168,13 @@ def test_a_plan_survives_a_file(tmp_path):
 
 def test_what_is_not_worth_a_plan_is_left_whole():
     branches = jnp.sin, jnp.cos  # nothing in them takes a buffer
-    s = study(lambda x: jnp.sum(lax.cond(x[0] > 0, *branches, x) ** 2), jnp.ones(8))
+    s = analysed(lambda x: jnp.sum(lax.cond(x[0] > 0, *branches, x) ** 2), jnp.ones(8))
     assert not any(isinstance(saved, BranchPlan) for choices in s.blocks.choices for saved in choices)
 
     def by_platform(x):
         return jnp.sum(lax.platform_dependent(x, cpu=lambda x: jnp.tanh(x @ x), default=lambda x: jnp.cos(x @ x)))
 
-    s = study(by_platform, jnp.ones((8, 8)))
+    s = analysed(by_platform, jnp.ones((8, 8)))
     assert not any(isinstance(saved, BranchPlan) for choices in s.blocks.choices for saved in choices)
 
 
@@ -187,5 +187,5 @@ def test_the_plan_is_inside_the_branches():
 
 
 def test_every_option_of_a_conditional_is_another_one():
-    (choices,) = [c for c in study(LOSSES["scan"], *shapes()).blocks.choices if isinstance(c[0], BranchPlan)]
+    (choices,) = [c for c in analysed(LOSSES["scan"], *shapes()).blocks.choices if isinstance(c[0], BranchPlan)]
     assert len(set(choices)) == len(choices) > 3

@@ -7,14 +7,15 @@ import json
 
 import jax
 import pytest
-from helpers import study
+from helpers import analysed
 from zoo.models import chain_args, chain_loss, residual_args, residual_loss, unet_args, unet_loss
 
 import jaxckpt
-from jaxckpt import Calibration, PlanFileError, planner
-from jaxckpt.calibration import Sample, family_of, remembered
-from jaxckpt.ladder import Ladder
+from jaxckpt import Calibration, PlanFileError
 from jaxckpt.program.trace import trace
+from jaxckpt.search import analysis
+from jaxckpt.search.budget_search import BudgetSearch
+from jaxckpt.search.calibration import Sample, family_of, remembered
 
 UNET = unet_args(levels=5)
 PROGRAM = "0123456789abcdef0123"
@@ -35,7 +36,7 @@ def kept(tmp_path):
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    planner._STUDIES.clear()
+    analysis._ANALYSES.clear()
 
 
 def test_later_plans_take_no_compile_to_search_and_carry_the_hash():
@@ -55,7 +56,7 @@ def test_later_plans_take_no_compile_to_search_and_carry_the_hash():
 def test_the_same_record_gives_the_same_plan_whatever_is_on_disk():
     found = record(sample(0.3, 1.1, "other"), sample(0.8, 0.9, "other"))
     one = jaxckpt.plan(unet_loss, *UNET, budget="60%", calibration=found)
-    planner._STUDIES.clear()
+    analysis._ANALYSES.clear()
     jaxckpt.plan(unet_loss, *UNET, budget="75%")
     two = jaxckpt.plan(unet_loss, *UNET, budget="60%", calibration=found)
     assert json.dumps(one.to_json()) == json.dumps(two.to_json())
@@ -150,7 +151,7 @@ def climbed(ratios, budget, **options):
     """A ladder over 100 candidates, 100 to 1000 bytes, whose measured bytes are off by these ratios."""
     predicted = [100 + 9 * i for i in range(101)]
     costs = [(1000 - p) / 3000 for p in predicted]
-    ladder = Ladder(0, predicted, costs, lambda i: int(predicted[i] * ratios(predicted[i])), **options)
+    ladder = BudgetSearch(0, predicted, costs, lambda i: int(predicted[i] * ratios(predicted[i])), **options)
     return ladder, ladder.cheapest(budget)
 
 
@@ -196,7 +197,7 @@ def test_bytes_that_fall_where_more_is_predicted_are_found():
     """As where a plan's real peak stands elsewhere: from the 20th on, all take 30 bytes less than the 19th."""
     predicted = [100 + i for i in range(101)]
     costs = [2.0 - 0.09 * i if i < 20 else 0.2 - 0.001 * i for i in range(101)]
-    ladder = Ladder(0, predicted, costs, lambda i: predicted[i] - 35 * (i >= 20))
+    ladder = BudgetSearch(0, predicted, costs, lambda i: predicted[i] - 35 * (i >= 20))
     chosen = ladder.cheapest(115)
     assert chosen is not None and chosen >= 20 and ladder.known[chosen] <= 115
     assert len(ladder.known) <= 6
@@ -207,7 +208,7 @@ def two_kinds(offsets, budget, **options):
     rows = sorted((100 + 10 * i + 2 * (not kind), 0.6 - 0.01 * i, kind) for i in range(60) for kind in (0, 1))
     predicted, costs, kinds = zip(*rows, strict=True)
     measure = lambda i: predicted[i] + offsets[kinds[i]]  # noqa: E731
-    ladder = Ladder(0, predicted, costs, measure, kinds=kinds, **options)
+    ladder = BudgetSearch(0, predicted, costs, measure, kinds=kinds, **options)
     return ladder, ladder.cheapest(budget)
 
 
@@ -229,9 +230,9 @@ def test_what_a_record_knows_of_each_kind_saves_compiles():
 
 
 def test_every_candidate_is_predicted_as_it_was_measured():
-    found = study(unet_loss, *UNET)
+    found = analysed(unet_loss, *UNET)
     peaks = [c.judgement.peak_bytes for c in found.candidates]
-    ladder = Ladder(0, peaks, [0.0] * len(peaks), lambda i: 2 * peaks[i] + i)
+    ladder = BudgetSearch(0, peaks, [0.0] * len(peaks), lambda i: 2 * peaks[i] + i)
     for i in (3, 7, 5):
         ladder.measured(i)
     assert [ladder.corrected(i) for i in (3, 5, 7)] == pytest.approx([2 * peaks[i] + i for i in (3, 5, 7)])

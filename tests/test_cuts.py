@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import CASES, study, study_of
+from helpers import CASES, analysed, analysis_of
 from zoo import gpt, gpt2
 from zoo.models import chain_args, chain_loss
 
@@ -17,7 +17,7 @@ from jaxckpt.program.trace import trace
 
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_partition_the_equations(name):
-    program, spans = study_of(name).program, study_of(name).blocks.spans
+    program, spans = analysis_of(name).program, analysis_of(name).blocks.spans
     placed = [i for span in spans for i in span.positions]
     assert set(placed) == set(range(len(program.equations)))
     sunk = {i for i in placed if placed.count(i) > 1}
@@ -27,7 +27,7 @@ def test_blocks_partition_the_equations(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_read_only_what_was_made_before_them(name):
-    program, spans = study_of(name).program, study_of(name).blocks.spans
+    program, spans = analysis_of(name).program, analysis_of(name).blocks.spans
     known = set(program.inputs)
     for span in spans:
         assert known.issuperset(span.inputs)
@@ -41,12 +41,12 @@ def test_blocks_read_only_what_was_made_before_them(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_cutting_at_the_same_places_gives_the_same_blocks(name):
-    program, spans = study_of(name).program, study_of(name).blocks.spans
+    program, spans = analysis_of(name).program, analysis_of(name).blocks.spans
     assert spans_at(program, [span.positions for span in spans]) == spans
 
 
 def test_a_chain_is_cut_once_a_layer_and_carries_one_value():
-    spans = study_of("chain").blocks.spans
+    spans = analysis_of("chain").blocks.spans
     assert len(spans) == 8
     assert [len(span.outputs) for span in spans] == [1] * 8
     assert [sum(e.primitive.name == "dot_general" for e in span.equations) for span in spans] == [1] * 8
@@ -54,7 +54,7 @@ def test_a_chain_is_cut_once_a_layer_and_carries_one_value():
 
 def test_between_two_layers_a_transformer_is_cut_at_its_stream():
     config = dataclasses.replace(gpt.TINY, num_layers=3)
-    s = study(gpt.make_loss(config), *gpt.specs(config))
+    s = analysed(gpt.make_loss(config), *gpt.specs(config))
     stream = config.batch * config.num_tokens * config.width * 4
     last = {}
     for k, span in enumerate(s.blocks.spans):
@@ -74,13 +74,13 @@ def test_between_two_layers_a_transformer_is_cut_at_its_stream():
 @pytest.mark.parametrize("vocab", [8, 1024])
 def test_a_loss_of_large_logits_is_a_block_of_its_own(vocab):
     config = dataclasses.replace(gpt.TINY, vocab=vocab)
-    for blocks in study(gpt.make_loss(config), *gpt.specs(config)).cuts:
+    for blocks in analysed(gpt.make_loss(config), *gpt.specs(config)).cuts:
         loss = {e.primitive.name for e in blocks.spans[-1].equations}
         assert ("dot_general" not in loss) == (vocab == 1024)
 
 
 def test_a_mask_is_made_in_the_blocks_that_read_it():
-    s = study_of("gpt")
+    s = analysis_of("gpt")
     crossing = [s.program.avals[v] for span in s.blocks.spans for v in span.outputs]
     assert not [aval for aval in crossing if aval.dtype == bool]
 
@@ -93,7 +93,7 @@ def test_what_no_tangent_reaches_waits_until_it_is_read():
         return jnp.sum(x)
 
     weights, x = jax.eval_shape(lambda *a: a, *chain_args(layers=4))
-    s = study(loss, weights, x, jax.eval_shape(jax.random.key, 0))
+    s = analysed(loss, weights, x, jax.eval_shape(jax.random.key, 0))
     dots = [
         k for k, span in enumerate(s.blocks.spans) if any(e.primitive.name == "dot_general" for e in span.equations)
     ]
@@ -157,7 +157,7 @@ def poolings(s):
 
 
 def test_on_cpu_a_pooling_is_alone_and_no_region_covers_it():
-    s = study(pooled, *POOLED, target="cpu")
+    s = analysed(pooled, *POOLED, target="cpu")
     (k,) = poolings(s)
     assert len(s.blocks.spans[k].equations) == 1
     assert len(s.blocks.problem.blocks[k].options) == 1
@@ -169,7 +169,7 @@ def test_on_cpu_a_pooling_is_alone_and_no_region_covers_it():
 
 
 def test_elsewhere_a_pooling_is_like_any_operation():
-    s = study(pooled, *POOLED, target="h100")
+    s = analysed(pooled, *POOLED, target="h100")
     (k,) = poolings(s)
     assert s.blocks.problem.blocks[k].forward_peak_bytes < 2**40
 
@@ -181,8 +181,8 @@ def test_what_is_made_of_a_value_of_the_same_size_is_held_instead_of_it():
 
 
 def test_what_repeats_is_merged_and_nothing_else():
-    spans = study_of("chain").blocks.spans
-    program = study_of("chain").program
+    spans = analysis_of("chain").blocks.spans
+    program = analysis_of("chain").program
 
     def sizes(classes):
         merged = merged_spans(program, spans, classes)
@@ -200,7 +200,7 @@ def test_what_repeats_is_merged_and_nothing_else():
 def test_what_repeats_is_treated_alike_too_on_a_tpu():
     config = gpt2.Config(num_layers=6, width=64, num_heads=2, num_tokens=128, vocab=64)
     with jax.numpy_rank_promotion("allow"):
-        s = study(gpt2.make_loss(config), *gpt2.specs(config), target="v5e")
+        s = analysed(gpt2.make_loss(config), *gpt2.specs(config), target="v5e")
     fine, coarse, merged = s.cuts
     assert len(fine.spans) > len(coarse.spans) > len(merged.spans) >= 6
     assert {s.kind(c) for c in s.rungs} == {0, 1, 2, 3}

@@ -10,7 +10,9 @@ from helpers import count, names
 from zoo.models import chain_args, chain_loss
 
 import jaxckpt
-from jaxckpt import _compat, agreement, api, auto_remat
+from jaxckpt import _compat, auto_remat
+from jaxckpt.api import auto_remat as decorator
+from jaxckpt.api import processes
 
 pytest.importorskip("sklearn")
 EXAMPLE = os.path.join(os.path.dirname(__file__), "..", "examples", "sharded_digits.py")
@@ -63,8 +65,8 @@ def as_process(monkeypatch):
 
     def become(index):
         monkeypatch.setattr(jax, "process_index", lambda: index)
-        api._PLANS.clear()
-        agreement._SEEN.clear()
+        decorator._PLANS.clear()
+        processes._SEEN.clear()
 
     return become
 
@@ -79,7 +81,7 @@ def test_the_first_process_plans_for_all(as_process, monkeypatch, tmp_path):
     as_process(0)
     first = gradient(cache_dir=tmp_path / "0")
     as_process(1)
-    monkeypatch.setattr(api, "plan_program", lambda *a: pytest.fail("planned twice"))
+    monkeypatch.setattr(decorator, "plan_program", lambda *a: pytest.fail("planned twice"))
     assert gradient(cache_dir=tmp_path / "1") == first
     assert first[0]["checkpoint"]
     assert (tmp_path / "0").exists() and not (tmp_path / "1").exists()

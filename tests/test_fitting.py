@@ -7,7 +7,7 @@ import pytest
 from helpers import count
 
 import jaxckpt
-from jaxckpt.sharing import apart, together
+from jaxckpt.search.shared_budget import apart, together
 
 X = jax.ShapeDtypeStruct((2048, 64), jnp.float32)
 WS = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 12

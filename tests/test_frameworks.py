@@ -9,7 +9,8 @@ import pytest
 from helpers import assert_close, count, jit
 from zoo.models import chain_args, chain_loss
 
-from jaxckpt import JaxckptWarning, api, auto_remat
+from jaxckpt import JaxckptWarning, auto_remat
+from jaxckpt.api import auto_remat as decorator
 
 EXAMPLES = {"flax_linen": "flax", "flax_nnx": "flax", "equinox_vmap": "equinox", "haiku_pure": "haiku"}
 
@@ -17,8 +18,8 @@ EXAMPLES = {"flax_linen": "flax", "flax_nnx": "flax", "equinox_vmap": "equinox",
 @pytest.fixture
 def plans(monkeypatch):
     """Every plan that is found from here on."""
-    seen, find = [], api._find_plan
-    monkeypatch.setattr(api, "_find_plan", lambda *args: seen.append(find(*args)) or seen[-1])
+    seen, find = [], decorator._find_plan
+    monkeypatch.setattr(decorator, "_find_plan", lambda *args: seen.append(find(*args)) or seen[-1])
     return seen
 
 

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import assert_close, jit, study, x64
+from helpers import analysed, assert_close, jit, x64
 from test_trace import run_python
 from zoo import gpt
 
 import jaxckpt
 from examples import gpt2
-from jaxckpt import InfeasibleBudgetError, api, planner
+from jaxckpt import InfeasibleBudgetError
+from jaxckpt.api import auto_remat as decorator
 from jaxckpt.compilation.objective import objective
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.program.trace import trace
+from jaxckpt.search import analysis
 
 # Sums of 512 terms and more, in another order: a hundred last bits of the largest element.
 FLOAT32_TOLERANCE = 1e-4
@@ -41,7 +43,7 @@ def least_peak(config, solver="auto"):
 def next_cheaper_bytes(config, found):
     """Measured bytes of the candidate after the chosen one; None where there is none."""
     traced = trace(gpt.make_loss(config), gpt.specs(config))
-    s = planner.find_study(traced.program, objective(traced, 0, False), "time", "auto", None)
+    s = analysis.find_analysis(traced.program, objective(traced, 0, False), "time", "auto", None)
     chosen = next(c for c in s.rungs if c.schedule == found.schedule)
     cheaper = [c for c in s.rungs if c.judgement.extra_work < chosen.judgement.extra_work]
     return s.measure(cheaper[0]).device_bytes if cheaper else None
@@ -135,7 +137,7 @@ def test_small_is_traced_analysed_and_solved_in_four_seconds():
     took = []
     for _ in range(3):  # the fastest of three: the machine may be shared
         started = time.process_time()
-        s = study(gpt.make_loss(gpt.SMALL), *gpt.specs(gpt.SMALL), cost="time")
+        s = analysed(gpt.make_loss(gpt.SMALL), *gpt.specs(gpt.SMALL), cost="time")
         took.append(time.process_time() - started)
     assert len(s.candidates) > 10
     assert min(took) < 4
@@ -170,8 +172,8 @@ def test_a_second_trace_of_gpt2_small_spends_no_time_in_the_planner(monkeypatch)
     args = gpt2.example_args()
     planned = timed(jaxckpt.auto_remat(gpt2.make_loss(gpt2.SIZES["small"]), budget="40%", verify=False), 1)
     # What JAX does with the planned program is not the planner's; finding the program is.
-    monkeypatch.setattr(api.auto_remat_p, "bind", timed(api.auto_remat_p.bind, -1))
-    monkeypatch.setattr(api._Call, "remembered", timed(api._Call.remembered, 1))
+    monkeypatch.setattr(decorator.auto_remat_p, "bind", timed(decorator.auto_remat_p.bind, -1))
+    monkeypatch.setattr(decorator._Call, "remembered", timed(decorator._Call.remembered, 1))
     own = []
     for _ in range(6):
         spent[0] = 0.0

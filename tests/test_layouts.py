@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from ckptsolvers import Recompute
-from helpers import study
+from helpers import analysed
 from jax import lax
 
 from jaxckpt.program.ir import size_bytes
@@ -114,7 +114,7 @@ def test_logits_are_what_many_times_smaller_values_make(target, vocab, expected)
 
 
 def test_on_a_tpu_no_region_covers_the_logits_and_one_may_end_at_the_stream():
-    found = study(logits_loss, *logits_args(8192), target="v5e")
+    found = analysed(logits_loss, *logits_args(8192), target="v5e")
     for blocks in found.cuts:
         made = [found.program.avals[span.outputs[0]].shape for span in blocks.spans]
         head = made.index((1024, 8192))
@@ -139,7 +139,7 @@ def test_logits_are_alive_in_the_backward_of_a_loop_on_a_tpu_alone():
     def peak(target):
         embed, layers = jax.ShapeDtypeStruct((8192, 512), jnp.float32), jax.ShapeDtypeStruct((4, 512, 512), jnp.float32)
         tokens = jax.ShapeDtypeStruct((1024,), jnp.int32)
-        found = study(scanned_logits_loss, {"embed": embed, "layers": layers}, tokens, target=target)
+        found = analysed(scanned_logits_loss, {"embed": embed, "layers": layers}, tokens, target=target)
         (loop,) = [k for k, s in enumerate(found.cuts[0].spans) if s.equations[-1].primitive is lax.scan_p]
         return min(option.backward_peak_bytes for option in found.cuts[0].problem.blocks[loop].options)
 

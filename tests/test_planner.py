@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from ckptsolvers import solve_chain
-from helpers import assert_close, count, jit, study
+from helpers import analysed, assert_close, count, jit
 from test_trace import run_python
 from zoo.models import MODELS, chain_args, chain_loss, residual_args, residual_loss, unet_args, unet_loss
 
 import jaxckpt
-from jaxckpt import InfeasibleBudgetError, planner
+from jaxckpt import InfeasibleBudgetError
+from jaxckpt.search import analysis
 
 ARGS = chain_args(layers=12)
 RESIDUAL = residual_args(layers=4)
@@ -115,7 +116,7 @@ def test_more_cost_buys_bytes():
 
 
 def test_without_a_compile_sizes_are_predicted_and_a_margin_is_left(monkeypatch):
-    monkeypatch.setattr("jaxckpt.study.compiled_bytes", lambda *a: pytest.fail("compiled"))
+    monkeypatch.setattr("jaxckpt.search.analysis.compiled_bytes", lambda *a: pytest.fail("compiled"))
     plan = jaxckpt.plan(residual_loss, *residual_args(layers=7), budget="60%", verify=False)
     assert plan.measured_peak_bytes is None and plan.num_compiles == 0
     assert not plan.is_unplanned_measured and not plan.is_least_measured
@@ -224,7 +225,7 @@ def test_a_plan_is_the_same_in_every_process(verify):
 
 
 def test_what_only_the_plans_of_another_cut_beat_is_a_rung_too():
-    found = study(residual_loss, *RESIDUAL)
+    found = analysed(residual_loss, *RESIDUAL)
     unbeaten = {c.digest for c in found.candidates}
     assert unbeaten < {c.digest for c in found.rungs} and len(found.cuts) == 2
     of = [[c for c in found.rungs if found.kind(c) == kind] for kind in (0, 1)]
@@ -241,7 +242,7 @@ def test_what_only_the_plans_of_another_cut_beat_is_a_rung_too():
 def test_a_plan_does_not_depend_on_what_was_planned_before():
     make = functools.partial(jaxckpt.plan, unet_loss, *UNET, calibration=None)
     low, high = make(budget="65%"), make(budget="80%")
-    planner._STUDIES.clear()
+    analysis._ANALYSES.clear()
     assert [make(budget="80%"), make(budget="65%")] == [high, low]
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt import planner
 from jaxckpt.compilation.objective import objective
+from jaxckpt.search import analysis
 from jaxckpt.targets import install
 from jaxckpt.targets.chip import find_chip
 from jaxckpt.targets.sharding import trace_placed
@@ -21,10 +21,12 @@ def loss(ws, x):
     return jnp.mean(x**2)
 
 
-def studies(fun, *args, cost="time"):
+def analyses(fun, *args, cost="time"):
     traced = trace_placed(fun, args)
     goal = objective(traced, 0, False)
-    return [planner.find_study(traced.program, goal, cost, "auto", None, is_profiled) for is_profiled in (False, True)]
+    return [
+        analysis.find_analysis(traced.program, goal, cost, "auto", None, is_profiled) for is_profiled in (False, True)
+    ]
 
 
 def test_a_profiled_plan_says_so_and_fits():
@@ -36,15 +38,15 @@ def test_a_profiled_plan_says_so_and_fits():
 
 
 def test_each_distinct_block_is_compiled_once():
-    modelled, profiled = studies(loss, WS, X)
+    modelled, profiled = analyses(loss, WS, X)
     assert modelled.profiler is None
-    longer = studies(loss, WS * 2, X)[1]
+    longer = analyses(loss, WS * 2, X)[1]
     # More layers are more of the same blocks.
     assert 0 < longer.profiler.num_programs <= 1.2 * profiled.profiler.num_programs
 
 
 def test_options_keep_their_bytes_and_take_measured_times():
-    modelled, profiled = studies(loss, WS, X)
+    modelled, profiled = analyses(loss, WS, X)
     for ours, theirs in zip(profiled.blocks.problem.blocks, modelled.blocks.problem.blocks, strict=True):
         assert [o.saved_bytes for o in ours.options] == [o.saved_bytes for o in theirs.options]
         assert ours.options[-1].recompute_time == 0
@@ -59,7 +61,7 @@ def test_what_the_model_does_not_know_is_in_the_profile():
     def sorted_loss(w, x):
         return jnp.sum(jnp.sort(jnp.tanh(x @ w), axis=0)[::7] ** 2)
 
-    modelled, profiled = studies(sorted_loss, WS[0], X, cost="flops")
+    modelled, profiled = analyses(sorted_loss, WS[0], X, cost="flops")
     peaks = [[b.forward_peak_bytes for b in s.blocks.problem.blocks] for s in (modelled, profiled)]
     assert peaks[0] != peaks[1] and profiled.unplanned_cost == modelled.unplanned_cost
 
@@ -69,7 +71,7 @@ def test_a_loops_body_is_profiled_too():
         return jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0] ** 2)
 
     stacked = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32)
-    assert studies(scanned, stacked, X)[1].profiler.num_programs > 0
+    assert analyses(scanned, stacked, X)[1].profiler.num_programs > 0
     plan = jaxckpt.plan(scanned, stacked, X, budget="60%", profile=True)
     assert plan.measured_peak_bytes <= plan.budget_bytes
 
@@ -79,7 +81,7 @@ def test_a_body_that_reads_its_saved_values_from_stacks_is_profiled_so():
         return x + jnp.sort(jnp.tanh(x @ w), axis=0), None
 
     stacked = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32)
-    studied = studies(lambda ws, x: jnp.mean(jax.lax.scan(layer, x, ws)[0] ** 2), stacked, X, cost="flops")
+    studied = analyses(lambda ws, x: jnp.mean(jax.lax.scan(layer, x, ws)[0] ** 2), stacked, X, cost="flops")
     options = [[o for block in s.blocks.problem.blocks for o in block.options] for s in studied]
     peaks = [{o.saved_bytes: o.backward_peak_bytes for o in each} for each in options]
     plain = [o.saved_bytes for o in options[0] if o.name == "scan 8"]
@@ -94,7 +96,7 @@ def test_a_block_that_reads_a_key_keeps_its_modelled_times():
         return jnp.mean(x**2)
 
     key = jax.eval_shape(jax.random.key, 0)
-    modelled, profiled = studies(dropped, WS[:3], X, key)
+    modelled, profiled = analyses(dropped, WS[:3], X, key)
     assert profiled.profiler.num_programs > 0 and profiled.candidates
     assert len(profiled.blocks.spans) == len(modelled.blocks.spans)
 

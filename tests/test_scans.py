@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, count, jit, study, x64
+from helpers import analysed, assert_close, count, jit, x64
 from jax import lax
 
 import jaxckpt
 from jaxckpt.compilation.objective import objective
-from jaxckpt.description import saved_groups
 from jaxckpt.kinds.binomial import num_again
 from jaxckpt.kinds.scan import Run, run_loop
 from jaxckpt.model.tree import LoopPlan
@@ -20,7 +19,8 @@ from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.flops import gradient_cost, jaxpr_cost
 from jaxckpt.program.interpret import run
 from jaxckpt.program.trace import trace
-from jaxckpt.study import Study
+from jaxckpt.result.build import saved_groups
+from jaxckpt.search.analysis import Analysis
 
 LENGTH, ROWS, WIDTH = 12, 64, 16
 
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_the_plain_loop(name):
     fun, make = LOOPS[name]
     with x64():
         args = make(dtype="float64")
-        s = study(fun, *args)
+        s = analysed(fun, *args)
         assert any(isinstance(c, LoopPlan) for choices in s.blocks.choices for c in choices)
         flat = jax.tree.leaves(args)
         wanted = jit(s.objective.differentiated(lambda *x: run(s.program, *x)))(*flat)
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_the_plain_loop(name):
 @pytest.mark.parametrize("name", LOOPS)
 def test_predicted_recomputation_is_what_jax_does(name):
     fun, make = LOOPS[name]
-    s = study(fun, *shapes(make()))
+    s = analysed(fun, *shapes(make()))
     specs = [jax.ShapeDtypeStruct(s.program.avals[v].shape, s.program.avals[v].dtype) for v in s.program.inputs]
     counted = lambda f: gradient_cost(s.objective.differentiated(f), *specs).flops  # noqa: E731
     base = counted(lambda *x: run(s.program, *x))
@@ -135,7 +135,7 @@ def test_predicted_recomputation_is_what_jax_does(name):
 
 def test_predicted_recomputation_of_a_binomial_loop_counts_what_its_table_runs_again():
     specs = shapes(rnn_args())
-    s = study(rnn_loss, *specs)
+    s = analysed(rnn_loss, *specs)
     flat = jax.tree.leaves(specs)
     counted = lambda f: gradient_cost(s.objective.differentiated(f), *flat).flops  # noqa: E731
     base = counted(lambda *x: run(s.program, *x))
@@ -160,7 +160,7 @@ def test_a_checkpointed_body_is_never_better(length):
     specs = shapes(decoder_args(length, rows=512))
     by_hand = lambda params, x: decoder_loss(params, x, wrap=checkpointed)  # noqa: E731
     flops = [gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, decoder_loss)]
-    s = study(decoder_loss, *specs)
+    s = analysed(decoder_loss, *specs)
     alike = next(c for c in s.candidates if s.recompute_flops(c) <= flops[0] - flops[1])
     # Small buffers are aligned as they come.
     assert s.measure(alike).temp_bytes <= jaxckpt.measure(by_hand, *specs).temp_bytes + 1024
@@ -168,7 +168,7 @@ def test_a_checkpointed_body_is_never_better(length):
 
 def test_options_of_a_long_loop_stand_close_together():
     # A CPU copies the slices of a loop that is cut in two, so there is a gap beyond the last plan of one part.
-    s = study(rnn_loss, *shapes(rnn_args(1000)), target="h100")
+    s = analysed(rnn_loss, *shapes(rnn_args(1000)), target="h100")
     peaks = [c.judgement.peak_bytes for c in s.candidates]
     assert max(b / a for a, b in itertools.pairwise(peaks)) < 1.25
     (options,) = [b.options for b in s.blocks.problem.blocks if len(b.options) > 20]
@@ -203,11 +203,11 @@ def stacking_args():
 
 def test_what_a_loop_stacks_takes_time_and_no_flops():
     specs = shapes(stacking_args())
-    timed, counted = (study(stacking_loss, *specs, cost=cost) for cost in ("time", "flops"))
+    timed, counted = (analysed(stacking_loss, *specs, cost=cost) for cost in ("time", "flops"))
     assert timed.unplanned.judgement.extra_work > 0 == counted.unplanned.judgement.extra_work
     assert timed.extra_cost(timed.unplanned) == 0
     # Twice the time goes into the stacks of twice the iterations.
-    twice = study(stacking_loss, *shapes((np.zeros((64, 128), np.float32), stacking_args()[1])), cost="time")
+    twice = analysed(stacking_loss, *shapes((np.zeros((64, 128), np.float32), stacking_args()[1])), cost="time")
     assert twice.unplanned.judgement.extra_work == pytest.approx(2 * timed.unplanned.judgement.extra_work, rel=0.01)
 
 
@@ -237,7 +237,7 @@ def test_a_report_says_how_a_loop_is_run():
 def test_what_is_saved_is_shown_in_bytes_of_all_devices():
     traced = trace(rnn_loss, shapes(rnn_args(60)))
     goal = objective(traced, 0, False)
-    whole, halves = (Study(traced.program, goal, "flops", "auto", None, split) for split in (1, 2))
+    whole, halves = (Analysis(traced.program, goal, "flops", "auto", None, split) for split in (1, 2))
     pairs = list(zip(whole.candidates, halves.candidates, strict=True))
     assert any("stacks" in group.shape_dtype for c, _ in pairs for group in saved_groups(whole, c))
     assert all(saved_groups(whole, a) == saved_groups(halves, b) for a, b in pairs)
@@ -253,14 +253,14 @@ def test_where_everything_fits_nothing_is_planned_for_little():
 
 def test_no_iteration_of_a_loop_is_left_alone():
     # Compilers put a loop of one iteration in line, and then hold more than the model says.
-    s = study(rnn_loss, *shapes(rnn_args(60)))
+    s = analysed(rnn_loss, *shapes(rnn_args(60)))
     plans = [x for choices in s.blocks.choices for x in choices if isinstance(x, LoopPlan)]
     assert len(plans) > 20 and all(p.lengths != (1,) for plan in plans for p in plan.parts)
 
 
 @pytest.mark.slow
 def test_predicted_bytes_are_those_that_xla_measures():
-    s = study(decoder_loss, *shapes(decoder_args(64, rows=4096)))
+    s = analysed(decoder_loss, *shapes(decoder_args(64, rows=4096)))
     for candidate in some_candidates(s):
         measured = s.measure(candidate).temp_bytes
         assert candidate.judgement.peak_bytes == pytest.approx(measured, rel=0.15)
@@ -275,7 +275,7 @@ def test_least_bytes_are_far_below_those_of_a_checkpointed_body():
 
     by_hand = jaxckpt.measure(checkpointed, params, x).temp_bytes
     floor = jaxckpt.measure(decoder_loss, *shapes(decoder_args(1, rows=4096))).temp_bytes
-    s = study(decoder_loss, params, x)
+    s = analysed(decoder_loss, params, x)
     least = min(s.measure(c).temp_bytes for c in s.candidates[:3])
     assert least - floor <= 0.5 * (by_hand - floor)
 
@@ -296,7 +296,7 @@ def test_the_jaxpr_does_not_grow_with_the_length():
     sizes = []
     for length in (16, 64):
         args = shapes(rnn_args(length))
-        s = study(rnn_loss, *args)
+        s = analysed(rnn_loss, *args)
         least = s.planned(s.candidates[0])
         sizes.append(count(s.objective.differentiated(least), *jax.tree.leaves(args)).total())
     assert sizes[0] == pytest.approx(sizes[1], rel=0.5)
@@ -321,7 +321,7 @@ def test_a_loop_without_tangents_is_left_alone():
         steps = lax.scan(lambda c, x: (c + x, c), 0.0, n)[0]
         return jnp.sum(jnp.tanh(w @ w) ** 2) + lax.stop_gradient(steps)
 
-    s = study(fun, jnp.ones((8, 8)), jnp.ones(5))
+    s = analysed(fun, jnp.ones((8, 8)), jnp.ones(5))
     assert not any(isinstance(c, LoopPlan) for choices in s.blocks.choices for c in choices)
 
 
@@ -356,7 +356,7 @@ def test_a_policy_on_the_body_is_met_at_its_cost(policy):
     specs = gated_args()
     by_hand = functools.partial(gated_loss, wrap=lambda f: jax.checkpoint(f, prevent_cse=False, policy=policy))
     theirs, plain = (gradient_cost(jax.value_and_grad(f), *specs).flops for f in (by_hand, gated_loss))
-    s = study(gated_loss, *specs)
+    s = analysed(gated_loss, *specs)
     alike = next(c for c in s.candidates if s.recompute_flops(c) <= theirs - plain)
     # Which two of three like products are saved makes a matrix of 16 KiB.
     assert s.measure(alike).temp_bytes <= 1.002 * jaxckpt.measure(by_hand, *specs).temp_bytes

@@ -223,7 +223,7 @@ def test_a_plan_survives_a_compile_that_fails(monkeypatch):
         return measured[0]
 
     original = compiled_bytes
-    monkeypatch.setattr("jaxckpt.study.compiled_bytes", fails_late)
+    monkeypatch.setattr("jaxckpt.search.analysis.compiled_bytes", fails_late)
     fun = lambda ws, x: chain(ws, x) + 1.0  # noqa: E731  # a program that nothing else has measured
     with pytest.warns(jaxckpt.JaxckptWarning, match="out of luck.*predicted, not measured"):
         plan = jaxckpt.plan(fun, WS, X, budget="60%")

@@ -15,13 +15,11 @@ import jax
 
 from jaxckpt import _compat
 from jaxckpt.compilation import cache, process
-from jaxckpt.compilation.objective import cotangent_specs, input_specs, objective
 from jaxckpt.errors import CompilerError
-from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.targets import install
 from jaxckpt.targets.chip import Target, find_target
-from jaxckpt.targets.sharding import local_bytes, place, step_split, trace_placed
+from jaxckpt.targets.sharding import local_bytes, place, step_split
 from jaxckpt.targets.topology import refused_bytes
 from jaxckpt.units import show_bytes
 
@@ -58,49 +56,6 @@ class Measurement:
     def __str__(self) -> str:
         """One line a person reads."""
         return f"{show_bytes(self.device_bytes)} measured for {self.target}"
-
-
-def measure(
-    fun: Callable,
-    *args: Any,
-    target: str | None = None,
-    differentiate: bool = True,
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
-) -> Measurement:
-    """Compile a function, or its value and gradient, and read the device bytes.
-
-    Args:
-        fun: a function of pytrees.
-        *args: arrays or `ShapeDtypeStruct`s. Shardings on a mesh of several devices make the bytes those of each.
-        target: a chip's name; None is the default backend.
-        differentiate: measure value and gradient (for a result that is not scalar, the vjp) and not `fun` itself.
-        argnums: as in `jax.grad`.
-        has_aux: as in `jax.grad`.
-
-    Returns:
-        The bytes, in parts.
-
-    Raises:
-        NotDifferentiableError: nothing to differentiate.
-        ShardingError: arguments on several devices, of which one does not say where it lies.
-        CompilerError: the target's compiler is not here, or failed.
-        TargetError: an unknown target, or a topology that it does not have.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
-        >>> measure(lambda x: jnp.sum(jnp.tanh(x) ** 2), x).argument_bytes
-        262144
-    """
-    traced = trace_placed(fun, args)
-    program = traced.program
-    plain = functools.partial(run, program)
-    specs = input_specs(program)
-    if not differentiate:
-        return compiled_bytes(plain, specs, target)
-    goal = objective(traced, argnums, has_aux)
-    return compiled_bytes(goal.differentiated(plain), [*specs, *cotangent_specs(program, goal)], target)
 
 
 def compiled_bytes(

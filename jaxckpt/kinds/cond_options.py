@@ -14,7 +14,7 @@ from ckptsolvers.schedule import Node, region
 from jaxckpt.apply import run_conditional
 from jaxckpt.kinds.body import Body, Iteration
 from jaxckpt.model.joint import Joint, LocalBlock, differentiate, differentiated_ends, outside
-from jaxckpt.model.option import EVERYTHING, Analysis, dominates
+from jaxckpt.model.option import EVERYTHING, BlockAnalysis, dominates
 from jaxckpt.model.pareto import pareto
 from jaxckpt.model.time import Timer
 from jaxckpt.model.tree import BranchPlan, Tree
@@ -81,7 +81,7 @@ _MAX_OPTIONS = 16
 _MAX_HALVINGS = 8
 
 
-def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> Analysis:
+def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> BlockAnalysis:
     """Analyse a block whose last equation is a conditional; the others are cheap and lead to its operands.
 
     Args:
@@ -100,7 +100,7 @@ def analyse_conditional(local: LocalBlock, timer: Timer, target: Target, analyse
     everything = model.options([arm.everything for arm in arms], EVERYTHING)
     block, flops_block = model.blocks()
     options = [*found, everything]
-    return Analysis(
+    return BlockAnalysis(
         block=replace(block, options=tuple(x.option for x in options)),
         flops_block=replace(flops_block, options=tuple(x.in_flops for x in options)),
         saved=(*(x.plan for x in found), None),

@@ -6,7 +6,7 @@ from ckptsolvers import Option
 
 from jaxckpt.model.block import Model
 from jaxckpt.model.joint import LocalBlock, differentiate
-from jaxckpt.model.option import Analysis, dominates
+from jaxckpt.model.option import BlockAnalysis, dominates
 from jaxckpt.model.time import Timer
 from jaxckpt.model.tree import Saved
 from jaxckpt.targets.chip import Target
@@ -15,7 +15,7 @@ from jaxckpt.targets.chip import Target
 _ALIKE_BYTES, _ALIKE_TIME = 64, 2000
 
 
-def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
+def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> BlockAnalysis:
     """Find a block's options; the last one leaves it to JAX."""
     joint = differentiate(local)
     model = Model(local, joint, timer, target)
@@ -38,7 +38,7 @@ def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> Analysis:
     useful = [not (dominates(everything, option, spare_bytes) and most <= p + spare_bytes) for option, _, p in kept]
     kept = [*itertools.compress(kept, useful), (everything, held, most)]
     choices = [*itertools.compress(choices, useful), None]
-    return Analysis(
+    return BlockAnalysis(
         model.block(tuple(option for option, *_ in kept), model.time),
         model.block(tuple(model.in_flops(option, saved) for option, saved, _ in kept), model.flops),
         tuple(choices),

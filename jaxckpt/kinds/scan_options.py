@@ -17,7 +17,7 @@ from ckptsolvers import Block, Option
 from jaxckpt.kinds.body import Body
 from jaxckpt.kinds.scan_divisions import Part, binomial_divisions, levels, mixes
 from jaxckpt.model.joint import LocalBlock, differentiated_ends, outside
-from jaxckpt.model.option import EVERYTHING, Analysis
+from jaxckpt.model.option import EVERYTHING, BlockAnalysis
 from jaxckpt.model.pareto import pareto
 from jaxckpt.model.time import Timer, count_flops, stacking_time
 from jaxckpt.model.tree import LoopPlan
@@ -53,7 +53,7 @@ class _Numbers(NamedTuple):
     again: int
 
 
-def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> Analysis:
+def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> BlockAnalysis:
     """Analyse a block whose last equation is a loop; the others are cheap and lead to the loop's operands.
 
     Args:
@@ -84,7 +84,7 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
     everything, everything_flops = model.everything()
     block, flops_block = model.blocks()
     saved = [LoopPlan(parts=tuple(part.choice for part in parts)) for *_, parts in kept]
-    return Analysis(
+    return BlockAnalysis(
         block=replace(block, options=(*(x[0] for x in kept), everything)),
         flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
         saved=(*saved, None),

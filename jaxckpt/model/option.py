@@ -10,7 +10,7 @@ EVERYTHING = "everything"
 
 
 @dataclass(frozen=True, slots=True)
-class Analysis:
+class BlockAnalysis:
     """What is known of a distinct block, in numbers of its own."""
 
     block: Block

@@ -14,7 +14,7 @@ from jaxckpt.kinds.plain import analyse_block
 from jaxckpt.kinds.scan_options import analyse_loop
 from jaxckpt.model.cut import Span
 from jaxckpt.model.joint import LocalBlock
-from jaxckpt.model.option import Analysis
+from jaxckpt.model.option import BlockAnalysis
 from jaxckpt.model.schedules import keep_all
 from jaxckpt.model.time import Timer, count_flops
 from jaxckpt.model.tree import Saved
@@ -25,7 +25,7 @@ from jaxckpt.targets.chip import Target
 from jaxckpt.targets.compiler import Layouts
 from jaxckpt.targets.tpu import layouts_of
 
-Profiler = Callable[[LocalBlock, Analysis], Analysis]
+Profiler = Callable[[LocalBlock, BlockAnalysis], BlockAnalysis]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def analyse(
     timer: Timer,
     target: Target,
     invariant: Collection[int] | None = None,
-    known: dict[str, tuple[int, Analysis]] | None = None,
+    known: dict[str, tuple[int, BlockAnalysis]] | None = None,
     is_apart: Callable[[Equation], bool] = lambda eqn: False,
     profiler: Profiler | None = None,
     are_repeated: bool = False,
@@ -184,7 +184,7 @@ def _analyse_one(
     target: Target,
     is_apart: Callable[[Equation], bool],
     profiler: Profiler | None,
-) -> Analysis:
+) -> BlockAnalysis:
     last = local.span.equations[-1]
     if last.effects and local.active_outputs:
         return outside_regions_only(analyse_block(local, timer, target))
@@ -229,7 +229,7 @@ def _globalised(saved: Saved, values: Sequence[int]) -> Saved:
     return tuple(values[i] for i in saved) if isinstance(saved, tuple) else saved
 
 
-def _placed(block: Block, analysis: Analysis, span: Span, place: dict[int, int]) -> Block:
+def _placed(block: Block, analysis: BlockAnalysis, span: Span, place: dict[int, int]) -> Block:
     """A distinct block at one of its places: inputs counted as the problem counts them there."""
     order = {p: i for i, p in enumerate(sorted(place[v] for v in span.inputs if v in place))}
     options = [

@@ -19,19 +19,20 @@ import jax
 import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
-import jaxckpt
 from jaxckpt import _compat
-from jaxckpt.agreement import agreed
+from jaxckpt._version import __version__
+from jaxckpt.api.plan import make_request, plan_program
+from jaxckpt.api.processes import agreed
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
-from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
-from jaxckpt.planner import Request, make_request, plan_program
-from jaxckpt.plans import SCHEMA, Plan
+from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, PlanMismatchError
 from jaxckpt.program.flatten import PROGRAM_CALLS
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, is_differentiable, refuse_effects
 from jaxckpt.program.trace import Memory, is_settled, trace
-from jaxckpt.steps import FITTING
+from jaxckpt.result.plan import SCHEMA, Plan
+from jaxckpt.search.request import Request
+from jaxckpt.search.step import FITTING
 from jaxckpt.targets.chip import find_target
 from jaxckpt.units import short_bytes, short_count
 
@@ -296,7 +297,7 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
 
 
 def _key(program: Program, goal: Any, request: Request) -> str:
-    versions = (SCHEMA, jaxckpt.__version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
+    versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
     place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""), find_target(request.target))
     return hashlib.sha256(
         repr((program.fingerprint(), program.keeps_checkpoints, goal, request, versions, place)).encode()
@@ -313,7 +314,7 @@ def _read(path: Path | None, program: Program) -> Plan | None:
     try:
         found = Plan.load(path)
         found.check(program)
-    except (PlanFileError, OSError, jaxckpt.PlanMismatchError) as error:
+    except (PlanFileError, OSError, PlanMismatchError) as error:
         _LOG.warning("the kept plan %s cannot be used and is made again: %s", path, error)
         return None
     return found

@@ -13,7 +13,7 @@ from jaxckpt.model.time import timer
 from jaxckpt.program.flatten import flatten
 from jaxckpt.program.flops import jaxpr_cost
 from jaxckpt.program.ir import size_bytes
-from jaxckpt.study import Study
+from jaxckpt.search.analysis import Analysis
 
 Flat = Callable[..., list[Any]]
 
@@ -24,7 +24,7 @@ class DifferentiatedCost:
 
     Attributes:
         flops: recomputation included.
-        cost: in the unit of the study's cost.
+        cost: in the unit of the analysis's cost.
         peak_bytes: of temporaries, from the model, in the order the program is written.
     """
 
@@ -40,16 +40,16 @@ def policy_functions(fun: Flat) -> dict[str, Flat]:
     return found | {name: jax.checkpoint(fun, policy=getattr(jax.checkpoint_policies, name)) for name in names}
 
 
-def differentiated_cost(study: Study, fun: Flat) -> DifferentiatedCost:
-    """Count the value and gradient of a function that computes what the study's program does."""
-    specs = [*input_specs(study.program), *cotangent_specs(study.program, study.objective)]
-    closed = jax.make_jaxpr(study.objective.differentiated(fun))(*specs)
+def differentiated_cost(analysis: Analysis, fun: Flat) -> DifferentiatedCost:
+    """Count the value and gradient of a function that computes what the analysis's program does."""
+    specs = [*input_specs(analysis.program), *cotangent_specs(analysis.program, analysis.objective)]
+    closed = jax.make_jaxpr(analysis.objective.differentiated(fun))(*specs)
     live = _compat.dce(closed)
     # The model of time sees what is inside checkpointed regions in line.
     flat = flatten(live, keep_checkpoints=False)
     outputs = {x for x in flat.outputs if isinstance(x, int)}
     return DifferentiatedCost(
         flops=jaxpr_cost(live).flops,
-        cost=sum(timer(study.cost, study.chip)(flat.equations, flat.avals, outputs)),
+        cost=sum(timer(analysis.cost, analysis.chip)(flat.equations, flat.avals, outputs)),
         peak_bytes=peak_bytes(flat.equations, lambda v: size_bytes(flat.avals[v]), external=outputs),
     )

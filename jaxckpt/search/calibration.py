@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 
-import jaxckpt
 from jaxckpt import _compat
+from jaxckpt._version import __version__
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.cache import write_text
 from jaxckpt.errors import PlanFileError
-from jaxckpt.ladder import offset_at
 from jaxckpt.program.ir import Program
+from jaxckpt.search.budget_search import offset_at
 
 _LOG = logging.getLogger("jaxckpt")
 _FORMAT = "jaxckpt calibration"
@@ -228,7 +228,7 @@ def _label(target: str | None) -> str:
 
 def _path(record: Calibration, cache_dir: str | os.PathLike | None) -> Path:
     # Ratios to the predictions of another release say nothing of this one's.
-    release, flags = jaxckpt.__version__, os.environ.get("XLA_FLAGS", "")
+    release, flags = __version__, os.environ.get("XLA_FLAGS", "")
     parts = record.target, record.jaxlib_version, record.family, release, flags
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return cache.folder(cache_dir) / "calibration" / f"{key}.json"

@@ -1,107 +1,29 @@
 """The trade-off of peak bytes against step cost: a few plans that stand for all, beside hand-written policies."""
 
 import bisect
-import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from jaxckpt.calibration import Calibration, add_samples, remembered
 from jaxckpt.compilation.measure import compiled_bytes
 from jaxckpt.compilation.objective import cotangent_specs, input_specs, objective
-from jaxckpt.description import describe
 from jaxckpt.errors import OptionError
 from jaxckpt.model.schedules import Candidate
-from jaxckpt.planner import find_study
-from jaxckpt.plans import Plan
-from jaxckpt.policies import DifferentiatedCost, differentiated_cost, policy_functions
 from jaxckpt.program.interpret import run
-from jaxckpt.study import Study
+from jaxckpt.result.build import build_plan
+from jaxckpt.result.frontier import Frontier, Point
+from jaxckpt.search.analysis import Analysis, find_analysis
+from jaxckpt.search.calibration import Calibration, add_samples, remembered
+from jaxckpt.search.policies import DifferentiatedCost, differentiated_cost, policy_functions
 from jaxckpt.targets.sharding import trace_placed
 
 UNPLANNED = "unplanned"
 PLAN = "plan"
 # Predicted temporaries to the device bytes to expect.
 Expected = Callable[[int], int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One way to run the program.
-
-    Attributes:
-        name: "plan", "unplanned", or the hand-written policy.
-        predicted_peak_bytes: device bytes of value and gradient, from the model.
-        measured_peak_bytes: the same from the compiler; None if it was not compiled.
-        recompute_flops: beyond those of the unplanned value and gradient.
-        cost_ratio: the step's cost as a fraction of the unplanned step's.
-        plan: the plan; None for the others.
-    """
-
-    name: str
-    predicted_peak_bytes: int
-    measured_peak_bytes: int | None
-    recompute_flops: int
-    cost_ratio: float
-    plan: Plan | None = None
-
-    @property
-    def peak_bytes(self) -> int:
-        """Measured where it was compiled, else predicted."""
-        return self.predicted_peak_bytes if self.measured_peak_bytes is None else self.measured_peak_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frontier:
-    """The trade-off of peak bytes against step cost.
-
-    Attributes:
-        points: plans and hand-written policies, least bytes first.
-        cost: "time" or "flops".
-        target: for which chip.
-        fingerprint: of the program.
-        forward_flops: of one forward pass.
-        num_candidates: how many plans these were chosen from.
-        calibration: hash of the record that predictions were corrected by; None where there was none.
-    """
-
-    points: tuple[Point, ...]
-    cost: str
-    target: str
-    fingerprint: str
-    forward_flops: int
-    num_candidates: int
-    calibration: str | None = None
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """The plans, least bytes first."""
-        return tuple(point.plan for point in self.points if point.plan is not None)
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether its points were compiled."""
-        return all(point.measured_peak_bytes is not None for point in self.points)
-
-    def to_json(self) -> dict[str, Any]:
-        """Its numbers as plain data; `plan` is the position among `plans`."""
-        plans, points = list(self.plans), []
-        for point in self.points:
-            at = next((i for i, plan in enumerate(plans) if plan is point.plan), None)
-            points.append({f.name: getattr(point, f.name) for f in dataclasses.fields(point)} | {"plan": at})
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.loads(json.dumps(own | {"points": points}))
-
-    def __str__(self) -> str:
-        """The table a person reads."""
-        from jaxckpt.report import show_frontier
-
-        return show_frontier(self)
 
 
 def frontier(
@@ -157,42 +79,44 @@ def frontier(
     if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
         raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
     traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-    study = find_study(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
+    analysis = find_analysis(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
     record = remembered(traced.program, target)
-    expected, calibration = functools.partial(_expected, study, record), record.hash if record.samples else None
-    policies = _policy_points(study, verify, expected)
+    expected, calibration = functools.partial(_expected, analysis, record), record.hash if record.samples else None
+    policies = _policy_points(analysis, verify, expected)
     unplanned = next(point for point in policies if point.name == UNPLANNED)
-    chosen = _chosen(study.candidates, num_points)
+    chosen = _chosen(analysis.candidates, num_points)
     if verify:
-        study.measure_all(chosen)
-    points = [_plan_point(study, c, unplanned, verify, expected, calibration) for c in chosen]
+        analysis.measure_all(chosen)
+    points = [_plan_point(analysis, c, unplanned, verify, expected, calibration) for c in chosen]
     if verify:
-        _remember(study, record, chosen)
+        _remember(analysis, record, chosen)
         points = _unbeaten(points)
     return Frontier(
         points=tuple(sorted([*points, *policies], key=lambda p: (p.peak_bytes, -p.cost_ratio))),
         cost=cost,
         target=target or jax.default_backend(),
         fingerprint=traced.program.fingerprint(),
-        forward_flops=study.forward_flops,
-        num_candidates=len(study.candidates),
+        forward_flops=analysis.forward_flops,
+        num_candidates=len(analysis.candidates),
         calibration=calibration,
     )
 
 
-def _expected(study: Study, record: Calibration, peak_bytes: int) -> int:
+def _expected(analysis: Analysis, record: Calibration, peak_bytes: int) -> int:
     """Device bytes to expect where the model says this of the temporaries."""
-    if not study.candidates or not peak_bytes:
-        return study.fixed_bytes + peak_bytes
-    fraction = peak_bytes / max(1, study.unplanned.judgement.peak_bytes)
-    return study.fixed_bytes + math.ceil(peak_bytes * record.ratio(study.program.fingerprint(), fraction))
+    if not analysis.candidates or not peak_bytes:
+        return analysis.fixed_bytes + peak_bytes
+    fraction = peak_bytes / max(1, analysis.unplanned.judgement.peak_bytes)
+    return analysis.fixed_bytes + math.ceil(peak_bytes * record.ratio(analysis.program.fingerprint(), fraction))
 
 
-def _remember(study: Study, record: Calibration, measured: Sequence[Candidate]) -> None:
-    unplanned = max(1, study.unplanned.judgement.peak_bytes)
-    temporaries = [(c, c.judgement.peak_bytes, study.measure(c).device_bytes - study.fixed_bytes) for c in measured]
-    found = [(peak / unplanned, size / peak, study.kind(c)) for c, peak, size in temporaries if peak]
-    add_samples(record, study.program.fingerprint(), found)
+def _remember(analysis: Analysis, record: Calibration, measured: Sequence[Candidate]) -> None:
+    unplanned = max(1, analysis.unplanned.judgement.peak_bytes)
+    temporaries = [
+        (c, c.judgement.peak_bytes, analysis.measure(c).device_bytes - analysis.fixed_bytes) for c in measured
+    ]
+    found = [(peak / unplanned, size / peak, analysis.kind(c)) for c, peak, size in temporaries if peak]
+    add_samples(record, analysis.program.fingerprint(), found)
 
 
 def _chosen(candidates: Sequence[Candidate], num_points: int) -> list[Candidate]:
@@ -223,11 +147,16 @@ def _miss(xs: Sequence[float], ys: Sequence[float], chosen: Sequence[int], i: in
 
 
 def _plan_point(
-    study: Study, candidate: Candidate, unplanned: Point, verify: bool, expected: Expected, calibration: str | None
+    analysis: Analysis,
+    candidate: Candidate,
+    unplanned: Point,
+    verify: bool,
+    expected: Expected,
+    calibration: str | None,
 ) -> Point:
-    measured = study.measure(candidate).device_bytes if verify else None
-    plan = describe(
-        study,
+    measured = analysis.measure(candidate).device_bytes if verify else None
+    plan = build_plan(
+        analysis,
         candidate,
         budget_bytes=None,
         max_cost=None,
@@ -235,7 +164,7 @@ def _plan_point(
         predicted_peak_bytes=expected(candidate.judgement.peak_bytes),
         measured_peak_bytes=measured,
         next_peak_bytes=None,
-        least_peak_bytes=expected(study.candidates[0].judgement.peak_bytes),
+        least_peak_bytes=expected(analysis.candidates[0].judgement.peak_bytes),
         is_unplanned_measured=verify,
         is_least_measured=False,
         num_compiles=int(verify),
@@ -251,18 +180,18 @@ def _plan_point(
     )
 
 
-def _policy_points(study: Study, verify: bool, expected: Expected) -> list[Point]:
+def _policy_points(analysis: Analysis, verify: bool, expected: Expected) -> list[Point]:
     """The program without a plan, and under one checkpoint around everything."""
-    plain = functools.partial(run, study.program)
-    without = differentiated_cost(study, plain)
-    peak = study.unplanned.judgement.peak_bytes if study.candidates else without.peak_bytes
-    measured = study.measure(None).device_bytes if verify else None
+    plain = functools.partial(run, analysis.program)
+    without = differentiated_cost(analysis, plain)
+    peak = analysis.unplanned.judgement.peak_bytes if analysis.candidates else without.peak_bytes
+    measured = analysis.measure(None).device_bytes if verify else None
     points = [_policy_point(UNPLANNED, without, without, expected(peak), measured)]
-    specs = [*input_specs(study.program), *cotangent_specs(study.program, study.objective)]
+    specs = [*input_specs(analysis.program), *cotangent_specs(analysis.program, analysis.objective)]
     for name, fun in policy_functions(plain).items():
-        found = differentiated_cost(study, fun)
+        found = differentiated_cost(analysis, fun)
         if verify:
-            measured = compiled_bytes(study.objective.differentiated(fun), specs, study.target).device_bytes
+            measured = compiled_bytes(analysis.objective.differentiated(fun), specs, analysis.target).device_bytes
         points.append(_policy_point(name, found, without, expected(found.peak_bytes), measured))
     return points
 

@@ -27,7 +27,7 @@ from jaxckpt.compilation.pool import side_by_side
 from jaxckpt.memory.peak import peak_bytes
 from jaxckpt.model.block import Model
 from jaxckpt.model.joint import LocalBlock, differentiate
-from jaxckpt.model.option import EVERYTHING, Analysis
+from jaxckpt.model.option import EVERYTHING, BlockAnalysis
 from jaxckpt.model.time import Timer
 from jaxckpt.program.interpret import evaluate
 from jaxckpt.program.ir import Equation, spec_of
@@ -77,7 +77,7 @@ class Profiler:
         self.chip, self.timer, self.is_timed = chip, timer, is_timed
         self.num_programs = 0
 
-    def __call__(self, local: LocalBlock, analysis: Analysis) -> Analysis:
+    def __call__(self, local: LocalBlock, analysis: BlockAnalysis) -> BlockAnalysis:
         """Return the block with its profiled numbers; its options stay what they are."""
         joint = differentiate(local)
         model = Model(local, joint, self.timer, self.chip)
@@ -134,8 +134,8 @@ class Profiler:
         return {run: found.get(run.key, 0) for run in runs}
 
     def _timed(
-        self, analysis: Analysis, model: Model, forward: _Run, backward: _Run, saved: Sequence[Collection[int]]
-    ) -> Analysis:
+        self, analysis: BlockAnalysis, model: Model, forward: _Run, backward: _Run, saved: Sequence[Collection[int]]
+    ) -> BlockAnalysis:
         """The same with measured times, where there is something to measure them on."""
         avals = model.joint.avals
         if not self.is_timed or not all(_can_be_made(avals[v]) for run in (forward, backward) for v in run.inputs):

@@ -45,7 +45,7 @@ def offset_at(place: float, places: Sequence[float], offsets: Sequence[float]) -
     return float(np.interp(place, places, offsets)) * min(1.0, _ALIKE * place / max(1e-9, places[0]))
 
 
-class Ladder:
+class BudgetSearch:
     """Candidates from least predicted bytes to least work, and what those compiled so far measured.
 
     Args:

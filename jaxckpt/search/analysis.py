@@ -16,11 +16,11 @@ from jaxckpt.model import tree
 from jaxckpt.model.cut import Span, cut_program, merged_spans
 from jaxckpt.model.schedules import Candidate, keep_all
 from jaxckpt.model.time import timer
-from jaxckpt.profiling import Profiler
 from jaxckpt.program import dataflow
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, refuse_effects, size_bytes
 from jaxckpt.search.candidates import candidates, check_solver
+from jaxckpt.search.profile import Profiler
 from jaxckpt.search.space import Blocks, analyse
 from jaxckpt.targets.chip import find_target
 from jaxckpt.targets.cpu import outside_regions
@@ -28,7 +28,7 @@ from jaxckpt.targets.sharding import local_bytes, program_split
 from jaxckpt.targets.tpu import is_head
 
 
-class Study:
+class Analysis:
     """A program cut, analysed and solved once, with its candidates from least bytes to least work.
 
     Args:
@@ -209,3 +209,21 @@ class Study:
         fun = functools.partial(run, self.program) if candidate is None else self.planned(candidate)
         specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
         return self.objective.differentiated(fun), specs, self.target
+
+
+_ANALYSES: dict[tuple, Analysis] = {}
+_MAX_ANALYSES = 4
+
+
+def find_analysis(
+    program: Program, goal: Objective, cost: str, solver: Any, target: str | None, is_profiled: bool = False
+) -> Analysis:
+    """The analysis of this program, kept for the next budget; what was compiled for one budget serves the others."""
+    chip = find_target(target)  # a user's chip may be defined anew under its name
+    key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
+    key += (is_profiled,)
+    analysis = _ANALYSES.pop(key, None) or Analysis(program, goal, cost, solver, target, is_profiled=is_profiled)
+    _ANALYSES[key] = analysis
+    while len(_ANALYSES) > _MAX_ANALYSES:
+        _ANALYSES.pop(next(iter(_ANALYSES)))
+    return analysis

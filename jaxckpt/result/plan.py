@@ -125,7 +125,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The report a person reads."""
-        from jaxckpt.report import show_plan
+        from jaxckpt.result.report import show_plan
 
         return show_plan(self)
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from jaxckpt.errors import BudgetError, OptionError
-from jaxckpt.fitting import Fitted, fitted, refuse
-from jaxckpt.ladder import NUM_LEAST
-from jaxckpt.steps import Step
+from jaxckpt.search.budget_search import NUM_LEAST
+from jaxckpt.search.step import Step
+from jaxckpt.search.step_search import Fitted, fitted, refuse
 from jaxckpt.units import parse_budget, show_bytes
 
 _MAX_BATCH = 2**24

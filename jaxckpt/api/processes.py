@@ -14,8 +14,8 @@ import jax
 
 from jaxckpt import _compat
 from jaxckpt.errors import InfeasibleBudgetError, JaxckptError, PlanMismatchError
-from jaxckpt.plans import Plan
 from jaxckpt.program.ir import Program
+from jaxckpt.result.plan import Plan
 
 # Planning takes a dozen compiles of the whole program.
 _WAIT_S = 3600

@@ -1,4 +1,4 @@
-"""A plan put together from a study, the candidate that was chosen, and the numbers it was chosen by."""
+"""A plan put together from a analysis, the candidate that was chosen, and the numbers it was chosen by."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,42 +9,42 @@ from ckptsolvers import Keep
 
 from jaxckpt import _compat
 from jaxckpt.model.schedules import Candidate
-from jaxckpt.plans import Plan, SavedGroup, line_digests
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.ir import show_aval, size_bytes
-from jaxckpt.study import Study
+from jaxckpt.result.plan import Plan, SavedGroup, line_digests
+from jaxckpt.search.analysis import Analysis
 
 
-def describe(study: Study, candidate: Candidate | None, **found: Any) -> Plan:
-    """Put a plan together from a study, a candidate, and the numbers it was found with."""
-    program = study.program
-    blocks = None if candidate is None else study.blocks_of(candidate)
+def build_plan(analysis: Analysis, candidate: Candidate | None, **found: Any) -> Plan:
+    """Put a plan together from a analysis, a candidate, and the numbers it was found with."""
+    program = analysis.program
+    blocks = None if candidate is None else analysis.blocks_of(candidate)
     chosen = (
         {"saved": (), "schedule": None, "blocks": (), "block_saves": (), "block_labels": ()}
         if candidate is None or blocks is None
         else {
-            "saved": saved_groups(study, candidate),
+            "saved": saved_groups(analysis, candidate),
             "schedule": candidate.schedule,
             "blocks": tuple(span.positions for span in blocks.spans),
-            "block_saves": tuple(study.saved(candidate)),
+            "block_saves": tuple(analysis.saved(candidate)),
             "block_labels": tuple(map(_label, blocks.spans)),
         }
     )
     return Plan(
-        forward_flops=study.forward_flops,
-        recompute_flops=0 if candidate is None else study.recompute_flops(candidate),
-        recompute_cost=0 if candidate is None else study.extra_cost(candidate),
-        unplanned_cost=study.unplanned_cost,
-        cost=study.cost,
-        solver=study.solver if isinstance(study.solver, str) else getattr(study.solver, "__name__", "custom"),
-        target=study.target or jax.default_backend(),
+        forward_flops=analysis.forward_flops,
+        recompute_flops=0 if candidate is None else analysis.recompute_flops(candidate),
+        recompute_cost=0 if candidate is None else analysis.extra_cost(candidate),
+        unplanned_cost=analysis.unplanned_cost,
+        cost=analysis.cost,
+        solver=analysis.solver if isinstance(analysis.solver, str) else getattr(analysis.solver, "__name__", "custom"),
+        target=analysis.target or jax.default_backend(),
         fingerprint=program.fingerprint(),
         jax_version=_compat.JAX_VERSION,
         keeps_checkpoints=program.keeps_checkpoints,
-        is_profiled=study.is_profiled,
-        parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in study.objective.inputs),
+        is_profiled=analysis.is_profiled,
+        parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in analysis.objective.inputs),
         lines=line_digests(program),
-        unknown=tuple(sorted(set().union(*(study.graph.nodes[i]["unknown"] for i in study.graph)))),
+        unknown=tuple(sorted(set().union(*(analysis.graph.nodes[i]["unknown"] for i in analysis.graph)))),
         **chosen,
         **found,
     )
@@ -60,12 +60,12 @@ def _label(span: Any) -> str:
     return f"{eqn.scope} {name}".strip()
 
 
-def saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
+def saved_groups(analysis: Analysis, candidate: Candidate) -> tuple[SavedGroup, ...]:
     """What the schedule's outermost level holds from the forward pass to the backward, grouped by equal blocks."""
-    program, blocks = study.program, study.blocks_of(candidate)
+    program, blocks = analysis.program, analysis.blocks_of(candidate)
     maker = {v: eqn for eqn in program.equations for v in eqn.outputs}
     groups: dict[tuple, list[int]] = {}
-    saved = study.saved(candidate)
+    saved = analysis.saved(candidate)
     held: list[tuple[int, int]] = []  # block, value
     for node in candidate.schedule.nodes:
         last = node.stop - 1
@@ -92,13 +92,13 @@ def saved_groups(study: Study, candidate: Candidate) -> tuple[SavedGroup, ...]:
                 size_bytes=sum(size_bytes(program.avals[v]) for v in values),
             )
         )
-    found += _unnamed_groups(study, candidate)
+    found += _unnamed_groups(analysis, candidate)
     return tuple(sorted(found, key=lambda g: -g.size_bytes))
 
 
-def _unnamed_groups(study: Study, candidate: Candidate) -> Iterator[SavedGroup]:
+def _unnamed_groups(analysis: Analysis, candidate: Candidate) -> Iterator[SavedGroup]:
     """What is held without a name: stacks of loops, and what JAX keeps of conditionals and other blocks."""
-    blocks, saved = study.blocks_of(candidate), study.saved(candidate)
+    blocks, saved = analysis.blocks_of(candidate), analysis.saved(candidate)
     groups: dict[tuple[int, int, int], list[int]] = {}
     for node in candidate.schedule.nodes:
         if isinstance(node, Keep) and not isinstance(saved[node.block], tuple):
@@ -118,10 +118,10 @@ def _unnamed_groups(study: Study, candidate: Candidate) -> Iterator[SavedGroup]:
         )
 
 
-def forced_by(study: Study, candidate: Candidate, most: int = 5) -> tuple[tuple[str, int, str], ...]:
+def forced_by(analysis: Analysis, candidate: Candidate, most: int = 5) -> tuple[tuple[str, int, str], ...]:
     """The largest values at the schedule's peak: those held, and those of the block that runs there."""
-    program, judged = study.program, candidate.judgement
-    spans = study.blocks_of(candidate).spans
+    program, judged = analysis.program, candidate.judgement
+    spans = analysis.blocks_of(candidate).spans
     crossing = [v for span in spans for v in span.outputs]
     span = spans[judged.peak_block]
     values = {crossing[i] for i in judged.peak_live} | {v for eqn in span.equations for v in eqn.outputs}
@@ -135,5 +135,5 @@ def forced_by(study: Study, candidate: Candidate, most: int = 5) -> tuple[tuple[
         )
         for v in largest
     ]
-    fixed = ("arguments, results and gradients", study.fixed_bytes, "")
+    fixed = ("arguments, results and gradients", analysis.fixed_bytes, "")
     return (fixed, *shown)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxckpt.errors import OptionError
-from jaxckpt.tradeoff import Frontier
+from jaxckpt.result.frontier import Frontier
 
 _MARKERS = "sD^vP*X"
 

@@ -16,8 +16,8 @@ from jaxckpt.errors import OptionError
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
-from jaxckpt.sharing import Picks
-from jaxckpt.study import Study
+from jaxckpt.search.analysis import Analysis
+from jaxckpt.search.shared_budget import Picks
 from jaxckpt.targets.sharding import local_bytes, step_split
 
 # What decorated functions ask while a step is traced; jit traces again when it changes.
@@ -31,19 +31,19 @@ class Choice:
     cost: str
     target: str | None
     split: int = 1
-    studies: dict[tuple, Study] = field(default_factory=dict)
+    analyses: dict[tuple, Analysis] = field(default_factory=dict)
     chosen: Mapping[tuple, Candidate] = field(default_factory=dict)
 
     def planned(self, program: Program, goal: Objective, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
-        """Return the program as it is chosen to run, and study it where it is new."""
+        """Return the program as it is chosen to run, and analyse it where it is new."""
         key = (program.fingerprint(), goal)
-        if key not in self.studies:
+        if key not in self.analyses:
             # Inside shard_map shapes are those of one device already.
             split = 1 if jax.sharding.get_abstract_mesh().manual_axes else self.split
-            self.studies[key] = Study(program, goal, self.cost, "auto", self.target, split)
+            self.analyses[key] = Analysis(program, goal, self.cost, "auto", self.target, split)
         if key not in self.chosen:
             return functools.partial(run, program)
-        return self.studies[key].planned(self.chosen[key], is_forward_mode=is_forward_mode)
+        return self.analyses[key].planned(self.chosen[key], is_forward_mode=is_forward_mode)
 
 
 class Step:
@@ -71,23 +71,23 @@ class Step:
         self.fun, self.args, self.target, self.donate_argnums = fun, args, target, donate_argnums
         self.free = Choice(cost, target, step_split(args))
         self.results = jax.eval_shape(_under(self.free, fun), *args)
-        if not self.free.studies:
+        if not self.free.analyses:
             raise OptionError(
                 f"{getattr(fun, '__name__', 'the step')} differentiates no function that auto_remat decorates without "
                 "a budget, so there is nothing to plan; decorate the loss with @jaxckpt.auto_remat"
             )
-        self.keys = [key for key, study in self.free.studies.items() if study.candidates]
-        studies = [self.free.studies[key] for key in self.keys]
+        self.keys = [key for key, analysis in self.free.analyses.items() if analysis.candidates]
+        analyses = [self.free.analyses[key] for key in self.keys]
         # The last option of each is no plan.
-        self.options: list[list[Candidate | None]] = [[*study.candidates, None] for study in studies]
+        self.options: list[list[Candidate | None]] = [[*analysis.candidates, None] for analysis in analyses]
         self.peaks = [
-            [(c or study.unplanned).judgement.peak_bytes for c in row]
-            for study, row in zip(studies, self.options, strict=True)
+            [(c or analysis.unplanned).judgement.peak_bytes for c in row]
+            for analysis, row in zip(analyses, self.options, strict=True)
         ]
-        total = max(1, sum(study.unplanned_cost for study in studies))
+        total = max(1, sum(analysis.unplanned_cost for analysis in analyses))
         self.costs = [
-            [study.extra_cost(c) / total if c else 0.0 for c in row]
-            for study, row in zip(studies, self.options, strict=True)
+            [analysis.extra_cost(c) / total if c else 0.0 for c in row]
+            for analysis, row in zip(analyses, self.options, strict=True)
         ]
         self.measured: dict[Picks, Measurement] = {}
 
@@ -99,7 +99,7 @@ class Step:
     @property
     def programs(self) -> list[Program]:
         """The decorated functions' programs."""
-        return [study.program for study in self.free.studies.values()]
+        return [analysis.program for analysis in self.free.analyses.values()]
 
     @property
     def name(self) -> str:
@@ -111,9 +111,9 @@ class Step:
     def gradient_bytes(self) -> int:
         """Of all decorated functions, on each device; temporaries of the step."""
         return sum(
-            -(-size_bytes(study.program.avals[study.program.inputs[i]]) // study.split)
-            for study in self.free.studies.values()
-            for i in study.objective.inputs
+            -(-size_bytes(analysis.program.avals[analysis.program.inputs[i]]) // analysis.split)
+            for analysis in self.free.analyses.values()
+            for i in analysis.objective.inputs
         )
 
     @property
@@ -142,7 +142,7 @@ class Step:
     def choice(self, picks: Picks) -> Choice:
         """The choice that these picks are."""
         found = {key: c for key, row, i in zip(self.keys, self.options, picks, strict=True) if (c := row[i])}
-        return Choice(self.free.cost, self.target, self.free.split, self.free.studies, found)
+        return Choice(self.free.cost, self.target, self.free.split, self.free.analyses, found)
 
     def measure(self, picks: Picks) -> Measurement:
         """Compile the step; each choice is compiled once."""

@@ -13,8 +13,8 @@ from rich.tree import Tree
 
 from jaxckpt.model.tree import BranchPlan, LoopPlan, Saved
 from jaxckpt.model.tree import Tree as BodyPlan
-from jaxckpt.plans import Plan, SavedGroup
-from jaxckpt.tradeoff import Frontier, Point
+from jaxckpt.result.frontier import Frontier, Point
+from jaxckpt.result.plan import Plan, SavedGroup
 from jaxckpt.units import short_bytes, short_count, show_bytes
 
 _WIDTH = 118

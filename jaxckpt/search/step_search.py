@@ -6,22 +6,22 @@ share what is left. Where their peaks do not coincide they keep to one common li
 go where they save most. The unplanned step says which of the two it is, and in the end each gets what the others leave.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from jaxckpt.calibration import Calibration, add_samples, remembered_of
 from jaxckpt.compilation.cache import digest
 from jaxckpt.compilation.measure import Measurement
-from jaxckpt.description import describe
 from jaxckpt.errors import InfeasibleBudgetError
-from jaxckpt.ladder import FAR, FASTER, Ladder
 from jaxckpt.model.schedules import Candidate
-from jaxckpt.plans import Plan
-from jaxckpt.sharing import Picks, apart, together
-from jaxckpt.steps import Step
-from jaxckpt.study import Study
-from jaxckpt.units import parse_budget, show_bytes
+from jaxckpt.result.build import build_plan
+from jaxckpt.result.plan import Plan
+from jaxckpt.search.analysis import Analysis
+from jaxckpt.search.budget_search import FASTER, BudgetSearch
+from jaxckpt.search.calibration import Calibration, add_samples, remembered_of
+from jaxckpt.search.shared_budget import Picks, apart, together
+from jaxckpt.search.step import Step
+from jaxckpt.units import show_bytes
 
 # A function that could save less than this share of the cost is not worth a compile of its own.
 _WORTH = 0.005
@@ -53,69 +53,6 @@ class Fitted:
     batch: int | None = None
     next_bytes: int | None = None
     calibration: str | None = None
-
-
-def fit(
-    step: Callable,
-    *args: Any,
-    budget: int | str,
-    cost: str = "time",
-    target: str | None = None,
-    donate_argnums: int | Sequence[int] = (),
-) -> Fitted:
-    """Choose the plans of the decorated functions inside a step so that the whole step fits the budget.
-
-    Args:
-        step: a function that differentiates functions decorated with `auto_remat` without a budget. Those with a
-            budget of their own keep their plans.
-        *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices,
-            the budget is for each.
-        budget: device bytes of the compiled step: an int, `"16GB"`, `"16GiB"`, or `"80%"` of its unplanned peak.
-        cost: what is minimised: "time" or "flops".
-        target: a chip's name; None is the default backend.
-        donate_argnums: as in `jax.jit`.
-
-    Returns:
-        The jitted step with its plans and what it measured. A step that fits gets plans only where they make it 5 %
-        faster, by the model. It takes one compile without plans, unless the budget is
-        in bytes and far below, and some three with; a few more where several functions share the budget. What was
-        measured is remembered, as in `plan`, and saves compiles the next time.
-
-    Raises:
-        BudgetError: a budget that cannot be read.
-        OptionError: a cost that is none, or a step that differentiates no decorated function.
-        InfeasibleBudgetError: no choice of plans fits.
-        ShardingError: arguments on several devices, of which one does not say where it lies.
-        TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, jaxckpt
-        >>> @jaxckpt.auto_remat
-        ... def loss(w, x):
-        ...     for _ in range(8):
-        ...         x = jnp.tanh(x @ w)
-        ...     return jnp.sum(x**2)
-        >>> def step(w, x):
-        ...     return w - 0.1 * jax.grad(loss)(w, x)
-        >>> w, x = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((1024, 64), jnp.float32)
-        >>> len(fit(step, w, x, budget="80%").plans)
-        1
-    """
-    wanted = parse_budget(budget)
-    whole = Step(step, args, cost, target, donate_argnums)
-    if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes):
-        return fitted(whole, wanted.resolve(whole.measure(whole.without).device_bytes))
-    return fitted(whole, wanted.size_bytes)
-
-
-def _may_wait(step: Step, budget_bytes: int) -> bool:
-    """Whether the step is expected so far above the budget without plans that nobody need compile that.
-
-    Several functions hold their bytes one after the other or all at once, which the unplanned step says.
-    """
-    if len(step.peaks) != 1:
-        return False
-    return step.peaks[0][-1] > FAR * max(0, budget_bytes - step.predicted_bytes(0))
 
 
 def fitted(step: Step, budget_bytes: int, batch: int | None = None) -> Fitted:
@@ -157,7 +94,7 @@ def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | Non
     costs = [step.cost(picks) for picks in path]
     # What the unplanned step says of gradients is part of what the samples are relative to.
     name = digest((step.name, adds_up, step.without in step.measured))
-    ladder = Ladder(
+    ladder = BudgetSearch(
         state + offset,
         predicted,
         costs,
@@ -213,14 +150,14 @@ def _raised(step: Step, picks: Picks, budget_bytes: int) -> Picks:
 
 def _plans(step: Step, picks: Picks) -> list[Plan]:
     chosen = {key: row[i] for key, row, i in zip(step.keys, step.options, picks, strict=True)}
-    return [_plan(study, chosen.get(key)) for key, study in step.free.studies.items()]
+    return [_plan(analysis, chosen.get(key)) for key, analysis in step.free.analyses.items()]
 
 
-def _plan(study: Study, candidate: Candidate | None) -> Plan:
-    peak = lambda c: study.fixed_bytes + (c.judgement.peak_bytes if c else 0)  # noqa: E731
-    unplanned = peak(study.unplanned if study.candidates else None)
-    return describe(
-        study,
+def _plan(analysis: Analysis, candidate: Candidate | None) -> Plan:
+    peak = lambda c: analysis.fixed_bytes + (c.judgement.peak_bytes if c else 0)  # noqa: E731
+    unplanned = peak(analysis.unplanned if analysis.candidates else None)
+    return build_plan(
+        analysis,
         candidate,
         budget_bytes=None,
         max_cost=None,
@@ -228,7 +165,7 @@ def _plan(study: Study, candidate: Candidate | None) -> Plan:
         predicted_peak_bytes=peak(candidate) if candidate else unplanned,
         measured_peak_bytes=None,
         next_peak_bytes=None,
-        least_peak_bytes=peak(study.candidates[0] if study.candidates else None),
+        least_peak_bytes=peak(analysis.candidates[0] if analysis.candidates else None),
         is_unplanned_measured=False,
         is_least_measured=False,
         num_compiles=0,

@@ -1,0 +1,72 @@
+"""A whole step, its plans chosen so that the measured peak fits."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxckpt.search.budget_search import FAR
+from jaxckpt.search.step import Step
+from jaxckpt.search.step_search import Fitted, fitted
+from jaxckpt.units import parse_budget
+
+
+def fit(
+    step: Callable,
+    *args: Any,
+    budget: int | str,
+    cost: str = "time",
+    target: str | None = None,
+    donate_argnums: int | Sequence[int] = (),
+) -> Fitted:
+    """Choose the plans of the decorated functions inside a step so that the whole step fits the budget.
+
+    Args:
+        step: a function that differentiates functions decorated with `auto_remat` without a budget. Those with a
+            budget of their own keep their plans.
+        *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices,
+            the budget is for each.
+        budget: device bytes of the compiled step: an int, `"16GB"`, `"16GiB"`, or `"80%"` of its unplanned peak.
+        cost: what is minimised: "time" or "flops".
+        target: a chip's name; None is the default backend.
+        donate_argnums: as in `jax.jit`.
+
+    Returns:
+        The jitted step with its plans and what it measured. A step that fits gets plans only where they make it 5 %
+        faster, by the model. It takes one compile without plans, unless the budget is
+        in bytes and far below, and some three with; a few more where several functions share the budget. What was
+        measured is remembered, as in `plan`, and saves compiles the next time.
+
+    Raises:
+        BudgetError: a budget that cannot be read.
+        OptionError: a cost that is none, or a step that differentiates no decorated function.
+        InfeasibleBudgetError: no choice of plans fits.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxckpt
+        >>> @jaxckpt.auto_remat
+        ... def loss(w, x):
+        ...     for _ in range(8):
+        ...         x = jnp.tanh(x @ w)
+        ...     return jnp.sum(x**2)
+        >>> def step(w, x):
+        ...     return w - 0.1 * jax.grad(loss)(w, x)
+        >>> w, x = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((1024, 64), jnp.float32)
+        >>> len(fit(step, w, x, budget="80%").plans)
+        1
+    """
+    wanted = parse_budget(budget)
+    whole = Step(step, args, cost, target, donate_argnums)
+    if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes):
+        return fitted(whole, wanted.resolve(whole.measure(whole.without).device_bytes))
+    return fitted(whole, wanted.size_bytes)
+
+
+def _may_wait(step: Step, budget_bytes: int) -> bool:
+    """Whether the step is expected so far above the budget without plans that nobody need compile that.
+
+    Several functions hold their bytes one after the other or all at once, which the unplanned step says.
+    """
+    if len(step.peaks) != 1:
+        return False
+    return step.peaks[0][-1] > FAR * max(0, budget_bytes - step.predicted_bytes(0))

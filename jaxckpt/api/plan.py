@@ -1,0 +1,152 @@
+"""From a function and a budget to a plan."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jaxckpt.compilation.objective import Objective, objective
+from jaxckpt.errors import BudgetError, CompilerError, JaxckptWarning, OptionError
+from jaxckpt.model.time import check_cost
+from jaxckpt.program.ir import Program
+from jaxckpt.result.plan import Plan
+from jaxckpt.search.analysis import find_analysis
+from jaxckpt.search.calibration import Calibration
+from jaxckpt.search.candidates import check_solver
+from jaxckpt.search.planner import Search
+from jaxckpt.search.request import Request
+from jaxckpt.targets.sharding import trace_placed
+from jaxckpt.units import parse_budget, parse_bytes
+
+
+def plan(
+    fun: Callable,
+    *args: Any,
+    budget: int | str | None = None,
+    max_cost: float | None = None,
+    cost: str = "time",
+    solver: Any = "auto",
+    target: str | None = None,
+    reserve: int | str = 0,
+    verify: bool = True,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    calibration: Calibration | str | None = "auto",
+    keep_checkpoints: bool = True,
+    profile: bool = False,
+) -> Plan:
+    """Find the cheapest recomputation plan of a function's value and gradient within a budget.
+
+    Args:
+        fun: a function of pytrees; leaves that are not arrays are static.
+        *args: arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices, sizes are those of each.
+        budget: device bytes: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
+        max_cost: instead of a budget, the most the step may cost as a fraction of the unplanned cost, such as 1.1.
+        cost: what is minimised: "time", modelled for the target, or "flops".
+        solver: "auto", "chain", "chen", "revolve", "lower_sets", "ilp" (for a dozen blocks at most), or a function
+            `(problem, budget_bytes=...) -> Schedule`.
+        target: a chip's name; None is the default backend.
+        reserve: device bytes to leave for what lives outside the function, as a budget is written.
+        verify: compile the plan and measure it; otherwise it is predicted, and a margin is left.
+        argnums: as in `jax.grad`.
+        has_aux: as in `jax.grad`.
+        calibration: a record of how far predictions are off; "auto" is what earlier plans left in the user's cache, and
+            None uses and keeps nothing. The plan is a function of the program, the target, the versions and the record,
+            whose hash it carries.
+        keep_checkpoints: leave the function's own `jax.checkpoint` calls as they are; otherwise they are inlined, and
+            the plan alone decides what is recomputed.
+        profile: compile each distinct block and option for the target on its own first, and time it where the target is
+            the device that is here, instead of modelling it. That takes a small compile for each.
+
+    Returns:
+        The plan. Its `str` is the report. Where everything fits its schedule is None, unless a plan makes loops stack
+        so much less that the step is modelled to be 5 % faster.
+
+    Raises:
+        BudgetError: a budget that cannot be read, neither or both of `budget` and `max_cost`, or a reserve without a
+            budget.
+        OptionError: a cost, a solver or a calibration that is none.
+        InfeasibleBudgetError: no plan fits.
+        NotDifferentiableError: nothing to differentiate.
+        ShardingError: arguments on several devices, of which one does not say where it lies.
+        TargetError: an unknown target, or a topology that it does not have.
+        UnsupportedProgramError: side effects inside the function.
+
+    Where the target's compiler is not installed or fails, a warning says so and the plan is predicted, as with
+    `verify=False`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def loss(w, x):
+        ...     for _ in range(8):
+        ...         x = jnp.tanh(x @ w)
+        ...     return jnp.sum(x**2)
+        >>> w, x = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((1024, 64), jnp.float32)
+        >>> plan(loss, w, x, budget="80%").measured_peak_bytes is not None
+        True
+    """
+    request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration, profile)
+    traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+    return plan_program(traced.program, objective(traced, argnums, has_aux), request)
+
+
+def make_request(
+    budget: Any,
+    max_cost: Any,
+    cost: str,
+    solver: Any,
+    target: str | None,
+    reserve: Any,
+    verify: bool,
+    calibration: Any = "auto",
+    profile: bool = False,
+) -> Request:
+    """Check the arguments that do not depend on the program.
+
+    Raises:
+        BudgetError: with what is accepted.
+        OptionError: a cost, a solver or a calibration that is none.
+    """
+    check_cost(cost)
+    check_solver(solver)
+    if not (calibration is None or calibration == "auto" or isinstance(calibration, Calibration)):
+        raise OptionError(
+            f'calibration={calibration!r} is not accepted; write "auto", None, or a record: Calibration.load(path)'
+        )
+    if (budget is None) == (max_cost is None):
+        raise BudgetError("give exactly one of budget (bytes) and max_cost (a fraction of the unplanned cost)")
+    if max_cost is not None and (isinstance(max_cost, bool) or not isinstance(max_cost, int | float)):
+        raise BudgetError(f"max_cost={max_cost!r} is not a number; 1.1 allows 10 % more than the unplanned cost")
+    if max_cost is not None and not 1 <= max_cost < math.inf:
+        raise BudgetError(f"max_cost={max_cost!r} is below 1; 1.1 allows 10 % more than the unplanned cost")
+    reserve_bytes = parse_bytes(reserve, "reserve", least=0)
+    if max_cost is not None and reserve_bytes:
+        raise BudgetError(f"reserve={reserve!r} is taken off a budget, and max_cost={max_cost!r} has none")
+    return Request(
+        budget=None if budget is None else parse_budget(budget),
+        max_cost=max_cost,
+        cost=cost,
+        solver=solver,
+        target=target,
+        reserve_bytes=reserve_bytes,
+        verify=verify,
+        calibration=calibration,
+        profile=profile,
+    )
+
+
+def plan_program(program: Program, goal: Objective, request: Request, cache_dir: str | None = None) -> Plan:
+    """Plan a flat program, with the calibration record that is kept in this directory.
+
+    It is planned from prediction, with a warning, where its target cannot be compiled for.
+    """
+    try:
+        analysis = find_analysis(program, goal, request.cost, request.solver, request.target, request.profile)
+        return Search(analysis, request, cache_dir).run()
+    except CompilerError as error:
+        if not request.verify:
+            raise
+        warnings.warn(f"{error}. Until then this plan is predicted, not measured", JaxckptWarning, stacklevel=3)
+        analysis = find_analysis(program, goal, request.cost, request.solver, request.target)
+        return Search(analysis, replace(request, verify=False), cache_dir).run()
