@@ -31,7 +31,8 @@ from rich.table import Table
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "solvers")]
 
 import jaxckpt
-from jaxckpt.model.tree import LoopPlan, Saved
+from jaxckpt.kinds.scan_run import LoopPlan
+from jaxckpt.model.option import Save
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.units import short_bytes
 
@@ -255,7 +256,7 @@ def _planned(fun: Callable, specs: Any, budget: int, target: str | None) -> Row:
     )
 
 
-def _shown(saved: Saved) -> str:
+def _shown(saved: Save) -> str:
     if not isinstance(saved, LoopPlan):
         return ""
     shown = (
@@ -265,7 +266,7 @@ def _shown(saved: Saved) -> str:
     return " + ".join(shown)
 
 
-def _is_binomial(saved: Saved) -> bool:
+def _is_binomial(saved: Save) -> bool:
     parts = saved.parts if isinstance(saved, LoopPlan) else ()
     return any(part.num_states or any(map(_is_binomial, part.body.saved)) for part in parts)
 

@@ -76,6 +76,12 @@ def analysed(
     return Analysis(traced.program, objective(traced, 0, has_aux), cost, solver, target)
 
 
+def all_saves(found: Analysis) -> list[list[Any]]:
+    """What each option of each block saves, in the program's values."""
+    assert found.blocks is not None
+    return [[block.save(i) for i in range(len(block.options))] for block in found.blocks.blocks]
+
+
 # Name -> function, shapes of its arguments, has_aux.
 CASES = {name: (model.fun, model.specs(), model.has_aux) for name, model in MODELS.items()}
 CASES["gpt"] = gpt.make_loss(gpt.TINY), gpt.specs(gpt.TINY), False

@@ -11,7 +11,7 @@ from jax import lax
 import jaxckpt
 from jaxckpt import compiler_options
 from jaxckpt.kinds import binomial
-from jaxckpt.model.tree import LoopPlan
+from jaxckpt.kinds.scan_run import LoopPlan
 
 
 def step(consts, carry, slices):

@@ -10,6 +10,7 @@ import pytest
 from helpers import CASES, analysed, analysis_of
 from zoo import gpt, models, unet
 
+from jaxckpt.model.option import LEFT_TO_JAX, SavedValues
 from jaxckpt.program import primitives
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.program.interpret import run
@@ -91,8 +92,8 @@ def test_identical_layers_are_analysed_once():
     for num_layers in (3, 5):
         config = dataclasses.replace(gpt.TINY, num_layers=num_layers)
         blocks = analysed(gpt.make_loss(config), *gpt.specs(config)).blocks
-        assert len(blocks.classes) == len(blocks.spans)
-        distinct.append((len(set(blocks.classes)), len(blocks.spans)))
+        assert len(blocks.numbers) == len(blocks.spans)
+        distinct.append((len(set(blocks.numbers)), len(blocks.spans)))
     (few, small), (as_few, large) = distinct
     assert few == as_few and large > small + few
 
@@ -102,8 +103,8 @@ def test_blocks_that_differ_are_told_apart():
     wide = [weights[0], weights[1], weights[2][:, :16]]
     s = analysed(models.chain_loss, *shapes((wide, x)))
     dots = {k: e.outputs[0] for k, span in enumerate(s.blocks.spans) for e in span.equations if primitives.is_matmul(e)}
-    widths = {s.blocks.classes[k]: s.program.avals[v].shape for k, v in dots.items()}
-    assert all(widths[s.blocks.classes[k]] == s.program.avals[v].shape for k, v in dots.items())
+    widths = {s.blocks.numbers[k]: s.program.avals[v].shape for k, v in dots.items()}
+    assert all(widths[s.blocks.numbers[k]] == s.program.avals[v].shape for k, v in dots.items())
     assert len(set(widths.values())) == 2
 
 
@@ -111,7 +112,7 @@ def test_a_chain_by_hand():
     # Three layers y = tanh(x @ w), [256, 32] float32. A block ends after its matmul, which is what it hands on.
     s = analysed(models.chain_loss, *shapes(models.chain_args(layers=3)))
     size = 4 * 256 * 32
-    problem = s.blocks.flops_problem
+    problem = s.blocks.problem
     assert [v.size_bytes for v in problem.values][:2] == [size, size]
     assert [v.cotangent_bytes for v in problem.values][:2] == [size, size]
     assert problem.forward_time == s.forward_flops == 3 * (2 * 256 * 32 * 32 + 256 * 32) + 2 * 256 * 32
@@ -122,12 +123,13 @@ def test_a_chain_by_hand():
 @pytest.mark.parametrize("name", ["residual", "gpt"])
 def test_every_block_may_keep_everything_or_nothing(name):
     blocks = analysis_of(name).blocks
-    for block, choices in zip(blocks.problem.blocks, blocks.choices, strict=True):
-        assert len(choices) == len(block.options)
-        assert choices.count(None) == 1 and choices[-1] is None
+    nothing = SavedValues(())
+    for block in blocks.blocks:
+        saves = [option.save for option in block.options]
+        assert saves.count(LEFT_TO_JAX) == 1 and saves[-1] == LEFT_TO_JAX
         # Saving nothing, unless JAX needs no more by itself; what an operation needs room for is held all the same.
-        assert () in choices or len(choices) == 1
-        least = block.options[choices.index(())].saved_bytes if () in choices else 0
+        assert nothing in saves or len(saves) == 1
+        least = block.options[saves.index(nothing)].saved_bytes if nothing in saves else 0
         assert all(option.saved_bytes >= least for option in block.options[:-1])
 
 

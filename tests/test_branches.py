@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import analysed, assert_close, equations, jit, x64
+from helpers import all_saves, analysed, assert_close, equations, jit, x64
 from jax import lax
 from jax.extend.core import primitives as prims
 
 import jaxckpt
-from jaxckpt.model.tree import BranchPlan, LoopPlan
+from jaxckpt.kinds.cond_run import BranchPlan
+from jaxckpt.kinds.scan_run import LoopPlan
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.program.interpret import run
 
@@ -169,13 +170,13 @@ def test_a_plan_survives_a_file(tmp_path):
 def test_what_is_not_worth_a_plan_is_left_whole():
     branches = jnp.sin, jnp.cos  # nothing in them takes a buffer
     s = analysed(lambda x: jnp.sum(lax.cond(x[0] > 0, *branches, x) ** 2), jnp.ones(8))
-    assert not any(isinstance(saved, BranchPlan) for choices in s.blocks.choices for saved in choices)
+    assert not any(isinstance(saved, BranchPlan) for choices in all_saves(s) for saved in choices)
 
     def by_platform(x):
         return jnp.sum(lax.platform_dependent(x, cpu=lambda x: jnp.tanh(x @ x), default=lambda x: jnp.cos(x @ x)))
 
     s = analysed(by_platform, jnp.ones((8, 8)))
-    assert not any(isinstance(saved, BranchPlan) for choices in s.blocks.choices for saved in choices)
+    assert not any(isinstance(saved, BranchPlan) for choices in all_saves(s) for saved in choices)
 
 
 def test_the_plan_is_inside_the_branches():
@@ -187,5 +188,5 @@ def test_the_plan_is_inside_the_branches():
 
 
 def test_every_option_of_a_conditional_is_another_one():
-    (choices,) = [c for c in analysed(LOSSES["scan"], *shapes()).blocks.choices if isinstance(c[0], BranchPlan)]
+    (choices,) = [c for c in all_saves(analysed(LOSSES["scan"], *shapes())) if isinstance(c[0], BranchPlan)]
     assert len(set(choices)) == len(choices) > 3

@@ -9,6 +9,7 @@ from helpers import CASES, analysed, analysis_of
 from zoo import gpt, gpt2
 from zoo.models import chain_args, chain_loss
 
+from jaxckpt.kinds.base import is_alone
 from jaxckpt.model.cut import _SINKABLE, _borders, cut_program, merged_spans, spans_at
 from jaxckpt.program import dataflow
 from jaxckpt.program.ir import size_bytes
@@ -109,7 +110,7 @@ def test_no_more_blocks_than_allowed(most):
     program = trace(gpt.make_loss(config), gpt.specs(config)).program
     dag = dataflow.build_graph(program)
     active = dataflow.active_values(program, set(program.inputs[:-1]), {program.outputs[0]})
-    spans = cut_program(program, dag, active, max_blocks=most)
+    spans = cut_program(program, dag, active, max_blocks=most, is_alone=is_alone)
     assert 1 <= len(spans) <= most
     assert {i for span in spans for i in span.positions} == set(range(len(program.equations)))
 
@@ -204,7 +205,7 @@ def test_what_repeats_is_treated_alike_too_on_a_tpu():
     fine, coarse, merged = s.cuts
     assert len(fine.spans) > len(coarse.spans) > len(merged.spans) >= 6
     assert {s.kind(c) for c in s.rungs} == {0, 1, 2, 3}
-    like = [k for k, number in enumerate(merged.classes) if merged.classes.count(number) >= 4]
+    like = [k for k, number in enumerate(merged.numbers) if merged.numbers.count(number) >= 4]
     kept = [tuple(n.option for n in c.schedule.nodes if n.start in like) for c in s.rungs if c.is_alike]
     # One option for all of them, and almost every option they have at one budget or another.
     assert all(len(options) == len(like) >= 4 and len(set(options)) == 1 for options in kept)

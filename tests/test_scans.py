@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import analysed, assert_close, count, jit, x64
+from helpers import all_saves, analysed, assert_close, count, jit, x64
 from jax import lax
 
 import jaxckpt
 from jaxckpt.compilation.objective import objective
 from jaxckpt.kinds.binomial import num_again
-from jaxckpt.kinds.scan import Run, run_loop
-from jaxckpt.model.tree import LoopPlan
+from jaxckpt.kinds.scan_run import LoopPlan, Run, run_loop
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.flops import gradient_cost, jaxpr_cost
 from jaxckpt.program.interpret import run
@@ -111,7 +110,7 @@ def test_gradients_are_those_of_the_plain_loop(name):
     with x64():
         args = make(dtype="float64")
         s = analysed(fun, *args)
-        assert any(isinstance(c, LoopPlan) for choices in s.blocks.choices for c in choices)
+        assert any(isinstance(c, LoopPlan) for choices in all_saves(s) for c in choices)
         flat = jax.tree.leaves(args)
         wanted = jit(s.objective.differentiated(lambda *x: run(s.program, *x)))(*flat)
         for candidate in some_candidates(s):
@@ -254,7 +253,7 @@ def test_where_everything_fits_nothing_is_planned_for_little():
 def test_no_iteration_of_a_loop_is_left_alone():
     # Compilers put a loop of one iteration in line, and then hold more than the model says.
     s = analysed(rnn_loss, *shapes(rnn_args(60)))
-    plans = [x for choices in s.blocks.choices for x in choices if isinstance(x, LoopPlan)]
+    plans = [x for choices in all_saves(s) for x in choices if isinstance(x, LoopPlan)]
     assert len(plans) > 20 and all(p.lengths != (1,) for plan in plans for p in plan.parts)
 
 
@@ -322,7 +321,7 @@ def test_a_loop_without_tangents_is_left_alone():
         return jnp.sum(jnp.tanh(w @ w) ** 2) + lax.stop_gradient(steps)
 
     s = analysed(fun, jnp.ones((8, 8)), jnp.ones(5))
-    assert not any(isinstance(c, LoopPlan) for choices in s.blocks.choices for c in choices)
+    assert not any(isinstance(c, LoopPlan) for choices in all_saves(s) for c in choices)
 
 
 def gated_loss(params, x, wrap=lambda layer: layer):

@@ -18,7 +18,7 @@ from jaxckpt import _compat
 from jaxckpt.api.auto_remat import auto_remat
 from jaxckpt.errors import OptionError
 from jaxckpt.kinds.binomial_tree import binomial_scan
-from jaxckpt.kinds.scan import Run, run_loop
+from jaxckpt.kinds.scan_run import Run, run_loop
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.interpret import evaluate, outputs_of, run
 from jaxckpt.program.ir import Constant, Equation, Program

@@ -1,18 +1,19 @@
 """One iteration of a loop, or one branch of a conditional: its blocks, and plans of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ckptsolvers import Keep, Problem, Schedule, simulate
 from ckptsolvers.schedule import Node, region
 
+from jaxckpt.kinds.base import Analyser, is_alone
+from jaxckpt.model.blocks import Blocks
 from jaxckpt.model.cut import cut_program, spans_at
+from jaxckpt.model.option import Save, Work
 from jaxckpt.model.schedules import chain_schedules
-from jaxckpt.model.time import Timer
-from jaxckpt.model.tree import Saved, Tree
+from jaxckpt.model.tree import Tree
 from jaxckpt.program import dataflow
 from jaxckpt.program.control_flow import Branch, Loop
-from jaxckpt.targets.chip import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +25,8 @@ class Iteration:
         stacked_bytes: kept from its forward to its backward.
         peak_bytes: most alive at once in its backward.
         whole_peak_bytes: the same where nothing of its forward is there.
-        again_time: what it makes again, less what loops inside take to stack without a plan.
-        again_flops: the same in FLOPs, of which stacking takes none.
-        whole_time: what it makes again where nothing of its forward is there, its results left out.
-        whole_flops: the same in FLOPs.
+        again: what it recomputes; of its time, what loops inside take to stack without a plan is taken off.
+        whole: what it recomputes where nothing of its forward is there, its results left out.
         is_wrapped: one checkpoint stands around the whole.
     """
 
@@ -35,54 +34,38 @@ class Iteration:
     stacked_bytes: int
     peak_bytes: int
     whole_peak_bytes: int
-    again_time: int
-    again_flops: int
-    whole_time: int
-    whole_flops: int
+    again: Work
+    whole: Work
     is_wrapped: bool
 
 
 class Body:
     """One iteration, or a branch: its blocks, cut as finely as any program and not at all, and its plans."""
 
-    def __init__(self, loop: Loop | Branch, active: set[int], timer: Timer, target: Target, analyse: Callable):
+    def __init__(self, loop: Loop | Branch, active: set[int], analyser: Analyser):
         program = loop.body
         self.loop = loop
         dag = dataflow.build_graph(program)
-        cut = cut_program(program, dag, active)
+        cut = cut_program(program, dag, active, is_alone=is_alone)
         one = spans_at(program, [range(len(program.equations))])
         self.cuts = [
-            analyse(
-                program,
-                dag,
-                spans,
-                active=active,
-                # Carry and slices are there in every iteration; what stacking them costs is counted by the loop.
-                arguments=set(program.inputs),
-                timer=timer,
-                target=target,
-                invariant=loop.consts,
-            )
+            # Carry and slices are there in every iteration; what stacking them costs is counted by the loop.
+            analyser.inside(program, dag, spans, active=active, invariant=loop.consts)
             for spans in ([one] if len(cut) < 2 else [one, cut])
         ]
         self.whole = self.cuts[0]
 
     @property
-    def forward_time(self) -> int:
+    def forward(self) -> Work:
         """Of all it makes."""
-        return self.whole.problem.forward_time
-
-    @property
-    def forward_flops(self) -> int:
-        """The same in FLOPs."""
-        return self.whole.flops_problem.forward_time
+        return self.whole.blocks[0].analysis.forward[-1]
 
     @property
     def forward_peak_bytes(self) -> int:
         """Most bytes alive in it."""
         return self.whole.problem.blocks[0].forward_peak_bytes
 
-    def everything(self) -> Iteration:
+    def left_to_jax(self) -> Iteration:
         """What JAX does without a plan."""
         last = len(self.whole.problem.blocks[0].options) - 1
         return next(self._iterations(self.whole, [Schedule((Keep(0, last),))]))
@@ -96,18 +79,20 @@ class Body:
                 schedules = chain_schedules(blocks.problem)
             yield from self._iterations(blocks, schedules)
 
-    def _iterations(self, blocks, schedules: Iterable[Schedule]) -> Iterator[Iteration]:
-        problems = (blocks.problem, blocks.flops_problem)
+    def _iterations(self, blocks: Blocks, schedules: Iterable[Schedule]) -> Iterator[Iteration]:
         # What is run again makes no results: they went to the next iteration long ago.
-        bare = tuple(map(_without_results, problems))
-        stacked = _with_peaks(blocks.problem, blocks.stacked_peaks)  # what is saved lies in stacks
+        bare = _without_results(blocks.problem)
+        # What is saved lies in stacks.
+        stacked = _read_from_stacks(blocks)
         positions = tuple(s.positions for s in blocks.spans)
         without = blocks.unplanned_extra
         for inside in schedules:
-            judged, in_flops = (simulate(problem, inside) for problem in problems)
+            judged = simulate(blocks.problem, inside)
             apart = judged if stacked is blocks.problem else simulate(stacked, inside)
-            whole, whole_in_flops = (simulate(problem, inside) for problem in bare)
-            saved = tuple(blocks.choices[n.block][n.option] for n, _ in inside.walk() if isinstance(n, Keep))
+            whole = simulate(bare, inside)
+            saved = tuple(blocks.saves(inside))
+            whole_work = Work(whole.work - without, blocks.flops(inside, whole))
+            extra = Work(judged.extra_work - without, blocks.flops(inside, judged) - blocks.forward_flops)
             for is_wrapped in (False, True):
                 schedule = Schedule((region(inside.nodes),)) if is_wrapped else inside
                 yield Iteration(
@@ -115,14 +100,12 @@ class Body:
                     stacked_bytes=self._stacked(blocks, schedule.nodes, saved),
                     peak_bytes=(whole if is_wrapped else apart).peak_bytes,
                     whole_peak_bytes=(whole if is_wrapped else judged).peak_bytes,
-                    again_time=(whole.work if is_wrapped else judged.extra_work) - without,
-                    again_flops=whole_in_flops.work if is_wrapped else in_flops.extra_work,
-                    whole_time=whole.work - without,
-                    whole_flops=whole_in_flops.work,
+                    again=whole_work if is_wrapped else extra,
+                    whole=whole_work,
                     is_wrapped=is_wrapped,
                 )
 
-    def _stacked(self, blocks, nodes: Sequence[Node], saved: Sequence[Saved]) -> int:
+    def _stacked(self, blocks: Blocks, nodes: Sequence[Node], saved: Sequence[Save]) -> int:
         """What an iteration hands from its forward to its backward: what regions read, and what is saved."""
         free = {*self.loop.consts, *self.loop.slices}
         held: set[int] = set()
@@ -131,15 +114,14 @@ class Body:
             spans = blocks.spans[node.start : node.stop]
             made = {v for span in spans for v in span.outputs}
             held.update(v for span in spans for v in span.inputs if v not in made)
-            choice = saved[node.start] if isinstance(node, Keep) else ()
-            if isinstance(choice, tuple):
-                held.update(choice)
-            elif isinstance(node, Keep):
-                total += (
-                    blocks.residual_bytes[node.block]
-                    if choice is None
-                    else blocks.problem.blocks[node.block].options[node.option].saved_bytes
-                )
+            if not isinstance(node, Keep):
+                continue
+            analysis, save = blocks.blocks[node.block].analysis, saved[node.block]
+            held.update(save.named_values)
+            if save.is_left_to_jax:
+                total += analysis.residual_bytes
+            elif not save.is_by_name:
+                total += analysis.options[node.option].saved_bytes
         return total + sum(map(blocks.layouts.held_bytes, held - free))
 
 
@@ -165,17 +147,18 @@ def _without_results(problem: Problem) -> Problem:
     return Problem(blocks=tuple(blocks), values=tuple(values))
 
 
-def _with_peaks(problem: Problem, peaks: Sequence[Sequence[int]]) -> Problem:
-    """The problem with other peaks of its options' backwards, where there are any."""
-    if not any(peaks):
-        return problem
-    blocks = [
+def _read_from_stacks(blocks: Blocks) -> Problem:
+    """The problem where what is saved is read from stacks that are counted elsewhere."""
+    if all(option.stacked_peak_bytes is None for block in blocks.blocks for option in block.options):
+        return blocks.problem
+    read = [
         replace(
             block,
-            options=tuple(replace(o, backward_peak_bytes=p) for o, p in zip(block.options, some, strict=True)),
+            options=tuple(
+                o if option.stacked_peak_bytes is None else replace(o, backward_peak_bytes=option.stacked_peak_bytes)
+                for o, option in zip(block.options, placed.options, strict=True)
+            ),
         )
-        if some
-        else block
-        for block, some in zip(problem.blocks, peaks, strict=True)
+        for block, placed in zip(blocks.problem.blocks, blocks.blocks, strict=True)
     ]
-    return replace(problem, blocks=tuple(blocks))
+    return replace(blocks.problem, blocks=tuple(read))

@@ -1,39 +1,69 @@
-"""Blocks that run once and that no region covers: side effects, and what a compiler treats worse inside regions."""
+"""Blocks with side effects: they run once, where they stand, and no region covers them."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from typing import Any
 
-from ckptsolvers import Block, Option
-
+from jaxckpt.kinds.base import Analyser, KeptBlock
+from jaxckpt.kinds.plain import analyse_block
 from jaxckpt.model.joint import LocalBlock
-from jaxckpt.model.option import EVERYTHING, BlockAnalysis
-from jaxckpt.model.schedules import NO_ROOM
-from jaxckpt.program.ir import size_bytes
+from jaxckpt.model.option import LEFT_TO_JAX, BlockAnalysis, LeftToJax, Option, Work, kept_only, on_device
+from jaxckpt.program.interpret import evaluate
+from jaxckpt.program.ir import Equation, size_bytes
 
 
-def effectful(local: LocalBlock) -> BlockAnalysis:
-    """A block with side effects and no tangents: it is run where it stands, and that is its only option."""
+class Effect:
+    """A block that ends with an operation that has an effect. What it saves is left to JAX, as any block may be."""
+
+    name = LeftToJax.kind
+
+    def matches(self, eqn: Equation, is_active: bool) -> bool:
+        """Whether a block that ends with this equation is of this kind."""
+        del is_active
+        return bool(eqn.effects)
+
+    def analyse(self, local: LocalBlock, analyser: Analyser) -> BlockAnalysis:
+        """The one option there is."""
+        return kept_only(analyse_block(local, analyser)[0] if local.active_outputs else _without_tangents(local))
+
+    def run(self, block: KeptBlock) -> None:
+        """Run the block as it is."""
+        evaluate(block.equations, block.values)
+
+    def to_json(self, save: LeftToJax) -> dict[str, Any]:
+        """What is saved as plain data."""
+        del save
+        return {}
+
+    def from_json(self, data: dict[str, Any]) -> LeftToJax:
+        """Read what `to_json` made."""
+        del data
+        return LEFT_TO_JAX
+
+    def describe(self, save: LeftToJax) -> Iterator[str]:
+        """There is nothing to say."""
+        del save
+        return iter(())
+
+    def held(self, eqn: Equation) -> str:
+        """What is held of a block without a name."""
+        del eqn
+        return "what JAX keeps"
+
+
+def _without_tangents(local: LocalBlock) -> BlockAnalysis:
+    """It is run where it stands, costs nothing that a plan could change, and nothing of it is held."""
     size = sum(size_bytes(local.program.avals[v]) for v in local.outputs if v not in local.results)
-    times = (0,) * (len(local.outputs) + 1)
+    nothing = (Work(),) * (len(local.outputs) + 1)
     option = Option(
-        name=EVERYTHING,
-        saved_bytes=0,
-        recompute_time=0,
-        forward_times=times,
+        name="everything",
+        save=LEFT_TO_JAX,
+        saved=on_device(0),
+        recompute=Work(),
+        forward=nothing,
         forward_peak_bytes=size,
         backward_peak_bytes=0,
+        unread_inputs=tuple(range(len(local.span.inputs))),
     )
-    block = Block(forward_times=times, forward_peak_bytes=size, options=(option,))
-    unread = tuple(range(len(local.span.inputs)))
-    return BlockAnalysis(block, block, (None,), (unread,), 0, 0)
-
-
-def outside_regions_only(analysis: BlockAnalysis) -> BlockAnalysis:
-    """The block as one that no region covers: left to JAX where it stands, and never run without being kept."""
-    alone = lambda block: replace(block, forward_peak_bytes=NO_ROOM, options=block.options[-1:])  # noqa: E731
-    return replace(
-        analysis,
-        block=alone(analysis.block),
-        flops_block=alone(analysis.flops_block),
-        saved=analysis.saved[-1:],
-        unread=analysis.unread[-1:],
+    return BlockAnalysis(
+        forward=nothing, forward_peak_bytes=size, options=(option,), unplanned_cost=0, residual_bytes=0
     )

@@ -1,49 +1,142 @@
-"""Plain blocks: their options are sets of values to save."""
+"""Plain blocks: their options are sets of values to save by name.
 
+Source: the sets are minimum cuts between what is there and what the backward reads, as in Cai et al.'s partitioner of
+PyTorch's AOTAutograd, taken at every exchange rate between bytes and time; see `ckptsolvers.mincut`.
+"""
+
+import functools
 import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from ckptsolvers import Option
+from ckptsolvers.mincut import Operation
+from ckptsolvers.mincut import save_sets as minimum_cuts
 
+from jaxckpt.kinds.base import Analyser, KeptBlock
 from jaxckpt.model.block import Model
 from jaxckpt.model.joint import LocalBlock, differentiate
-from jaxckpt.model.option import BlockAnalysis, dominates
-from jaxckpt.model.time import Timer
-from jaxckpt.model.tree import Saved
-from jaxckpt.targets.chip import Target
+from jaxckpt.model.option import BlockAnalysis, Option, SavedValues, dominates, kept_only
+from jaxckpt.program.interpret import evaluate
+from jaxckpt.program.ir import Equation
 
-# Options that differ by less than these parts of a block's largest value and of its work are alike.
-_ALIKE_BYTES, _ALIKE_TIME = 64, 2000
+# Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
+_TINY, _FOR_NOTHING = 64, 0.001
+# An operation is costly that takes this share of a block's work; minimum cuts for sets between those of the hull.
+_COSTLY, _MAX_BETWEEN = 0.01, 256
+# Options that differ by less than these parts of a block's largest value and of its work are identical.
+_SAME_BYTES, _SAME_TIME = 64, 2000
 
 
-def analyse_block(local: LocalBlock, timer: Timer, target: Target) -> BlockAnalysis:
-    """Find a block's options; the last one leaves it to JAX."""
+class Plain:
+    """A block of operations that are run as they are, inside a checkpoint that saves some values by name."""
+
+    name = SavedValues.kind
+
+    def matches(self, eqn: Equation, is_active: bool) -> bool:
+        """Whether a block that ends with this equation is of this kind: any is."""
+        del eqn, is_active
+        return True
+
+    def analyse(self, local: LocalBlock, analyser: Analyser) -> BlockAnalysis:
+        """Find the block's options."""
+        found, model, saved = analyse_block(local, analyser)
+        if analyser.profiler is not None:
+            found = analyser.profiler.profiled(model, found, saved)
+        is_apart = local.active_outputs and analyser.is_apart(local.span.equations[-1])
+        return kept_only(found) if is_apart else found
+
+    def run(self, block: KeptBlock) -> None:
+        """Run the block inside a checkpoint."""
+        names = {v: f"{block.prefix}.{i}" for i, v in enumerate(block.save.named_values)}
+        block.checkpointed(functools.partial(evaluate, block.equations, names=names), tuple(names.values()))
+
+    def to_json(self, save: SavedValues) -> dict[str, Any]:
+        """What is saved as plain data."""
+        return {"values": save.values}
+
+    def from_json(self, data: dict[str, Any]) -> SavedValues:
+        """Read what `to_json` made."""
+        return SavedValues(tuple(map(int, data["values"])))
+
+    def describe(self, save: SavedValues) -> Iterator[str]:
+        """Nothing beyond what reports list of every value."""
+        del save
+        return iter(())
+
+    def held(self, eqn: Equation) -> str:
+        """What is held of a block without a name."""
+        del eqn
+        return "what JAX keeps"
+
+
+def analyse_block(local: LocalBlock, analyser: Analyser) -> tuple[BlockAnalysis, Model, list[frozenset[int]]]:
+    """Find the options of a block of operations; the last one leaves it to JAX.
+
+    Returns:
+        The options, the model that they are from, and what each holds, in numbers of the model.
+    """
     joint = differentiate(local)
-    model = Model(local, joint, timer, target)
+    model = Model(local, joint, analyser.timer, analyser.target)
+    kept: list[tuple[Option, frozenset[int]]] = []
+    spare_bytes = max(map(model.size, model.savable), default=0) // _SAME_BYTES
+    spare_time = sum(model.time.values()) // _SAME_TIME
     # Of a loop's whole body the peaks where what was saved is read from stacks come on top of the options' own.
-    peak = model.stacked_peak if local.is_whole_body else lambda option, saved: 0
-    kept: list[tuple[Option, frozenset[int], int]] = []
-    choices: list[Saved] = []
-    spare_bytes = max(map(model.size, model.savable), default=0) // _ALIKE_BYTES
-    spare_time = sum(model.time.values()) // _ALIKE_TIME
-    for saved in model.save_sets():
+    peak = lambda option: option.stacked_peak_bytes or 0  # noqa: E731
+    for saved in save_sets(model):
         option = model.option(f"save {len(saved)}" if saved else "nothing", saved)
-        own = peak(option, saved)
-        if any(p <= own + spare_bytes and dominates(o, option, spare_bytes, spare_time) for o, _, p in kept):
-            continue
-        kept.append((option, saved, own))
-        choices.append(tuple(sorted(model.named[v] for v in saved)))
-    everything, held, unread = model.everything()
+        most = peak(option) + spare_bytes
+        if not any(peak(o) <= most and dominates(o, option, spare_bytes, spare_time) for o, _ in kept):
+            kept.append((option, saved))
+    left, held = model.left_to_jax()
     # Where leaving the block to JAX takes no more of anything, no checkpoint is due.
-    most = peak(everything, held)
-    useful = [not (dominates(everything, option, spare_bytes) and most <= p + spare_bytes) for option, _, p in kept]
-    kept = [*itertools.compress(kept, useful), (everything, held, most)]
-    choices = [*itertools.compress(choices, useful), None]
-    return BlockAnalysis(
-        model.block(tuple(option for option, *_ in kept), model.time),
-        model.block(tuple(model.in_flops(option, saved) for option, saved, _ in kept), model.flops),
-        tuple(choices),
-        (*(model.unread(saved) for _, saved, _ in kept[:-1]), unread),
-        sum(model.time.values()) + sum(timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])),
-        model.residual_bytes(),
-        stacked_peaks=tuple(p for *_, p in kept) if local.is_whole_body else (),
+    useful = [not (dominates(left, o, spare_bytes) and peak(left) <= peak(o) + spare_bytes) for o, _ in kept]
+    kept = [*itertools.compress(kept, useful), (left, held)]
+    backward = analyser.timer(joint.backward, joint.avals, [*joint.waiting, *joint.gradients])
+    analysis = BlockAnalysis(
+        forward=model.forward(),
+        forward_peak_bytes=model.forward_peak_bytes(),
+        options=tuple(option for option, _ in kept),
+        unplanned_cost=sum(model.time.values()) + sum(backward),
+        residual_bytes=model.residual_bytes(),
     )
+    return analysis, model, [saved for _, saved in kept]
+
+
+def save_sets(model: Model) -> list[frozenset[int]]:
+    """Sets worth considering: once as if every value had its price, once as if outputs were held anyway.
+
+    All iterations of a loop are run identically, and other blocks that repeat may be, so for these sets between those
+    of the hull are worth having too, and those of results of costly operations alone: fewer values are alive while what
+    follows is recomputed.
+    """
+    local, residuals = model.local, model.joint.residuals
+    fine = [Operation(reads=e.reads, makes=e.outputs, time=model.time[id(e)]) for e in model.joint.forward]
+    read = {v for eqn in model.needed(residuals, frozenset()) for v in eqn.outputs}
+    outputs = read.intersection(model.outputs, model.savable)
+    found: dict[frozenset[int], None] = {}
+    for operations in (fine, _costly(fine)) if local.is_repeated else (fine,):
+        for sizes in (model.savable, model.savable | dict.fromkeys(outputs, 1)) if outputs else (model.savable,):
+            for saved in minimum_cuts(
+                operations,
+                targets=residuals,
+                save_bytes=sizes,
+                max_between=_MAX_BETWEEN if local.is_repeated else 0,
+                is_early=operations is not fine,
+            ):
+                found.setdefault(_without_tiny(model, saved) if model.drops_tiny else saved)
+    return list(found)
+
+
+def _without_tiny(model: Model, saved: frozenset[int]) -> frozenset[int]:
+    """The set without what is tiny beside its largest value, where that is recomputed for next to nothing."""
+    least = max(map(model.size, saved), default=0) / _TINY
+    large = frozenset(v for v in saved if model.size(v) >= least)
+    work = [sum(model.time[id(eqn)] for eqn in model.needed(model.joint.residuals, s)) for s in (large, saved)]
+    return large if work[0] - work[1] <= _FOR_NOTHING * sum(model.time.values()) else saved
+
+
+def _costly(operations: Sequence[Operation]) -> list[Operation]:
+    """The operations, where none but the costly ones takes time."""
+    least = _COSTLY * sum(op.time for op in operations)
+    return [op if op.time >= least else replace(op, time=0) for op in operations]

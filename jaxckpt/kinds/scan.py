@@ -1,106 +1,64 @@
-"""Loops of known length, run in parts: levels of scans of checkpointed scans, or a binomial loop."""
+"""Loops of known length: a `lax.scan` that tangents flow through is a block of its own."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-
-from jaxckpt import _compat
-from jaxckpt.kinds.binomial import binomial_loop
-from jaxckpt.program.control_flow import Loop, loop_of
-from jaxckpt.program.interpret import run as run_program
-from jaxckpt.program.ir import Constant, Equation
-
-# One iteration: carry and slices to carry and slices, flat lists all.
-Step = Callable[[list[Any], list[Any]], tuple[list[Any], list[Any]]]
+from jaxckpt.kinds.base import Analyser, KeptBlock, describe_tree, tree_from_json, tree_to_json
+from jaxckpt.kinds.scan_options import analyse_loop
+from jaxckpt.kinds.scan_run import LoopPart, LoopPlan, run_planned
+from jaxckpt.model.joint import LocalBlock
+from jaxckpt.model.option import BlockAnalysis
+from jaxckpt.program.control_flow import loop_of
+from jaxckpt.program.ir import Equation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Consecutive iterations.
+class Scan:
+    """A loop of two iterations or more, whose body is planned and which is run in parts."""
 
-    Attributes:
-        lengths: iterations of each level of scans of checkpointed scans, outermost first.
-        body: one iteration, from its flat inputs to its flat outputs.
-        num_states: instead of levels, binomial checkpointing with this many carries held.
-    """
+    name = LoopPlan.kind
 
-    lengths: tuple[int, ...]
-    body: Callable[..., list[Any]]
-    num_states: int | None = None
+    def matches(self, eqn: Equation, is_active: bool) -> bool:
+        """Whether a block that ends with this equation is of this kind."""
+        return is_active and loop_of(eqn) is not None
 
-    @property
-    def length(self) -> int:
-        """How many iterations."""
-        return math.prod(self.lengths)
+    def analyse(self, local: LocalBlock, analyser: Analyser) -> BlockAnalysis:
+        """Find the block's options."""
+        return analyse_loop(local, analyser)
 
+    def run(self, block: KeptBlock) -> None:
+        """Run the block as planned."""
+        assert isinstance(block.save, LoopPlan)
+        run_planned(block.equations, block.save, block.prefix, block.values, block.applier)
 
-def run_loop(eqn: Equation, operands: Sequence[Any], runs: Sequence[Run]) -> list[Any]:
-    """Run a scan.
+    def to_json(self, save: LoopPlan) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {"parts": [_part_to_json(part) for part in save.parts]}
 
-    Args:
-        eqn: the scan.
-        operands: its operands.
-        runs: its iterations in the order they run.
+    def from_json(self, data: dict[str, Any]) -> LoopPlan:
+        """Read what `to_json` made."""
+        return LoopPlan(parts=tuple(map(_part_from_json, data["parts"])))
 
-    Returns:
-        The scan's results.
-    """
-    loop = loop_of(eqn)
-    assert loop is not None
-    consts, rest = list(operands[: loop.num_consts]), list(operands[loop.num_consts :])
-    carry, stacked = rest[: loop.num_carry], rest[loop.num_carry :]
-    made, done = [], 0
-    with _compat.source_context(eqn.source_info, eqn.name_stacks, eqn.ctx):
-        for run in runs:
-            start = loop.length - done - run.length if loop.reverse else done
-            part = stacked if run.length == loop.length else [x[start : start + run.length] for x in stacked]
-            carry, results = _run_part(loop, run, consts, carry, part)
-            made.append(results)
-            done += run.length
-        parts = zip(*(reversed(made) if loop.reverse else made), strict=True)
-        return [*carry, *(part[0] if len(part) == 1 else jnp.concatenate(part) for part in parts)]
+    def describe(self, save: LoopPlan) -> Iterator[str]:
+        """How the loop's iterations are run, a line for each part."""
+        for part in save.parts:
+            levels = " x ".join(map(str, part.lengths))
+            states = "" if part.num_states is None else f" with {part.num_states} carries held"
+            yield f"{levels} iterations{states}, each {describe_tree(part.body)}"
+
+    def held(self, eqn: Equation) -> str:
+        """What is held of a block without a name."""
+        loop = loop_of(eqn)
+        return "what JAX keeps" if loop is None else f"stacks of {loop.length} iterations"
 
 
-def _run_part(loop: Loop, run: Run, consts: list, carry: list, stacked: list) -> tuple[list, list]:
-    if run.num_states is None:
-        return _run_levels(functools.partial(_iterate, loop, run.body, consts), carry, stacked, run.lengths, loop)
-    return binomial_loop(
-        functools.partial(_iterate, loop, functools.partial(run_program, loop.body)),
-        functools.partial(_iterate, loop, run.body),
-        consts,
-        carry,
-        stacked,
-        length=run.length,
-        num_states=run.num_states,
-        reverse=loop.reverse,
-    )
+def _part_to_json(part: LoopPart) -> dict[str, Any]:
+    return {"lengths": part.lengths, "num_states": part.num_states, **tree_to_json(part.body)}
 
 
-def _iterate(loop: Loop, body: Callable, consts: list, carry: list, slices: list) -> tuple[list, list]:
-    outputs = [
-        jnp.asarray(y, x.aval.dtype) if isinstance(x, Constant) else y
-        for x, y in zip(loop.body.outputs, body(*consts, *carry, *slices), strict=True)
-    ]
-    return outputs[: loop.num_carry], outputs[loop.num_carry :]
-
-
-def _run_levels(step: Step, carry: list, stacked: list, lengths: Sequence[int], loop: Loop) -> tuple[list, list]:
-    length, *inner = lengths
-    if not inner:
-        unroll = loop.unroll if length % max(1, loop.unroll) == 0 else 1
-        return lax.scan(step, carry, stacked, length=length, reverse=loop.reverse, unroll=unroll)
-    size = math.prod(inner)
-    chunks = [x.reshape(length, size, *x.shape[1:]) for x in stacked]
-
-    def chunk(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        return _run_levels(step, carry, slices, inner, loop)
-
-    # Forward and backward are loops of their own, so no compiler can merge what one makes with the other's.
-    carry, made = lax.scan(jax.checkpoint(chunk, prevent_cse=False), carry, chunks, length=length, reverse=loop.reverse)
-    return carry, [y.reshape(length * size, *y.shape[2:]) for y in made]
+def _part_from_json(data: dict[str, Any]) -> LoopPart:
+    lengths = tuple(map(int, data["lengths"]))
+    num_states = None if data["num_states"] is None else int(data["num_states"])
+    if not lengths or min(lengths) < 1 or (num_states is not None and (num_states < 1 or len(lengths) > 1)):
+        raise ValueError(f"a loop's lengths are {lengths}, {math.prod(lengths)} iterations, its states {num_states}")
+    return LoopPart(lengths=lengths, body=tree_from_json(data), num_states=num_states)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from jaxckpt.kinds.binomial import num_again
 from jaxckpt.kinds.body import Iteration
+from jaxckpt.kinds.scan_run import LoopPart
+from jaxckpt.model.option import Work
 from jaxckpt.model.pareto import pareto
-from jaxckpt.model.tree import LoopPart
 
 # Three levels are tried with this many lengths each: how they are cut matters little where there are so many.
 _MAX_LENGTHS = 8
@@ -47,13 +48,13 @@ class Part:
         """Most bytes alive at once in an iteration's backward."""
         return self.plan.peak_bytes if self.num_states is None else self.plan.whole_peak_bytes
 
-    def again(self, forward: int, unit: str) -> int:
-        """What runs again, in a unit of `Iteration`, of which one iteration's forward takes so much."""
+    def again(self, forward: Work) -> Work:
+        """What runs again, where one iteration's forward takes so much."""
         if self.num_states is not None:
             # An iteration's backward begins with as much of its forward as that needs.
-            whole = self.length * getattr(self.plan, f"whole_{unit}")
-            return whole + num_again(self.length, self.num_states) * forward
-        return self.length * (getattr(self.plan, f"again_{unit}") + (len(self.lengths) - 1) * forward)
+            again = num_again(self.length, self.num_states)
+            return self.length * self.plan.whole + again * forward
+        return self.length * (self.plan.again + (len(self.lengths) - 1) * forward)
 
 
 def levels(length: int, plans: Sequence[Iteration]) -> Iterator[tuple[Part, ...]]:
@@ -89,7 +90,7 @@ def mixes(length: int, plans: Iterable[Iteration]) -> Iterator[tuple[Part, ...]]
     """Two plans side by side, those that are neighbours on the convex hull of bytes against time."""
     size = lambda plan: length * plan.stacked_bytes + plan.peak_bytes  # noqa: E731
     hull: list[Iteration] = []
-    for plan in pareto(plans, lambda p: (size(p), p.again_time)):
+    for plan in pareto(plans, lambda p: (size(p), p.again.time)):
         while len(hull) > 1 and _is_above(hull[-1], hull[-2], plan, size):
             hull.pop()
         hull.append(plan)
@@ -104,7 +105,7 @@ def mixes(length: int, plans: Iterable[Iteration]) -> Iterator[tuple[Part, ...]]
 def _is_above(plan: Iteration, left: Iteration, right: Iteration, size: Callable[[Iteration], int]) -> bool:
     """Whether a plan lies on or above the line between two others."""
     bytes_left, bytes_right = size(plan) - size(left), size(right) - size(left)
-    return (left.again_time - plan.again_time) * bytes_right <= (left.again_time - right.again_time) * bytes_left
+    return (left.again.time - plan.again.time) * bytes_right <= (left.again.time - right.again.time) * bytes_left
 
 
 def _counts(base_bytes: int, each_bytes: int, most: int) -> Iterator[int]:
@@ -119,7 +120,7 @@ def _counts(base_bytes: int, each_bytes: int, most: int) -> Iterator[int]:
 def binomial_divisions(length: int, plans: Iterable[Iteration], carry_bytes: int) -> Iterator[tuple[Part, ...]]:
     """Binomial loops, where they do not run iterations again too many times."""
     # Nothing of an iteration is held for another one, so what its plan saves does not matter.
-    for plan in pareto((p for p in plans if not p.is_wrapped), lambda p: (p.whole_peak_bytes, p.whole_time)):
+    for plan in pareto((p for p in plans if not p.is_wrapped), lambda p: (p.whole_peak_bytes, p.whole.time)):
         for count in _counts(plan.whole_peak_bytes, carry_bytes, length - 1):
             if num_again(length, count) <= _MAX_AGAIN * length:
                 yield (Part((length,), plan, count),)

@@ -5,6 +5,7 @@ so in a loop the residuals of the jaxpr are what counts. With levels, an outer i
 inner loop runs again when its backward is due; XLA then copies the chunk of every stacked input, and of its cotangent.
 """
 
+import functools
 import itertools
 import math
 import operator
@@ -12,19 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
-from ckptsolvers import Block, Option
-
+from jaxckpt.kinds.base import Analyser
 from jaxckpt.kinds.body import Body
 from jaxckpt.kinds.scan_divisions import Part, binomial_divisions, levels, mixes
+from jaxckpt.kinds.scan_run import LoopPlan
 from jaxckpt.model.joint import LocalBlock, differentiated_ends, outside
-from jaxckpt.model.option import EVERYTHING, BlockAnalysis
+from jaxckpt.model.option import LEFT_TO_JAX, BlockAnalysis, Option, Save, Work, on_device
 from jaxckpt.model.pareto import pareto
 from jaxckpt.model.time import Timer, count_flops, stacking_time
-from jaxckpt.model.tree import LoopPlan
 from jaxckpt.program import dataflow
 from jaxckpt.program.control_flow import Loop, loop_of
 from jaxckpt.program.ir import elements, size_bytes
-from jaxckpt.targets.chip import Target
 
 _T = TypeVar("_T")
 
@@ -53,14 +52,12 @@ class _Numbers(NamedTuple):
     again: int
 
 
-def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Callable) -> BlockAnalysis:
+def analyse_loop(local: LocalBlock, analyser: Analyser) -> BlockAnalysis:
     """Analyse a block whose last equation is a loop; the others are cheap and lead to the loop's operands.
 
     Args:
         local: the block.
-        timer: times of equations.
-        target: the chip.
-        analyse: analyses the body's blocks.
+        analyser: analyses the body's blocks.
 
     Returns:
         Its options; the last one leaves it to JAX.
@@ -68,10 +65,10 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
     loop = loop_of(local.span.equations[-1])
     assert loop is not None
     active = _active(loop, local)
-    body = Body(loop, active, timer, target, analyse)
-    model = _LoopModel(local, loop, body, active, timer, target)
+    body = Body(loop, active, analyser)
+    model = _LoopModel(local, loop, body, active, analyser)
     iterations = list(body.iterations())
-    plans = pareto(iterations, lambda i: (i.stacked_bytes, i.peak_bytes, i.again_time))
+    plans = pareto(iterations, lambda i: (i.stacked_bytes, i.peak_bytes, i.again.time))
     divisions = itertools.chain(
         levels(loop.length, plans),
         mixes(loop.length, plans),
@@ -80,30 +77,22 @@ def analyse_loop(local: LocalBlock, timer: Timer, target: Target, analyse: Calla
     # One level of one plan is what the others are mixed from, and what they mean to beat.
     is_plain = lambda item: len(item[1]) == 1 and str(item[1][0]) == str(loop.length)  # noqa: E731
     chosen = _thin([(model.numbers(parts), parts) for parts in divisions], is_plain)
-    kept = [(*model.options(parts), parts) for _, parts in chosen]
-    everything, everything_flops = model.everything()
-    block, flops_block = model.blocks()
-    saved = [LoopPlan(parts=tuple(part.choice for part in parts)) for *_, parts in kept]
+    left = model.left_to_jax()
+    summing = _summing(loop, active, analyser.timer)
     return BlockAnalysis(
-        block=replace(block, options=(*(x[0] for x in kept), everything)),
-        flops_block=replace(flops_block, options=(*(x[1] for x in kept), everything_flops)),
-        saved=(*saved, None),
-        unread=(model.unread(),) * (len(kept) + 1),
-        unplanned_cost=(
-            loop.length * (body.whole.unplanned_cost + _summing(loop, active, timer)) + everything.recompute_time
-        ),
-        residual_bytes=everything.saved_bytes,
-        transients=(
-            *(model.transient(parts) for *_, parts in kept),
-            everything.backward_peak_bytes - everything.saved_bytes,
-        ),
+        forward=model.forward(),
+        forward_peak_bytes=model.forward_peak_bytes(),
+        options=(*(model.option(parts) for _, parts in chosen), left),
+        unplanned_cost=loop.length * (body.whole.unplanned_cost + summing) + left.recompute.time,
+        residual_bytes=left.saved_bytes,
     )
 
 
 class _LoopModel:
     """Bytes and times of the whole loop, divided into parts."""
 
-    def __init__(self, local: LocalBlock, loop: Loop, body: Body, active: set[int], timer: Timer, target: Target):
+    def __init__(self, local: LocalBlock, loop: Loop, body: Body, active: set[int], analyser: Analyser):
+        timer, target = analyser.timer, analyser.target
         self.is_cpu = target.platform == "cpu"
         self._stacking = lambda part: stacking_time(timer, target, self._moved(part))
         self.local, self.loop, self.body = local, loop, body
@@ -147,7 +136,7 @@ class _LoopModel:
             copies + made + self.outside.results + 2 * self.sizes.carry + max(forward) + self.body.forward_peak_bytes,
             joined + moving + max(backward) + self.outside.cotangents,
             # A solver takes no gains; only loops inside that stack less could make more than this one's stacks take.
-            max(0, sum(part.again(self.body.forward_time, "time") + self._stacking(part) for part in parts)),
+            max(0, sum(part.again(self.body.forward).time + self._stacking(part) for part in parts)),
         )
 
     def transient(self, parts: Sequence[Part]) -> int:
@@ -157,44 +146,38 @@ class _LoopModel:
         freeing = max(h + need for (_, h), need in zip(itertools.pairwise(held), needs, strict=True))
         return self.numbers(parts).backward_peak - freeing + max(needs)
 
-    def options(self, parts: Sequence[Part], name: str = "") -> tuple[Option, Option]:
-        """The option in units of the plan's cost, and in FLOPs."""
+    def option(self, parts: Sequence[Part], name: str = "", save: Save | None = None) -> Option:
+        """The option that runs the loop in these parts."""
         numbers = self.numbers(parts)
-        option = Option(
+        return Option(
             name=name or f"scan {' + '.join(map(str, parts))}",
-            saved_bytes=numbers.saved,
-            recompute_time=numbers.again,
-            forward_times=self._option_times(self.body.forward_time),
+            save=save or LoopPlan(parts=tuple(part.choice for part in parts)),
+            saved=on_device(numbers.saved),
+            recompute=Work(numbers.again, sum(part.again(self.body.forward).flops for part in parts)),
+            # What is stacked takes the whole loop to make, even where nobody wants its results.
+            forward=(self.loop.length * self.body.forward,) * (len(self.local.outputs) + 1),
             forward_peak_bytes=numbers.forward_peak,
             backward_peak_bytes=numbers.backward_peak,
+            unread_inputs=self.unread_inputs,
+            transient_bytes=self.transient(parts),
         )
-        in_flops = replace(
-            option,
-            recompute_time=sum(part.again(self.body.forward_flops, "flops") for part in parts),
-            forward_times=self._option_times(self.body.forward_flops),
-        )
-        return option, in_flops
 
-    def everything(self) -> tuple[Option, Option]:
+    def left_to_jax(self) -> Option:
         """The option that leaves the loop to JAX."""
-        return self.options([Part((self.loop.length,), self.body.everything())], EVERYTHING)
+        option = self.option([Part((self.loop.length,), self.body.left_to_jax())], "everything", LEFT_TO_JAX)
+        return replace(option, transient_bytes=option.backward_peak_bytes - option.saved_bytes)
 
-    def blocks(self) -> tuple[Block, Block]:
-        """The block without its options, in units of the plan's cost and in FLOPs."""
-        block = Block(
-            forward_times=self._forward_times(self.body.forward_time),
-            forward_peak_bytes=(
-                self.outside.results
-                + self.outside.operands
-                + 2 * self.sizes.carry
-                + self.sizes.slices
-                + self.body.forward_peak_bytes
-            ),
-            options=(),
-        )
-        return block, replace(block, forward_times=self._forward_times(self.body.forward_flops))
+    def forward(self) -> tuple[Work, ...]:
+        """Work to make the first j outputs where nothing is saved, `[num_outputs + 1]`."""
+        return (Work(), *[self.loop.length * self.body.forward] * len(self.local.outputs))
 
-    def unread(self) -> tuple[int, ...]:
+    def forward_peak_bytes(self) -> int:
+        """Most bytes alive at once then."""
+        carried = 2 * self.sizes.carry + self.sizes.slices
+        return self.outside.results + self.outside.operands + carried + self.body.forward_peak_bytes
+
+    @functools.cached_property
+    def unread_inputs(self) -> tuple[int, ...]:
         """Positions of the block's inputs that its backward does not read: what starts the carry is stacked."""
         first, last = self.loop.num_consts, self.loop.num_consts + self.loop.num_carry
         start = {x for x in self.eqn.inputs[first:last] if isinstance(x, int)}
@@ -228,13 +211,6 @@ class _LoopModel:
 
     def _chunk(self, lengths: tuple[int, ...]) -> int:
         return math.prod(lengths[1:]) * (self.sizes.slices + self.sizes.stacked_outputs)
-
-    def _option_times(self, one: int) -> tuple[int, ...]:
-        # What is stacked takes the whole loop to make, even where nobody wants its results.
-        return (self.loop.length * one,) * (len(self.local.outputs) + 1)
-
-    def _forward_times(self, one: int) -> tuple[int, ...]:
-        return (0, *[self.loop.length * one] * len(self.local.outputs))
 
 
 def _summing(loop: Loop, active: set[int], timer: Timer) -> int:

@@ -6,17 +6,14 @@ exactly what JAX is left with after its own dead-code elimination.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-
-from ckptsolvers import Block, Option
-from ckptsolvers.mincut import Operation, save_sets
 
 from jaxckpt.memory.across import Across, held_across
 from jaxckpt.memory.fusion import Copy
 from jaxckpt.memory.peak import peak_bytes
 from jaxckpt.model.joint import Joint, LocalBlock
-from jaxckpt.model.option import EVERYTHING
+from jaxckpt.model.option import LEFT_TO_JAX, Option, Save, SavedValues, Work, on_device
 from jaxckpt.model.time import Timer, count_flops
 from jaxckpt.program import primitives
 from jaxckpt.program.flops import equation_cost
@@ -26,10 +23,8 @@ from jaxckpt.targets.chip import Target
 from jaxckpt.targets.cpu import habits_of
 from jaxckpt.targets.tpu import layouts_of
 
-# Beside a value so many times its size another one is tiny; this share of a block's work is next to nothing.
-_TINY, _FOR_NOTHING = 64, 0.001
-# An operation is costly that takes this share of a block's work; minimum cuts for sets between those of the hull.
-_COSTLY, _MAX_BETWEEN = 0.01, 256
+# What options without a checkpoint are called.
+_LEFT = "everything"
 
 
 class Model:
@@ -47,7 +42,7 @@ class Model:
         # -1 stands for an output that turned out to be a constant: nothing makes it.
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
         # The rest of the forward only the backward reads, so that it runs once without a plan too.
-        self.plain = set(map(id, self._needed(self.outputs, frozenset())))
+        self.plain = set(map(id, self.needed(self.outputs, frozenset())))
         # On CPU that is what happens; elsewhere schedulers mind the memory.
         moves = target.platform == "cpu" and not local.is_body
         # In a loop, XLA's CPU compiler holds far more for statistics that are stacked than for those made again.
@@ -61,72 +56,44 @@ class Model:
         inputs = {joint.value[v] for v in local.span.inputs}
         self.savable = {v: self.size(v) for v in self.named if v not in inputs and self.size(v)}
 
-    def save_sets(self) -> list[frozenset[int]]:
-        """Sets worth considering: once as if every value had its price, once as if outputs were held anyway.
-
-        All iterations of a loop are run alike, and other blocks that repeat may be, so for these sets between those of
-        the hull are worth having too, and those of results of costly operations alone: fewer values are alive while
-        what follows is made again.
-        """
-        fine = self._operations(self.time)
-        read = {v for eqn in self._needed(self.joint.residuals, frozenset()) for v in eqn.outputs}
-        outputs = read.intersection(self.outputs, self.savable)
-        found: dict[frozenset[int], None] = {}
-        for operations in (fine, _costly(fine)) if self.local.is_repeated else (fine,):
-            for sizes in (self.savable, self.savable | dict.fromkeys(outputs, 1)) if outputs else (self.savable,):
-                for saved in save_sets(
-                    operations,
-                    targets=self.joint.residuals,
-                    save_bytes=sizes,
-                    max_between=_MAX_BETWEEN if self.local.is_repeated else 0,
-                    is_early=operations is not fine,
-                ):
-                    found.setdefault(self._without_tiny(saved) if self.drops_tiny else saved)
-        return list(found)
-
-    def _without_tiny(self, saved: frozenset[int]) -> frozenset[int]:
-        """The set without what is tiny beside its largest value, where that is made again for next to nothing."""
-        least = max(map(self.size, saved), default=0) / _TINY
-        large = frozenset(v for v in saved if self.size(v) >= least)
-        work = [sum(self.time[id(eqn)] for eqn in self._needed(self.joint.residuals, s)) for s in (large, saved)]
-        return large if work[0] - work[1] <= _FOR_NOTHING * sum(self.time.values()) else saved
-
-    def everything(self) -> tuple[Option, frozenset[int], tuple[int, ...]]:
-        """The option that leaves the block to JAX, what it holds, and the inputs that its backward does not read."""
+    def left_to_jax(self) -> tuple[Option, frozenset[int]]:
+        """The option that leaves the block to JAX, and what JAX then holds."""
         if self.local.is_last:
-            return self._at_once(), frozenset(), tuple(range(len(self.local.span.inputs)))
+            return self._at_once(), frozenset()
         across = self._across()
         held = frozenset(v for v in across.values if self.size(v))
         # What is fused is made from what is held wherever it is read.
-        fused = self._needed({v for eqn in self._backward_alone for v in eqn.reads}, held)
+        fused = self.needed({v for eqn in self._backward_alone for v in eqn.reads}, held)
         late = set(map(id, self.late))
         backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
         indices = sum(map(self.habits.index_bytes, backward))
         peak = indices + self._backward_peak(backward, held, self._mixing_habits, across.copies)
-        option = self.option(EVERYTHING, held)
+        option = self._option(_LEFT, LEFT_TO_JAX, held)
         scratch = self._scratch_bytes()
         copied = sum(copy.bytes(self.size) for copy in across.copies)
+        inputs = (self.joint.value[v] for v in self.local.span.inputs)
         option = replace(
             option,
-            saved_bytes=option.saved_bytes - scratch + indices + copied,
-            recompute_time=0,
-            forward_times=self._everything_times(self.time),
+            saved=on_device(option.saved_bytes - scratch + indices + copied),
+            recompute=Work(),
+            forward=self._forward_left_to_jax(),
             # What runs early is over long before.
             forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes)
             + scratch
             - sum(map(self.habits.scratch_bytes, self.early)),
             backward_peak_bytes=peak,
             last_forward_peak_bytes=self._last_forward_peak(),
+            unread_inputs=tuple(i for i, v in enumerate(inputs) if v not in across.read),
+            stacked_peak_bytes=peak if self.local.is_whole_body else None,
         )
-        inputs = (self.joint.value[v] for v in self.local.span.inputs)
-        return option, held, tuple(i for i, v in enumerate(inputs) if v not in across.read)
+        return option, held
 
     def _at_once(self) -> Option:
         """The option that leaves the block to JAX where only its inputs' cotangents outlive its forward."""
         waiting = sum(map(self.size, set(self.joint.waiting)))
         results = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
         own = {v for v in self.outputs if v >= 0} - results
-        needed = self._needed({*self.joint.residuals, *own, *results}, frozenset())
+        needed = self.needed({*self.joint.residuals, *own, *results}, frozenset())
         peak = peak_bytes(
             [*needed, *self.joint.backward],
             self.size,
@@ -136,19 +103,21 @@ class Model:
             habits=self.habits,
         )
         return Option(
-            name=EVERYTHING,
-            saved_bytes=waiting,
-            recompute_time=0,
-            forward_times=self._everything_times(self.time),
+            name=_LEFT,
+            save=LEFT_TO_JAX,
+            saved=on_device(waiting),
+            recompute=Work(),
+            forward=self._forward_left_to_jax(),
             forward_peak_bytes=peak,
             backward_peak_bytes=waiting,
+            unread_inputs=tuple(range(len(self.local.span.inputs))),
         )
 
     def _last_forward_peak(self) -> int:
         """The forward's peak where the cotangents are there already, which are counted elsewhere."""
         if not self.habits.is_breadth_first or self.local.is_body:
             return 0
-        needed = self._needed(self.joint.residuals, frozenset())
+        needed = self.needed(self.joint.residuals, frozenset())
         peak = self._backward_peak([*needed, *self.joint.backward], frozenset())
         return max(0, peak - sum(map(self.size, self.joint.cotangents)))
 
@@ -194,7 +163,7 @@ class Model:
     def _late(self) -> list[Equation]:
         """What leads to nothing but results of the program: a compiler may put it off until after the backward."""
         results = {self.joint.value.get(v) for v in self.local.results}
-        needed = self._needed({*self.joint.residuals, *(v for v in self.outputs if v not in results)}, frozenset())
+        needed = self.needed({*self.joint.residuals, *(v for v in self.outputs if v not in results)}, frozenset())
         kept = set(map(id, needed))
         return [eqn for eqn in self.joint.forward if id(eqn) not in kept]
 
@@ -209,67 +178,55 @@ class Model:
 
     def option(self, name: str, saved: frozenset[int]) -> Option:
         """The option that saves this set."""
+        option = self._option(name, SavedValues(tuple(sorted(self.named[v] for v in saved))), saved)
+        if not self.local.is_whole_body:
+            return option
+        peak = self._backward_peak(self.backward_equations(saved), saved, is_stacked=True)
+        return replace(option, stacked_peak_bytes=peak)
+
+    def _option(self, name: str, save: Save, saved: frozenset[int]) -> Option:
         own = [v for v in self.outputs if v in saved]
-        again = self._needed(self.joint.residuals, saved)
-        return Option(
-            name=name,
-            # What an operation needs may be made long before it runs.
-            saved_bytes=sum(self.size(v) for v in saved if v not in own) + self._scratch_bytes(),
-            recompute_time=self._again(again, self.time) + (self._rounding(saved) if self.is_in_flops else 0),
-            forward_times=self._forward_times(saved, self.time),
-            forward_peak_bytes=self._forward_peak(saved),
-            backward_peak_bytes=self._backward_peak([*again, *self.joint.backward], saved),
-            saved_outputs=tuple(self.outputs.index(v) for v in own),
-        )
-
-    def stacked_peak(self, option: Option, saved: frozenset[int]) -> int:
-        """The backward's peak where what was saved is read from stacks, which are counted elsewhere."""
-        if option.name == EVERYTHING:
-            return option.backward_peak_bytes
-        again = self._needed(self.joint.residuals, saved)
-        return self._backward_peak([*again, *self.joint.backward], saved, is_stacked=True)
-
-    def unread(self, saved: frozenset[int]) -> tuple[int, ...]:
-        """Positions of the inputs that neither the backward nor what it makes again reads."""
-        late = [*self._needed(self.joint.residuals, saved), *self.joint.backward]
+        again = self.needed(self.joint.residuals, saved)
+        late = [*again, *self.joint.backward]
         read = {v for eqn in late for v in eqn.reads}
         inputs = (self.joint.value[v] for v in self.local.span.inputs)
-        return tuple(i for i, v in enumerate(inputs) if v not in read)
-
-    def in_flops(self, option: Option, saved: frozenset[int]) -> Option:
-        """The same option with FLOPs for times."""
-        if option.name == EVERYTHING:
-            return replace(option, forward_times=self._everything_times(self.flops))
-        again = self._needed(self.joint.residuals, saved)
-        return replace(
-            option,
-            recompute_time=self._again(again, self.flops) + self._rounding(saved),
-            forward_times=self._forward_times(saved, self.flops),
+        rounding = self._rounding(saved)
+        return Option(
+            name=name,
+            save=save,
+            # What an operation needs may be made long before it runs.
+            saved=on_device(sum(self.size(v) for v in saved if v not in own) + self._scratch_bytes()),
+            recompute=Work(
+                self._again(again, self.time) + (rounding if self.is_in_flops else 0),
+                self._again(again, self.flops) + rounding,
+            ),
+            forward=self.forward(saved),
+            forward_peak_bytes=self._forward_peak(saved),
+            backward_peak_bytes=self._backward_peak(late, saved),
+            saved_outputs=tuple(self.outputs.index(v) for v in own),
+            unread_inputs=tuple(i for i, v in enumerate(inputs) if v not in read),
         )
 
-    def block(self, options: tuple[Option, ...], time: dict[int, int]) -> Block:
-        """The block with these options."""
-        nothing: frozenset[int] = frozenset()
-        return Block(
-            forward_times=self._forward_times(nothing, time),
-            forward_peak_bytes=self._forward_peak(nothing),
-            options=options,
-        )
+    def forward(self, saved: frozenset[int] = frozenset()) -> tuple[Work, ...]:
+        """Work to make what is saved and the first j outputs, `[num_outputs + 1]`."""
+        needed = (self.needed({*saved, *self.outputs[:j]}, frozenset()) for j in range(len(self.outputs) + 1))
+        return tuple(map(self._work, needed))
+
+    def forward_peak_bytes(self) -> int:
+        """Most bytes alive at once in the forward where nothing is saved."""
+        return self._forward_peak(frozenset())
 
     def forward_equations(self, kept: Collection[int]) -> list[Equation]:
         """What makes these values from the block's inputs."""
-        return self._needed(kept, frozenset())
+        return self.needed(kept, frozenset())
 
     def backward_equations(self, saved: frozenset[int]) -> list[Equation]:
         """The backward, behind what it makes again from the block's inputs and what is saved."""
-        return [*self._needed(self.joint.residuals, saved), *self.joint.backward]
+        return [*self.needed(self.joint.residuals, saved), *self.joint.backward]
 
-    def _forward_times(self, saved: frozenset[int], time: dict[int, int]) -> tuple[int, ...]:
-        times = []
-        for j in range(len(self.outputs) + 1):
-            needed = self._needed({*saved, *self.outputs[:j]}, frozenset())
-            times.append(sum(time[id(eqn)] for eqn in needed))
-        return tuple(times)
+    def _work(self, equations: Iterable[Equation]) -> Work:
+        numbers = list(map(id, equations))
+        return Work(sum(map(self.time.__getitem__, numbers)), sum(map(self.flops.__getitem__, numbers)))
 
     def _again(self, equations: Sequence[Equation], time: dict[int, int]) -> int:
         return sum(time[id(eqn)] for eqn in equations if id(eqn) in self.plain)
@@ -278,18 +235,16 @@ class Model:
         """FLOPs of the rounding that JAX puts on what is saved, against compilers that would keep more digits."""
         return sum(elements(self.joint.avals[v]) for v in saved if is_differentiable(self.joint.avals[v]))
 
-    def _everything_times(self, time: dict[int, int]) -> tuple[int, ...]:
+    def _forward_left_to_jax(self) -> tuple[Work, ...]:
         """Fused or not, JAX makes what the backward reads."""
-        times = []
-        for j in range(len(self.outputs) + 1):
-            needed = self._needed({*self.joint.residuals, *self.outputs[:j]}, frozenset())
-            times.append(sum(time[id(eqn)] for eqn in needed if id(eqn) in self.plain))
-        return tuple(times)
+        prefixes = (self.outputs[:j] for j in range(len(self.outputs) + 1))
+        needed = (self.needed({*self.joint.residuals, *outputs}, frozenset()) for outputs in prefixes)
+        return tuple(self._work(eqn for eqn in run if id(eqn) in self.plain) for run in needed)
 
     def _forward_peak(self, saved: frozenset[int]) -> int:
         external = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
         kept = {*self.outputs, *saved} - external - {-1}
-        needed = self._needed({*kept, *external}, frozenset())
+        needed = self.needed({*kept, *external}, frozenset())
         return peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
 
     def _backward_peak(
@@ -313,10 +268,7 @@ class Model:
             habits=habits or self.habits,
         )
 
-    def _operations(self, time: dict[int, int]) -> list[Operation]:
-        return [Operation(reads=e.reads, makes=e.outputs, time=time[id(e)]) for e in self.joint.forward]
-
-    def _needed(self, targets: Collection[int], there: frozenset[int]) -> list[Equation]:
+    def needed(self, targets: Collection[int], there: frozenset[int]) -> list[Equation]:
         """The forward equations that lead to the targets from the inputs and what is there."""
         key = frozenset(targets), there
         if key not in self._leading:
@@ -346,12 +298,6 @@ def _sizes(local: LocalBlock, joint: Joint, target: Target) -> list[int]:
     for u, v in cotangents:
         sizes[u] = known.full_bytes[v]
     return sizes
-
-
-def _costly(operations: Sequence[Operation]) -> list[Operation]:
-    """The operations, where none but the costly ones takes time."""
-    least = _COSTLY * sum(op.time for op in operations)
-    return [op if op.time >= least else replace(op, time=0) for op in operations]
 
 
 def _following(equations: Sequence[Equation], there: set[int]) -> list[Equation]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import networkx as nx
 
 from jaxckpt.program import primitives
-from jaxckpt.program.control_flow import is_planned_inside
 from jaxckpt.program.ir import Equation, Program, size_bytes
 
 # What is sunk is made again by every block that reads it, so it must cost next to nothing.
@@ -46,6 +45,7 @@ def cut_program(
     *,
     max_blocks: int = 130,
     is_coarse: bool = False,
+    is_alone: Callable[[Equation, bool], bool],
     is_apart: Callable[[Equation], bool] = lambda eqn: False,
     is_head: Callable[[Equation], bool] = lambda eqn: False,
 ) -> tuple[Span, ...]:
@@ -60,7 +60,10 @@ def cut_program(
         active: values that tangents flow through, from `active_values`.
         max_blocks: how many blocks at most; the solver's time grows with the cube of it.
         is_coarse: cut at the lowest quarter of the places only.
-        is_apart: whether an equation that tangents flow through must be a block of its own.
+        is_alone: whether an equation, which tangents flow through or not, is the last one of a block of its own: loops
+            and conditionals, which have options of their own, and effects, which run once.
+        is_apart: whether an equation that tangents flow through must be a block of its own: what the compiler treats
+            worse inside regions.
         is_head: whether a costly equation stays outside of regions.
 
     Returns:
@@ -71,7 +74,7 @@ def cut_program(
     if not order:
         return ()
     alive = _alive_bytes(program, graph, order)
-    around = _around_alone(program, order, active, is_apart)
+    around = _around_alone(program, order, active, is_alone, is_apart)
     heavy = _heavy(program, graph, order, active, max_blocks)
     borders = _borders(heavy, alive)
     loss = _before_loss(heavy, borders, alive)
@@ -180,20 +183,20 @@ def _alive_bytes(program: Program, graph: nx.DiGraph, order: Sequence[int]) -> l
 
 
 def _around_alone(
-    program: Program, order: Sequence[int], active: set[int], is_apart: Callable[[Equation], bool]
+    program: Program,
+    order: Sequence[int],
+    active: set[int],
+    is_alone: Callable[[Equation, bool], bool],
+    is_apart: Callable[[Equation], bool],
 ) -> set[int]:
-    """Cuts before and after each equation that is a block of its own.
+    """Cuts before and after each equation that is a block of its own."""
 
-    Those are loops and conditionals that tangents flow through, which have options of their own, effects, which run
-    once, and what the compiler treats worse inside regions.
-    """
-
-    def is_alone(i: int) -> bool:
+    def is_one(i: int) -> bool:
         eqn = program.equations[i]
-        is_special = is_planned_inside(eqn) or is_apart(eqn)
-        return bool(eqn.effects) or (not active.isdisjoint(eqn.outputs) and is_special)
+        is_active = not active.isdisjoint(eqn.outputs)
+        return is_alone(eqn, is_active) or (is_active and is_apart(eqn))
 
-    alone = [p for p, i in enumerate(order) if is_alone(i)]
+    alone = [p for p, i in enumerate(order) if is_one(i)]
     return {b for p in alone for b in (p, p + 1) if 0 < b < len(order)}
 
 

@@ -24,8 +24,6 @@ _FINER = 1.1
 FEW_BLOCKS, _FINE_LEVELS = 16, 16_000
 # There a candidate with fewer bytes stays beside one whose work is less by no more than this share of a forward.
 _NEARLY = 0.003
-# More than any budget: what a block needs that must not run without being kept.
-NO_ROOM = 2**50
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ import jax
 from ckptsolvers import Keep
 
 from jaxckpt import _compat
+from jaxckpt.kinds.base import kind_of
 from jaxckpt.model.schedules import Candidate
-from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.ir import show_aval, size_bytes
 from jaxckpt.result.plan import Plan, SavedGroup, line_digests
 from jaxckpt.search.analysis import Analysis
@@ -74,11 +74,11 @@ def saved_groups(analysis: Analysis, candidate: Candidate) -> tuple[SavedGroup, 
         held += made
         if node.start == last and hasattr(node, "option"):
             names = saved[last]
-            held += [(last, v) for v in names if (last, v) not in made] if isinstance(names, tuple) else []
+            held += [(last, v) for v in names.named_values if (last, v) not in made]
     for k, v in dict.fromkeys(held):
         position = blocks.spans[k].positions
         index = next(i for i, eqn in enumerate(blocks.spans[k].equations) if v in eqn.outputs)
-        groups.setdefault((blocks.classes[k], index, len(position)), []).append(v)
+        groups.setdefault((blocks.numbers[k], index, len(position)), []).append(v)
     found = []
     for values in groups.values():
         eqn = maker[values[0]]
@@ -101,18 +101,17 @@ def _unnamed_groups(analysis: Analysis, candidate: Candidate) -> Iterator[SavedG
     blocks, saved = analysis.blocks_of(candidate), analysis.saved(candidate)
     groups: dict[tuple[int, int, int], list[int]] = {}
     for node in candidate.schedule.nodes:
-        if isinstance(node, Keep) and not isinstance(saved[node.block], tuple):
-            size = blocks.problem.blocks[node.block].options[node.option].saved_bytes
+        if isinstance(node, Keep) and not saved[node.block].is_by_name:
+            size = blocks.blocks[node.block].options[node.option].saved_bytes
             if size:
-                groups.setdefault((blocks.classes[node.block], node.option, size), []).append(node.block)
+                groups.setdefault((blocks.numbers[node.block], node.option, size), []).append(node.block)
     for (*_, size), members in groups.items():
         eqn = blocks.spans[members[0]].equations[-1]
-        loop = loop_of(eqn)
         yield SavedGroup(
             source=eqn.source,
             primitive=eqn.primitive.name,
             scope=eqn.scope,
-            shape_dtype="what JAX keeps" if loop is None else f"stacks of {loop.length} iterations",
+            shape_dtype=kind_of(eqn, is_active=True).held(eqn),
             count=len(members),
             size_bytes=len(members) * size,
         )

@@ -18,13 +18,15 @@ from jaxckpt import _compat
 from jaxckpt.apply import planned
 from jaxckpt.compilation.cache import write_text
 from jaxckpt.errors import PlanFileError, PlanMismatchError
+from jaxckpt.kinds.base import UnknownKindError, save_from_json, save_to_json
 from jaxckpt.model.cut import spans_at
-from jaxckpt.model.tree import Saved, blocks_from_json, check_cover, saved_from_json, saved_to_json
+from jaxckpt.model.option import Save
+from jaxckpt.model.tree import blocks_from_json, check_cover
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
 from jaxckpt.program.trace import trace
 
-SCHEMA = 3
+SCHEMA = 4
 _FORMAT = "jaxckpt plan"
 
 
@@ -80,7 +82,7 @@ class Plan:
         saved: what is saved, grouped by equal blocks.
         schedule: the tree of regions; None where the program runs as it is.
         blocks: `[n]`, positions of each block's equations in the flat program.
-        block_saves: `[n]`, the values that each block saves by name, or how a loop is run; None where JAX decides.
+        block_saves: `[n]`, what each block saves: values by name, how a loop is run, or what JAX decides.
         block_labels: `[n]`, how a person recognises each block.
         lines: digests of the program's lines, to say what changed.
         unknown: primitives counted by their bytes, for want of a rule.
@@ -112,7 +114,7 @@ class Plan:
     saved: tuple[SavedGroup, ...]
     schedule: Schedule | None
     blocks: tuple[tuple[int, ...], ...]
-    block_saves: tuple[Saved, ...]
+    block_saves: tuple[Save, ...]
     block_labels: tuple[str, ...]
     lines: tuple[str, ...]
     unknown: tuple[str, ...]
@@ -202,7 +204,7 @@ class Plan:
             data[f.name] = getattr(self, f.name)
         data["saved"] = [{g.name: getattr(group, g.name) for g in fields(group)} for group in self.saved]
         data["schedule"] = None if self.schedule is None else self.schedule.to_json()
-        data["block_saves"] = [saved_to_json(saved) for saved in self.block_saves]
+        data["block_saves"] = [save_to_json(save) for save in self.block_saves]
         return json.loads(json.dumps(data))
 
     @classmethod
@@ -226,12 +228,14 @@ class Plan:
             values["saved"] = tuple(SavedGroup(**group) for group in data["saved"])
             values["schedule"] = None if data["schedule"] is None else Schedule.from_json(data["schedule"])
             values["blocks"] = blocks_from_json(data["blocks"])
-            values["block_saves"] = tuple(map(saved_from_json, data["block_saves"]))
+            values["block_saves"] = tuple(map(save_from_json, data["block_saves"]))
             for name in ("block_labels", "lines", "unknown"):
                 values[name] = tuple(map(str, data[name]))
             plan = cls(**values)
             _check_types(plan)
             _check_shape(plan)
+        except UnknownKindError as error:
+            raise PlanFileError(f"{where} {error}") from error
         except (TypeError, ValueError, KeyError, InvalidScheduleError) as error:
             raise PlanFileError(f"{where} is damaged: {error}") from error
         return plan

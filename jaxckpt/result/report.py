@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from jaxckpt.model.tree import BranchPlan, LoopPlan, Saved
-from jaxckpt.model.tree import Tree as BodyPlan
+from jaxckpt.kinds.base import kind_named
 from jaxckpt.result.frontier import Frontier, Point
 from jaxckpt.result.plan import Plan, SavedGroup
 from jaxckpt.units import short_bytes, short_count, show_bytes
@@ -183,42 +182,13 @@ def _grow(tree: Tree, nodes: Sequence[Node], plan: Plan) -> None:
         if isinstance(first, Keep):
             branch = tree.add(f"keep {_span(first.start, last.stop, plan)}")
             for node in run:
-                for line in _inside(plan.block_saves[node.start]):
+                save = plan.block_saves[node.start]
+                for line in kind_named(save.kind).describe(save):
                     branch.add(f"block {node.start}: {line}")
         else:
             branch = tree.add(f"recompute {_span(first.start, first.stop, plan)}")
             if any(not isinstance(child, Keep) for child in first.children):
                 _grow(branch, first.children, plan)
-
-
-def _inside(saved: Saved) -> Iterator[str]:
-    """How a loop's iterations or a conditional's branches are run."""
-    if isinstance(saved, LoopPlan):
-        for part in saved.parts:
-            levels = " x ".join(map(str, part.lengths))
-            states = "" if part.num_states is None else f" with {part.num_states} carries held"
-            yield f"{levels} iterations{states}, each {_body(part.body)}"
-    elif isinstance(saved, BranchPlan):
-        for i, body in enumerate(saved.branches):
-            yield f"branch {i} {_body(body)}"
-
-
-def _body(tree: BodyPlan) -> str:
-    """What a body's plan saves and makes again."""
-    if not tree.saved:
-        return "does nothing"
-    named = sum(len(s) for s in tree.saved if isinstance(s, tuple))
-    parts = [f"saves {named} value{'s' * (named != 1)} by name"] if named else []
-    num_left = sum(s is None for s in tree.saved)
-    if num_left == len(tree.saved):
-        parts.append("is left to JAX")
-    elif num_left:
-        parts.append(f"leaves {num_left} of {len(tree.saved)} blocks to JAX")
-    if num := sum(isinstance(s, LoopPlan | BranchPlan) for s in tree.saved):
-        parts.append(f"plans {num} inside")
-    if num := tree.schedule.num_regions:
-        parts.append(f"makes {num} region{'s' * (num != 1)} again")
-    return ", ".join(parts) or "saves nothing inside"
 
 
 def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ckptsolvers import Keep, simulate
-
 from jaxckpt import apply
 from jaxckpt.compilation.measure import Measurement, compiled_bytes, lowered_for
 from jaxckpt.compilation.objective import Objective, cotangent_specs, input_specs
 from jaxckpt.compilation.pool import side_by_side
-from jaxckpt.model import tree
+from jaxckpt.kinds.base import is_alone
+from jaxckpt.model.blocks import Blocks
 from jaxckpt.model.cut import Span, cut_program, merged_spans
+from jaxckpt.model.option import Save
 from jaxckpt.model.schedules import Candidate, keep_all
 from jaxckpt.model.time import timer
 from jaxckpt.program import dataflow
@@ -21,7 +21,7 @@ from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, refuse_effects, size_bytes
 from jaxckpt.search.candidates import candidates, check_solver
 from jaxckpt.search.profile import Profiler
-from jaxckpt.search.space import Blocks, analyse
+from jaxckpt.search.space import BlockAnalyser
 from jaxckpt.targets.chip import find_target
 from jaxckpt.targets.cpu import outside_regions
 from jaxckpt.targets.sharding import local_bytes, program_split
@@ -73,12 +73,18 @@ class Analysis:
         if solver in ("auto", "chain"):
             is_apart = outside_regions(self.chip, program.avals)
             is_logits = is_head(self.chip, program.avals, program.equations)
-        self._is_apart = lambda eqn: is_apart(eqn) or is_logits(eqn)
-        divide = functools.partial(cut_program, program, dag, self.active, is_apart=is_apart, is_head=is_logits)
+        self._analyser = BlockAnalyser(
+            timer=self.timer,
+            target=self.chip,
+            outside_regions=lambda eqn: is_apart(eqn) or is_logits(eqn),
+            profiler=self.profiler,
+        )
+        divide = functools.partial(
+            cut_program, program, dag, self.active, is_alone=is_alone, is_apart=is_apart, is_head=is_logits
+        )
         fine = divide()
         coarse = divide(is_coarse=True) if solver == "auto" else fine
         self.cuts: list[Blocks] = []
-        self._known: dict = {}
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
         # Elsewhere nothing is won by it, and analysing larger blocks takes time.
@@ -114,34 +120,29 @@ class Analysis:
         return all(candidate.judgement.num_forwards[k] == 1 for k in self.blocks_of(candidate).once)
 
     def _analysed(self, spans: tuple[Span, ...], *, are_repeated: bool = False) -> Blocks:
-        return analyse(
+        return self._analyser.blocks(
             self.program,
             self.graph,
             spans,
             active=self.active,
             arguments=set(self.program.inputs),
-            timer=self.timer,
-            target=self.chip,
-            known=self._known,
-            is_apart=self._is_apart,
-            profiler=self.profiler,
             are_repeated=are_repeated,
         )
 
     def _add_merged(self) -> list[int]:
         """Add a cut whose blocks are what the program repeats; return those that are equal, if there are any."""
         coarse = self.cuts[-1]
-        is_plain = [len(b.options) > 1 and not t for b, t in zip(coarse.problem.blocks, coarse.transients, strict=True)]
-        classes = [c if plain else None for c, plain in zip(coarse.classes, is_plain, strict=True)]
-        spans = merged_spans(self.program, coarse.spans, classes)
+        is_plain = [len(b.options) > 1 and not b.analysis.is_planned_inside for b in coarse.blocks]
+        numbers = [b.number if plain else None for b, plain in zip(coarse.blocks, is_plain, strict=True)]
+        spans = merged_spans(self.program, coarse.spans, numbers)
         if len(spans) == len(coarse.spans):
             return []
         merged = self._analysed(spans, are_repeated=True)
         self.cuts.append(merged)
         alone = {span.positions for span in coarse.spans}
-        numbers = [c for c, span in zip(merged.classes, spans, strict=True) if span.positions not in alone]
-        number, _ = Counter(numbers).most_common(1)[0]
-        return [k for k, c in enumerate(merged.classes) if c == number]
+        numbers = [n for n, span in zip(merged.numbers, spans, strict=True) if span.positions not in alone]
+        most, _ = Counter(numbers).most_common(1)[0]
+        return [k for k, n in enumerate(merged.numbers) if n == most]
 
     @functools.cached_property
     def fixed_bytes(self) -> int:
@@ -176,15 +177,14 @@ class Analysis:
         """What it takes beyond the program without a plan, in the unit of the cost; less than 0 where it is faster."""
         return candidate.judgement.extra_work - self.blocks_of(candidate).unplanned_extra
 
-    def saved(self, candidate: Candidate) -> list[tree.Saved]:
+    def saved(self, candidate: Candidate) -> list[Save]:
         """What each block's chosen option saves, `[num_blocks]`."""
-        choices = self.blocks_of(candidate).choices
-        keeps = [node for node, _ in candidate.schedule.walk() if isinstance(node, Keep)]
-        return [choices[node.block][node.option] for node in keeps]
+        return self.blocks_of(candidate).saves(candidate.schedule)
 
     def recompute_flops(self, candidate: Candidate) -> int:
         """FLOPs beyond the unplanned program's, whatever the plan's cost is counted in."""
-        return simulate(self.blocks_of(candidate).flops_problem, candidate.schedule).extra_work
+        blocks = self.blocks_of(candidate)
+        return blocks.flops(candidate.schedule, candidate.judgement) - blocks.forward_flops
 
     def planned(self, candidate: Candidate, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """The program under a candidate, as a function of flat inputs."""

@@ -9,7 +9,8 @@ from typing import Any
 from ckptsolvers import InfeasibleError, Keep, Problem, Schedule, simulate
 
 from jaxckpt.errors import OptionError
-from jaxckpt.model.schedules import FEW_BLOCKS, NO_ROOM, Candidate, chain_schedules, keep_all, spread_out
+from jaxckpt.model.option import NO_ROOM
+from jaxckpt.model.schedules import FEW_BLOCKS, Candidate, chain_schedules, keep_all, spread_out
 
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
 _MAX_DEPTH = 20

@@ -19,15 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ckptsolvers import Block, Option
 
 from jaxckpt import _compat
 from jaxckpt.compilation.measure import Measurement, lowered_for
 from jaxckpt.compilation.pool import side_by_side
 from jaxckpt.memory.peak import peak_bytes
 from jaxckpt.model.block import Model
-from jaxckpt.model.joint import LocalBlock, differentiate
-from jaxckpt.model.option import EVERYTHING, BlockAnalysis
+from jaxckpt.model.option import BlockAnalysis, Option
 from jaxckpt.model.time import Timer
 from jaxckpt.program.interpret import evaluate
 from jaxckpt.program.ir import Equation, spec_of
@@ -77,11 +75,9 @@ class Profiler:
         self.chip, self.timer, self.is_timed = chip, timer, is_timed
         self.num_programs = 0
 
-    def __call__(self, local: LocalBlock, analysis: BlockAnalysis) -> BlockAnalysis:
-        """Return the block with its profiled numbers; its options stay what they are."""
-        joint = differentiate(local)
-        model = Model(local, joint, self.timer, self.chip)
-        saved = [_numbers(local, joint.value, each) for each in analysis.saved[:-1]] + [model.everything()[1]]
+    def profiled(self, model: Model, analysis: BlockAnalysis, saved: Sequence[frozenset[int]]) -> BlockAnalysis:
+        """Return the block with its profiled numbers; its options stay what they are. See `kinds.base.Profiler`."""
+        local, joint = model.local, model.joint
         results = {joint.value[v] for v in local.results if v in joint.value}
         size = lambda values: sum(map(model.size, values))  # noqa: E731
         kept = [{v for v in (*model.outputs, *values) if v >= 0} for values in (frozenset(), *saved)]
@@ -93,7 +89,7 @@ class Profiler:
             max(size(values - results), peak + again[run])
             for values, peak, run in zip(
                 kept,
-                [analysis.block.forward_peak_bytes, *(o.forward_peak_bytes for o in analysis.block.options)],
+                [analysis.forward_peak_bytes, *(o.forward_peak_bytes for o in analysis.options)],
                 forwards,
                 strict=True,
             )
@@ -103,20 +99,21 @@ class Profiler:
                 option,
                 forward_peak_bytes=forward_peak,
                 backward_peak_bytes=max(size({*values, *joint.cotangents}), option.backward_peak_bytes + again[run]),
+                # Of a loop's body there are peaks of another reading too, with what is saved elsewhere.
+                stacked_peak_bytes=(
+                    None if option.stacked_peak_bytes is None else max(0, option.stacked_peak_bytes + again[run])
+                ),
             )
             for option, values, run, forward_peak in zip(
-                analysis.block.options, saved, backwards, forward_peaks[1:], strict=True
+                analysis.options, saved, backwards, forward_peaks[1:], strict=True
             )
         ]
         if local.is_last:
             # Left to JAX, its backward runs behind its forward, and nothing of it is left to run later.
-            last, run = analysis.block.options[-1], backwards[-1]
+            last, run = analysis.options[-1], backwards[-1]
             peak = max(last.saved_bytes, last.forward_peak_bytes + again[run])
             options[-1] = replace(last, forward_peak_bytes=peak)
-        block = replace(analysis.block, forward_peak_bytes=forward_peaks[0], options=tuple(options))
-        # Of a loop's body there are peaks of another reading too, with what is saved elsewhere.
-        stacked = [max(0, p + again[run]) for p, run in zip(analysis.stacked_peaks, backwards, strict=False)]
-        found = replace(analysis, block=block, stacked_peaks=tuple(stacked))
+        found = replace(analysis, forward_peak_bytes=forward_peaks[0], options=tuple(options))
         return self._timed(found, model, forwards[0], backwards[-1], saved)
 
     def _corrections(self, runs: Iterable[_Run], avals: list[Any], model: Model) -> dict[_Run, int]:
@@ -140,7 +137,7 @@ class Profiler:
         avals = model.joint.avals
         if not self.is_timed or not all(_can_be_made(avals[v]) for run in (forward, backward) for v in run.inputs):
             return analysis
-        block, known = analysis.block, {}
+        known: dict[tuple[int, ...], int] = {}
 
         def picoseconds(run: _Run) -> int:
             if run.key not in known:
@@ -149,23 +146,16 @@ class Profiler:
 
         whole = picoseconds(forward)
         # Parts of the forward take their modelled share of it.
-        share = whole / max(1, block.forward_time)
-        scaled = lambda times: tuple(math.ceil(share * t) for t in times)  # noqa: E731
+        share = whole / max(1, analysis.forward[-1].time)
+        scaled = lambda runs: tuple(replace(w, time=math.ceil(share * w.time)) for w in runs)  # noqa: E731
 
         def timed(option: Option, values: Collection[int]) -> Option:
-            again = _again(model, values)
-            time_again = 0 if option.name == EVERYTHING else picoseconds(again)
-            return replace(option, recompute_time=time_again, forward_times=scaled(option.forward_times))
+            time = 0 if option.is_left_to_jax else picoseconds(_again(model, values))
+            return replace(option, recompute=replace(option.recompute, time=time), forward=scaled(option.forward))
 
-        options = tuple(timed(option, values) for option, values in zip(block.options, saved, strict=True))
-        timed_block: Block = replace(block, forward_times=scaled(block.forward_times), options=options)
-        return replace(analysis, block=timed_block, unplanned_cost=whole + picoseconds(backward))
-
-
-def _numbers(local: LocalBlock, value: dict[int, int], saved: Any) -> frozenset[int]:
-    """A saved set, whose values are positions in the block, in the joint program's numbers."""
-    assert isinstance(saved, tuple)
-    return frozenset(value[local.values[position]] for position in saved)
+        options = tuple(timed(option, values) for option, values in zip(analysis.options, saved, strict=True))
+        cost = whole + picoseconds(backward)
+        return replace(analysis, forward=scaled(analysis.forward), options=options, unplanned_cost=cost)
 
 
 def _again(model: Model, saved: Collection[int]) -> _Run:

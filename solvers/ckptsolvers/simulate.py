@@ -4,8 +4,9 @@ No solver reports its own numbers. The simulator knows nothing of recurrences: i
 up what is in it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ckptsolvers.errors import InvalidScheduleError
@@ -26,6 +27,8 @@ class Judgement:
         peak_block: the block at whose step the peak stands.
         peak_phase: whether that step was a forward or a backward.
         peak_live: the values held at that step, as positions in `Problem.values`.
+        forwards: how often each forward ran, by block, the option it saved for (None for none) and the number of
+            outputs it made. Whoever counts work in another unit than the problem's can add it up.
     """
 
     peak_bytes: int
@@ -35,6 +38,7 @@ class Judgement:
     peak_block: int
     peak_phase: Literal["forward", "backward"]
     peak_live: tuple[int, ...]
+    forwards: Mapping[tuple[int, int | None, int], int] = field(repr=False, compare=False)
 
 
 def simulate(problem: Problem, schedule: Schedule) -> Judgement:
@@ -74,7 +78,7 @@ class _Replay:
         self.live_bytes = 0
         self.other_bytes = sum(problem.values[v].cotangent_bytes for v in self.cotangents)
         self.work = 0
-        self.num_forwards = [0] * n
+        self.forwards: Counter[tuple[int, int | None, int]] = Counter()
         self.next_backward = n - 1
         self.peak: tuple = (-1, 0, "forward", ())
 
@@ -92,7 +96,7 @@ class _Replay:
             self.saved[k] = o
             self.other_bytes += block.options[o].saved_bytes
         self.work += runs.forward_times[num_wanted]
-        self.num_forwards[k] += 1
+        self.forwards[k, o, num_wanted] += 1
 
     def drop(self, values: tuple[int, ...]) -> None:
         if not self.live.issuperset(values):
@@ -128,14 +132,18 @@ class _Replay:
         if self.next_backward != -1 or self.live or self.saved:
             raise InvalidScheduleError(f"the schedule ended with {sorted(self.live)} held, backwards left to run")
         peak, block, phase, live = self.peak
+        num_forwards = [0] * self.problem.num_blocks
+        for (k, _, _), count in self.forwards.items():
+            num_forwards[k] += count
         return Judgement(
             peak_bytes=peak,
             work=self.work,
             extra_work=self.work - self.problem.forward_time,
-            num_forwards=tuple(self.num_forwards),
+            num_forwards=tuple(num_forwards),
             peak_block=block,
             peak_phase=phase,
             peak_live=live,
+            forwards=self.forwards,
         )
 
     def _check_inputs(self, k: int, phase: str, option: int | None = None) -> None:
