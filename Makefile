@@ -13,7 +13,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-slow  run the long ones too: real sizes, every budget"
 	@echo "make test-targets  install the TPU's and the GPU's compilers (no driver, no CUDA libraries), run their tests"
-	@echo "make lint    ruff, pyright"
+	@echo "make lint    ruff, pyright, the import contract"
 	@echo "make bench   the benchmarks, as tables"
 	@echo "make bench-quick  plans against hand-written policies on three tiny models"
 	@echo "make bench-targets  GPT-2 small planned for an H100 and a TPU v5e"
@@ -55,6 +55,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
