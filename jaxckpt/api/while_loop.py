@@ -123,17 +123,17 @@ def _within(program: Program, loop: Equation, max_steps: int, budget: Budget) ->
     unplanned = compiled_bytes(goal.differentiated(most), specs, None)
     fixed, budget_bytes = unplanned.device_bytes - unplanned.temp_bytes, budget.resolve(unplanned.device_bytes)
     state = sum(size_bytes(program.avals[v]) for v in loop.outputs)
-    ladder = BudgetSearch(
+    search = BudgetSearch(
         fixed,
         [count * state for count in counts],
         # How often a step runs again grows with the logarithm; a run is about a third of the step's cost.
         [math.log2(max(1, max_steps / count)) / 3 for count in counts],
         lambda i: compiled_bytes(goal.differentiated(functions[i]), specs, None).device_bytes,
     )
-    chosen = ladder.cheapest(budget_bytes)
+    chosen = search.cheapest(budget_bytes)
     if chosen is not None:
         return functions[chosen]
-    least = min(ladder.known.values())
+    least = min(search.known.values())
     raise InfeasibleBudgetError(
         f"no number of held states of the while loop fits budget={show_bytes(budget_bytes)}. The least that was "
         f"measured is {show_bytes(least)}; with every state held it is {show_bytes(unplanned.device_bytes)}, of which "

@@ -23,6 +23,7 @@ from jaxckpt.model.tree import Saved, blocks_from_json, check_cover, saved_from_
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
 from jaxckpt.program.trace import trace
+from jaxckpt.result.report import show_plan
 
 SCHEMA = 3
 _FORMAT = "jaxckpt plan"
@@ -125,8 +126,6 @@ class Plan:
 
     def __str__(self) -> str:
         """The report a person reads."""
-        from jaxckpt.result.report import show_plan
-
         return show_plan(self)
 
     def apply(self, fun: Callable) -> Callable:
