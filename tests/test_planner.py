@@ -227,13 +227,13 @@ def test_a_plan_is_the_same_in_every_process(verify):
 def test_what_only_the_plans_of_another_cut_beat_is_a_rung_too():
     found = analysed(residual_loss, *RESIDUAL)
     unbeaten = {c.digest for c in found.candidates}
-    assert unbeaten < {c.digest for c in found.rungs} and len(found.cuts) == 2
-    of = [[c for c in found.rungs if found.kind(c) == kind] for kind in (0, 1)]
-    for rungs in of:
-        assert len(rungs) > 5
-        works = [c.judgement.extra_work for c in rungs]
+    assert unbeaten < {c.digest for c in found.all_candidates} and len(found.cuts) == 2
+    of = [[c for c in found.all_candidates if found.kind(c) == kind] for kind in (0, 1)]
+    for candidates in of:
+        assert len(candidates) > 5
+        works = [c.judgement.extra_work for c in candidates]
         assert works == sorted(set(works), reverse=True)
-    for c in found.rungs:
+    for c in found.all_candidates:
         others = [d.judgement for d in of[1 - found.kind(c)]]
         as_good = (d.peak_bytes <= c.judgement.peak_bytes and d.extra_work <= c.judgement.extra_work for d in others)
         assert c.digest in unbeaten or any(as_good)

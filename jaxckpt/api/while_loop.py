@@ -30,6 +30,7 @@ from jaxckpt.program.interpret import evaluate, outputs_of, run
 from jaxckpt.program.ir import Constant, Equation, Program, is_differentiable, size_bytes
 from jaxckpt.program.trace import trace
 from jaxckpt.search.budget_search import BudgetSearch
+from jaxckpt.search.surrogate import Surrogate
 from jaxckpt.units import Budget, parse_budget, show_bytes
 
 
@@ -124,7 +125,7 @@ def _within(program: Program, loop: Equation, max_steps: int, budget: Budget) ->
     fixed, budget_bytes = unplanned.device_bytes - unplanned.temp_bytes, budget.resolve(unplanned.device_bytes)
     state = sum(size_bytes(program.avals[v]) for v in loop.outputs)
     search = BudgetSearch(
-        fixed,
+        Surrogate(fixed),
         [count * state for count in counts],
         # How often a step runs again grows with the logarithm; a run is about a third of the step's cost.
         [math.log2(max(1, max_steps / count)) / 3 for count in counts],

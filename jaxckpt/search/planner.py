@@ -12,6 +12,7 @@ from jaxckpt.search.calibration import Calibration, add_samples, remembered
 from jaxckpt.search.found import Found
 from jaxckpt.search.refusal import forced_by
 from jaxckpt.search.request import Request
+from jaxckpt.search.surrogate import Surrogate
 from jaxckpt.units import Budget, show_bytes
 
 # Room left below the budget when nothing is compiled.
@@ -43,20 +44,22 @@ class _Search:
 
     def __init__(self, analysis: Analysis, request: Request, cache_dir: str | None):
         self.analysis, self.request, self.cache_dir = analysis, request, cache_dir
-        self.candidates = analysis.rungs
+        self.candidates = analysis.all_candidates
         self.program = analysis.program.fingerprint()
         self.record = self._record()
         self.all_bytes = analysis.unplanned.judgement.peak_bytes if self.candidates else 0
         self.unplanned: int | None = None  # measured device bytes
         self.search = BudgetSearch(
-            analysis.fixed_bytes,
+            Surrogate(
+                analysis.fixed_bytes,
+                prior_ratio=self._prior_ratio,
+                before=self._before(),
+                spread=self.record.spread(self.program) if self.record else 0.0,
+            ),
             [c.judgement.peak_bytes for c in self.candidates],
             [analysis.extra_cost(c) / max(1, analysis.unplanned_cost) for c in self.candidates],
             self._measure,
             kinds=[analysis.kind(c) for c in self.candidates],
-            expected=self._expected,
-            before=self._before(),
-            spread=self.record.spread(self.program) if self.record else 0.0,
             prepare=lambda numbers: analysis.measure_all(self.candidates[i] for i in numbers),
         )
         self.modelled = [math.ceil(self.search.corrected(i)) for i in range(len(self.candidates))]
@@ -91,7 +94,7 @@ class _Search:
             chosen = remembered(self.analysis.program, self.request.target, self.cache_dir)
         return chosen if isinstance(chosen, Calibration) and chosen.samples else None
 
-    def _expected(self, predicted_bytes: int) -> float:
+    def _prior_ratio(self, predicted_bytes: int) -> float:
         """Measured over predicted temporaries, as the record has it of other programs."""
         if self.record is None or self.record.knows(self.program):
             return 1.0
@@ -122,7 +125,7 @@ class _Search:
         return self._expected_unplanned() - self.analysis.fixed_bytes > FAR * max(0, room)
 
     def _expected_unplanned(self) -> int:
-        return math.ceil(self.search.corrected_bytes(self.all_bytes))
+        return math.ceil(self.search.surrogate.mean(self.all_bytes))
 
     def _unplanned_bytes(self) -> int:
         if not self.request.verify:

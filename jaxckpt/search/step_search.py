@@ -19,6 +19,7 @@ from jaxckpt.search.calibration import Calibration, add_samples, remembered_of
 from jaxckpt.search.found import Found
 from jaxckpt.search.shared_budget import Picks, apart, together
 from jaxckpt.search.step import Step
+from jaxckpt.search.surrogate import Surrogate
 from jaxckpt.units import show_bytes
 
 # A function that could save less than this share of the cost is not worth a compile of its own.
@@ -90,16 +91,19 @@ def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | Non
     # What the unplanned step says of gradients is part of what the samples are relative to.
     name = digest((step.name, adds_up, step.without in step.measured))
     search = BudgetSearch(
-        state + offset,
+        Surrogate(
+            state + offset,
+            prior_ratio=lambda size: record.ratio(name, max(1, size) / max(1, without)),
+            spread=record.spread(name),
+        ),
         predicted,
         costs,
         lambda i: step.measure(path[i]).device_bytes,
-        expected=lambda size: record.ratio(name, max(1, size) / max(1, without)),
-        spread=record.spread(name),
         num_before=int(step.without in step.measured),
     )
-    known = ((i, step.measured[p]) for i, p in enumerate(path) if p in step.measured and p != step.without)
-    search.known |= {i: measured.device_bytes for i, measured in known}
+    for i, picks in enumerate(path):
+        if picks in step.measured and picks != step.without:
+            search.observe(i, step.measured[picks].device_bytes)
     chosen = search.cheapest(budget_bytes)
     found = [(predicted[i] / max(1, without), search.ratio(i), 0) for i in sorted(search.known)]
     add_samples(record, name, found)
