@@ -34,9 +34,9 @@ from zoo.catalogue import CATALOGUE, DEEP
 from zoo.handmade import Case, arrays
 
 import jaxckpt
-from benchmarks.store import OUT, Store, code_digest, measured, remembering
+from benchmarks.store import OUT, Store, code_digest, remembering
 from jaxckpt import _compat
-from jaxckpt.compilation.measure import Measurement
+from jaxckpt.compilation.measure import Measurement, compiled_bytes
 from jaxckpt.program.flops import gradient_cost
 
 _NUM_BUDGETS = 10
@@ -108,12 +108,14 @@ def _run_worker(name: str, target: str, options: argparse.Namespace) -> list[dic
 def _work(options: argparse.Namespace) -> None:
     """The rows of one model, each printed as soon as it is there."""
     (name,), (target,) = options.models, options.targets
-    try:
-        bench = _Bench(name, target, size="tiny" if options.quick else options.size, is_quick=options.quick)
-    except ImportError as error:
-        print(f"{name} is left out: {error}", file=sys.stderr)
-        return
-    with remembering(bench.store):
+    store = Store(OUT / f"{'quick' if options.quick else 'measured'}-{target.replace(':', '-')}.jsonl")
+    with remembering(store):
+        try:
+            size = "tiny" if options.quick else options.size
+            bench = _Bench(name, target, store, size=size, is_quick=options.quick)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            return
         for row in bench.rows(options):
             row |= {"model": name, "target": target, "is_deep": name in DEEP}
             print(json.dumps(row), flush=True)
@@ -123,12 +125,12 @@ def _work(options: argparse.Namespace) -> None:
 class _Bench:
     """One model on one target."""
 
-    def __init__(self, name: str, target: str, *, size: str | None, is_quick: bool):
+    def __init__(self, name: str, target: str, store: Store, *, size: str | None, is_quick: bool):
         self.case: Case = ALL[name].case(size)
         self.cut: Case = ALL[name].case(size, is_cut=True)
         self.target = None if target == jax.default_backend() else target
         self.num_budgets = 2 if is_quick else _NUM_BUDGETS
-        self.store = Store(OUT / f"{'quick' if is_quick else 'measured'}-{target.replace(':', '-')}.jsonl")
+        self.store = store
         self.plain = self.measure(self.case.fun, self.case.specs)
         self.plain_flops = self.flops(self.case.fun)
         self.fixed_bytes = self.plain.device_bytes - self.plain.temp_bytes
@@ -162,7 +164,7 @@ class _Bench:
 
     def measure(self, fun: Callable, specs: tuple) -> Measurement:
         """Device bytes of value and gradient."""
-        return measured(self.store, jax.value_and_grad(fun), specs, self.target)
+        return compiled_bytes(jax.value_and_grad(fun), specs, self.target)
 
     def flops(self, fun: Callable) -> int:
         """Of the differentiated program."""

@@ -182,7 +182,7 @@ def _row(name: str, target: str, size: str) -> dict[str, str]:
         if size != "verified":
             try:
                 study = _analysed(fun, specs, has_aux, cost, target)
-                found |= {f"{cost}, candidate {i}": _candidate(study, c) for i, c in enumerate(study.rungs)}
+                found |= {f"{cost}, candidate {i}": _candidate(study, c) for i, c in enumerate(_all_candidates(study))}
             except ValueError as error:  # what cannot be planned is told apart too
                 found[f"{cost}, candidates"] = type(error).__name__
         for budget in BUDGETS:
@@ -232,6 +232,11 @@ def _analysed(fun: Any, specs: tuple, has_aux: bool, cost: str, target: str) -> 
     )
     traced = trace_placed(fun, specs)
     return find(traced.program, objective(traced, 0, has_aux), cost, "auto", target)
+
+
+def _all_candidates(study: Any) -> list[Any]:
+    """Every candidate, under the name that this tree has for them."""
+    return study.all_candidates if hasattr(study, "all_candidates") else study.rungs
 
 
 def _candidate(study: Any, candidate: Any) -> str:

@@ -3,22 +3,16 @@
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from jaxckpt import _compat
-from jaxckpt.compilation import measure
-from jaxckpt.compilation.measure import Measurement, compiled_bytes
+from jaxckpt.compilation.measure import Measurement, through
 
 OUT = Path(__file__).parent / "out"
 _ROOT = Path(__file__).parents[1]
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
 
 
 class Store:
@@ -59,19 +53,12 @@ def code_digest() -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
-def measured(store: Store, fun: Callable, specs: Any, target: str | None, **options: Any) -> Measurement:
-    """As `compiled_bytes`, but a program that was compiled before is not compiled again."""
-    jaxpr = _ADDRESS.sub("", str(jax.make_jaxpr(fun)(*specs)))
-    key = ("bytes", jaxpr, target or jax.default_backend(), _compat.JAX_VERSION, _compat.JAXLIB_VERSION, options)
-    return Measurement(**store.get(key, lambda: asdict(compiled_bytes(fun, specs, target, **options))))
-
-
 @contextmanager
 def remembering(store: Store) -> Iterator[None]:
-    """Planners inside measure through the store."""
-    before = measure.compiled_bytes
-    measure.compiled_bytes = functools.partial(measured, store)
-    try:
+    """What is compiled inside is kept in the store, by program, target and versions, and is not compiled again."""
+
+    def door(name: str, compile_: Callable[[], Measurement]) -> Measurement:
+        return Measurement(**store.get(("bytes", name), lambda: asdict(compile_())))
+
+    with through(door):
         yield
-    finally:
-        measure.compiled_bytes = before

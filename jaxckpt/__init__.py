@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from jaxckpt.errors import ShardingError as ShardingError
     from jaxckpt.errors import TargetError as TargetError
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
+    from jaxckpt.result.fitted import Fitted as Fitted
     from jaxckpt.result.frontier import Frontier as Frontier
     from jaxckpt.result.plan import Plan as Plan
     from jaxckpt.search.calibration import Calibration as Calibration
-    from jaxckpt.search.step_search import Fitted as Fitted
     from jaxckpt.targets.chip import define_target as define_target
     from jaxckpt.targets.sharding import mesh as mesh
 
@@ -54,7 +54,7 @@ _HOMES = {
     "ShardingError": "errors",
     "TargetError": "errors",
     "UnsupportedProgramError": "errors",
-    "Fitted": "search.step_search",
+    "Fitted": "result.fitted",
     "fit": "api.fit",
     "Measurement": "compilation.measure",
     "measure": "api.measure",

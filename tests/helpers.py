@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import numpy as np
+import pytest
 from jax.extend.core import primitives as prims
 from zoo import gpt
 from zoo.models import MODELS
 
 from jaxckpt import _compat
+from jaxckpt.compilation import measure
 from jaxckpt.compilation.objective import objective
 from jaxckpt.program.trace import trace
 from jaxckpt.search.analysis import Analysis
@@ -28,6 +30,11 @@ def jit(fun: Callable, **options: Any) -> Callable:
     """Compile fast, and keep recomputation on every CPU."""
     compiler_options = {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
     return jax.jit(fun, compiler_options=compiler_options, **options)
+
+
+def no_compiles() -> contextlib.AbstractContextManager:
+    """Inside, the test fails at the first compile, whatever asks for it."""
+    return measure.through(lambda name, compile_: pytest.fail("compiled"))
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

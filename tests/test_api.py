@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, count, jit, x64
+from helpers import assert_close, count, jit, no_compiles, x64
 from zoo.models import MODELS, chain_args, chain_loss
 
 import jaxckpt
@@ -188,8 +188,7 @@ def test_where_nothing_can_be_saved_a_tight_budget_is_refused():
     assert caught.value.least_peak_bytes <= caught.value.unplanned_peak_bytes
 
 
-def no_compiles(monkeypatch):
-    monkeypatch.setattr("jaxckpt.search.analysis.compiled_bytes", lambda *a: pytest.fail("compiled"))
+def forget():
     decorator._PLANS.clear()
     jaxckpt.search.analysis._ANALYSES.clear()
 
@@ -201,15 +200,15 @@ def plan_once(cache_dir, budget="85%", **options):
 
 # The smaller one is so far below what the program takes that nobody compiles that without a plan.
 @pytest.mark.parametrize("budget", ["85%", 170_000])
-def test_plans_are_kept_on_disk_and_found_there(tmp_path, monkeypatch, budget):
+def test_plans_are_kept_on_disk_and_found_there(tmp_path, budget):
     decorator._PLANS.clear()
     plan_once(tmp_path, budget)
     (kept,) = tmp_path.glob("*.json")
     plan = jaxckpt.Plan.load(kept)
     assert plan.measured_peak_bytes and plan.is_unplanned_measured == (budget == "85%")
-    decorator._PLANS.clear()
-    no_compiles(monkeypatch)
-    plan_once(tmp_path, budget)
+    forget()
+    with no_compiles():
+        plan_once(tmp_path, budget)
     assert list(tmp_path.glob("*.json")) == [kept]
 
 

@@ -16,6 +16,7 @@ from jaxckpt.program.trace import trace
 from jaxckpt.search import analysis
 from jaxckpt.search.budget_search import BudgetSearch
 from jaxckpt.search.calibration import Sample, family_of, remembered
+from jaxckpt.search.surrogate import Surrogate
 
 UNET = unet_args(levels=5)
 PROGRAM = "0123456789abcdef0123"
@@ -148,32 +149,32 @@ def test_what_is_no_record_is_refused():
 
 
 def climbed(ratios, budget, **options):
-    """A ladder over 100 candidates, 100 to 1000 bytes, whose measured bytes are off by these ratios."""
+    """A search over 100 candidates, 100 to 1000 bytes, whose measured bytes are off by these ratios."""
     predicted = [100 + 9 * i for i in range(101)]
     costs = [(1000 - p) / 3000 for p in predicted]
-    ladder = BudgetSearch(0, predicted, costs, lambda i: int(predicted[i] * ratios(predicted[i])), **options)
-    return ladder, ladder.cheapest(budget)
+    search = BudgetSearch(Surrogate(0, **options), predicted, costs, lambda i: int(predicted[i] * ratios(predicted[i])))
+    return search, search.cheapest(budget)
 
 
 @pytest.mark.parametrize("budget", [150, 300, 500, 800])
 @pytest.mark.parametrize("slope", [-0.3, 0.0, 0.3])
 @pytest.mark.parametrize("level", [0.8, 1.0, 1.3])
 def test_a_smooth_error_takes_three_compiles_at_most(budget, slope, level):
-    ladder, chosen = climbed(lambda p: level + slope * (p - 100) / 900, budget)
+    search, chosen = climbed(lambda p: level + slope * (p - 100) / 900, budget)
     if chosen is not None:
-        used = ladder.known[chosen] / budget
-        assert used <= 1 and (used >= 0.9 or chosen == 100 or ladder.known[chosen + 1] > budget)
+        used = search.known[chosen] / budget
+        assert used <= 1 and (used >= 0.9 or chosen == 100 or search.known[chosen + 1] > budget)
         # More where measured bytes hardly grow with predicted ones, while each still saves half a percent of the step.
-        late = [ladder.costs[i] for i in ladder.known][2:]
+        late = [search.costs[i] for i in search.known][2:]
         assert len(late) <= 1 or (level + slope <= 0.5 and len(late) <= 4)
         assert all(after <= before - 0.005 for before, after in itertools.pairwise(late))
 
 
 def test_what_is_known_already_is_where_the_climb_begins():
-    ladder, _ = climbed(lambda p: 1.0, 105)
-    assert ladder.known == {0: 100}
-    ladder.measured(100)
-    assert ladder.cheapest(104) == 0 and set(ladder.known) == {0, 100}
+    search, _ = climbed(lambda p: 1.0, 105)
+    assert search.known == {0: 100}
+    search.measured(100)
+    assert search.cheapest(104) == 0 and set(search.known) == {0, 100}
 
 
 def test_what_is_expected_saves_compiles():
@@ -181,7 +182,7 @@ def test_what_is_expected_saves_compiles():
         return 1.4 - 0.4 * p / 1000
 
     blind, _ = climbed(ratios, 600)
-    told, chosen = climbed(ratios, 600, expected=ratios)
+    told, chosen = climbed(ratios, 600, prior_ratio=ratios)
     assert len(told.known) == 1 < len(blind.known)
     assert told.known[chosen] >= 0.9 * 600
 
@@ -189,7 +190,7 @@ def test_what_is_expected_saves_compiles():
 def test_a_family_that_disagrees_leaves_room():
     unsure, _ = climbed(lambda p: 1.0, 600, spread=0.05)
     sure, _ = climbed(lambda p: 1.0, 600)
-    first = lambda ladder: next(iter(ladder.known.values()))  # noqa: E731
+    first = lambda search: next(iter(search.known.values()))  # noqa: E731
     assert first(unsure) <= 600 / 1.05 < first(sure)
 
 
@@ -197,42 +198,42 @@ def test_bytes_that_fall_where_more_is_predicted_are_found():
     """As where a plan's real peak stands elsewhere: from the 20th on, all take 30 bytes less than the 19th."""
     predicted = [100 + i for i in range(101)]
     costs = [2.0 - 0.09 * i if i < 20 else 0.2 - 0.001 * i for i in range(101)]
-    ladder = BudgetSearch(0, predicted, costs, lambda i: predicted[i] - 35 * (i >= 20))
-    chosen = ladder.cheapest(115)
-    assert chosen is not None and chosen >= 20 and ladder.known[chosen] <= 115
-    assert len(ladder.known) <= 6
+    search = BudgetSearch(Surrogate(0), predicted, costs, lambda i: predicted[i] - 35 * (i >= 20))
+    chosen = search.cheapest(115)
+    assert chosen is not None and chosen >= 20 and search.known[chosen] <= 115
+    assert len(search.known) <= 6
 
 
 def two_kinds(offsets, budget, **options):
-    """A ladder over two kinds of 60 candidates, the second a little better by what is predicted."""
+    """A search over two kinds of 60 candidates, the second a little better by what is predicted."""
     rows = sorted((100 + 10 * i + 2 * (not kind), 0.6 - 0.01 * i, kind) for i in range(60) for kind in (0, 1))
     predicted, costs, kinds = zip(*rows, strict=True)
     measure = lambda i: predicted[i] + offsets[kinds[i]]  # noqa: E731
-    ladder = BudgetSearch(0, predicted, costs, measure, kinds=kinds, **options)
-    return ladder, ladder.cheapest(budget)
+    search = BudgetSearch(Surrogate(0, **options), predicted, costs, measure, kinds=kinds)
+    return search, search.cheapest(budget)
 
 
 @pytest.mark.parametrize("offsets", [(0, 60), (60, 0), (60, 60), (0, 0)])
 def test_the_kind_that_takes_less_than_the_other_is_found(offsets):
-    ladder, chosen = two_kinds(offsets, 405)
+    search, chosen = two_kinds(offsets, 405)
     least = min(
-        cost for i, cost in enumerate(ladder.costs) if ladder.predicted_bytes[i] + offsets[ladder.kinds[i]] <= 405
+        cost for i, cost in enumerate(search.costs) if search.predicted_bytes[i] + offsets[search.kinds[i]] <= 405
     )
-    assert ladder.costs[chosen] <= least + 0.011
-    assert len(ladder.known) <= 4
+    assert search.costs[chosen] <= least + 0.011
+    assert len(search.known) <= 4
 
 
 def test_what_a_record_knows_of_each_kind_saves_compiles():
     before = [(0, 392, 392), (1, 390, 450)]
-    ladder, chosen = two_kinds((0, 60), 405, before=before)
-    assert next(iter(ladder.known)) == chosen and ladder.kinds[chosen] == 0 and len(ladder.known) <= 2
-    assert ladder.known[chosen] >= 0.97 * 405
+    search, chosen = two_kinds((0, 60), 405, before=before)
+    assert next(iter(search.known)) == chosen and search.kinds[chosen] == 0 and len(search.known) <= 2
+    assert search.known[chosen] >= 0.97 * 405
 
 
 def test_every_candidate_is_predicted_as_it_was_measured():
     found = analysed(unet_loss, *UNET)
     peaks = [c.judgement.peak_bytes for c in found.candidates]
-    ladder = BudgetSearch(0, peaks, [0.0] * len(peaks), lambda i: 2 * peaks[i] + i)
+    search = BudgetSearch(Surrogate(0), peaks, [0.0] * len(peaks), lambda i: 2 * peaks[i] + i)
     for i in (3, 7, 5):
-        ladder.measured(i)
-    assert [ladder.corrected(i) for i in (3, 5, 7)] == pytest.approx([2 * peaks[i] + i for i in (3, 5, 7)])
+        search.measured(i)
+    assert [search.corrected(i) for i in (3, 5, 7)] == pytest.approx([2 * peaks[i] + i for i in (3, 5, 7)])

@@ -204,11 +204,11 @@ def test_what_repeats_is_treated_alike_too_on_a_tpu():
         s = analysed(gpt2.make_loss(config), *gpt2.specs(config), target="v5e")
     fine, coarse, merged = s.cuts
     assert len(fine.spans) > len(coarse.spans) > len(merged.spans) >= 6
-    assert {s.kind(c) for c in s.rungs} == {0, 1, 2, 3}
+    assert {s.kind(c) for c in s.all_candidates} == {0, 1, 2, 3}
     like = [k for k, number in enumerate(merged.numbers) if merged.numbers.count(number) >= 4]
-    kept = [tuple(n.option for n in c.schedule.nodes if n.start in like) for c in s.rungs if c.is_alike]
+    kept = [tuple(n.option for n in c.schedule.nodes if n.start in like) for c in s.all_candidates if c.is_alike]
     # One option for all of them, and almost every option they have at one budget or another.
     assert all(len(options) == len(like) >= 4 and len(set(options)) == 1 for options in kept)
     assert len(set(kept)) > len(merged.problem.blocks[like[0]].options) // 2
     # What was measured of one plan is never taken for another's.
-    assert len({c.digest for c in s.rungs}) == len(s.rungs)
+    assert len({c.digest for c in s.all_candidates}) == len(s.all_candidates)

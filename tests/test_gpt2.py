@@ -44,8 +44,8 @@ def next_cheaper_bytes(config, found):
     """Measured bytes of the candidate after the chosen one; None where there is none."""
     traced = trace(gpt.make_loss(config), gpt.specs(config))
     s = analysis.find_analysis(traced.program, objective(traced, 0, False), "time", "auto", None)
-    chosen = next(c for c in s.rungs if c.schedule == found.schedule)
-    cheaper = [c for c in s.rungs if c.judgement.extra_work < chosen.judgement.extra_work]
+    chosen = next(c for c in s.all_candidates if c.schedule == found.schedule)
+    cheaper = [c for c in s.all_candidates if c.judgement.extra_work < chosen.judgement.extra_work]
     return s.measure(cheaper[0]).device_bytes if cheaper else None
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from ckptsolvers import solve_chain
-from helpers import analysed, assert_close, count, jit
+from helpers import analysed, assert_close, count, jit, no_compiles
 from test_trace import run_python
 from zoo.models import MODELS, chain_args, chain_loss, residual_args, residual_loss, unet_args, unet_loss
 
@@ -115,9 +115,9 @@ def test_more_cost_buys_bytes():
     assert peaks[2] < peaks[1] < peaks[0]
 
 
-def test_without_a_compile_sizes_are_predicted_and_a_margin_is_left(monkeypatch):
-    monkeypatch.setattr("jaxckpt.search.analysis.compiled_bytes", lambda *a: pytest.fail("compiled"))
-    plan = jaxckpt.plan(residual_loss, *residual_args(layers=7), budget="60%", verify=False)
+def test_without_a_compile_sizes_are_predicted_and_a_margin_is_left():
+    with no_compiles():
+        plan = jaxckpt.plan(residual_loss, *residual_args(layers=7), budget="60%", verify=False)
     assert plan.measured_peak_bytes is None and plan.num_compiles == 0
     assert not plan.is_unplanned_measured and not plan.is_least_measured
     assert plan.predicted_peak_bytes < 0.97 * plan.budget_bytes
@@ -227,13 +227,13 @@ def test_a_plan_is_the_same_in_every_process(verify):
 def test_what_only_the_plans_of_another_cut_beat_is_a_rung_too():
     found = analysed(residual_loss, *RESIDUAL)
     unbeaten = {c.digest for c in found.candidates}
-    assert unbeaten < {c.digest for c in found.rungs} and len(found.cuts) == 2
-    of = [[c for c in found.rungs if found.kind(c) == kind] for kind in (0, 1)]
-    for rungs in of:
-        assert len(rungs) > 5
-        works = [c.judgement.extra_work for c in rungs]
+    assert unbeaten < {c.digest for c in found.all_candidates} and len(found.cuts) == 2
+    of = [[c for c in found.all_candidates if found.kind(c) == kind] for kind in (0, 1)]
+    for candidates in of:
+        assert len(candidates) > 5
+        works = [c.judgement.extra_work for c in candidates]
         assert works == sorted(set(works), reverse=True)
-    for c in found.rungs:
+    for c in found.all_candidates:
         others = [d.judgement for d in of[1 - found.kind(c)]]
         as_good = (d.peak_bytes <= c.judgement.peak_bytes and d.extra_work <= c.judgement.extra_work for d in others)
         assert c.digest in unbeaten or any(as_good)

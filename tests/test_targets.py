@@ -16,7 +16,7 @@ import jaxckpt
 from jaxckpt import _compat
 from jaxckpt.cli import main
 from jaxckpt.compilation import measure, pool
-from jaxckpt.compilation.measure import _compiled, compiled_bytes, lowered_for
+from jaxckpt.compilation.measure import compiled_bytes, lowered_for
 from jaxckpt.targets import chip, install
 from jaxckpt.targets.chip import FILE, VARIABLE, find_chip, find_target, known_chips
 from jaxckpt.targets.topology import _topology, devices_for, refused_bytes
@@ -213,19 +213,17 @@ def test_a_chip_that_cuda_13_has_dropped_asks_for_cuda_12(monkeypatch):
     assert re.search(r"capability 7\.0 is gone.*jax-cuda12-plugin==", install.unusable(find_chip("v100")))
 
 
-def test_a_plan_survives_a_compile_that_fails(monkeypatch):
+def test_a_plan_survives_a_compile_that_fails():
     measured = []
 
-    def fails_late(*args):
+    def fails_late(name, compile_):
         if measured:
             raise jaxckpt.CompilerError("the compiler for target='cpu' failed: INTERNAL: out of luck")
-        measured.append(original(*args))
+        measured.append(compile_())
         return measured[0]
 
-    original = compiled_bytes
-    monkeypatch.setattr("jaxckpt.search.analysis.compiled_bytes", fails_late)
     fun = lambda ws, x: chain(ws, x) + 1.0  # noqa: E731  # a program that nothing else has measured
-    with pytest.warns(jaxckpt.JaxckptWarning, match="out of luck.*predicted, not measured"):
+    with measure.through(fails_late), pytest.warns(jaxckpt.JaxckptWarning, match="out of luck.*predicted"):
         plan = jaxckpt.plan(fun, WS, X, budget="60%")
     assert measured and plan.measured_peak_bytes is None and plan.schedule is not None
 
@@ -234,7 +232,7 @@ def test_a_compiler_that_crashes_is_a_typed_error(monkeypatch):
     def crash(*args, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: during instruction selection")
 
-    monkeypatch.setattr("jax._src.stages.Lowered.compile", crash)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", crash)
     with pytest.raises(jaxckpt.CompilerError, match="'cpu' failed: INTERNAL: during instruction selection"):
         jaxckpt.measure(chain, WS, X)
 
@@ -251,7 +249,7 @@ def test_a_refused_step_gives_donated_buffers_back(monkeypatch):
             "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (2.00G) exceeds"
         )
 
-    monkeypatch.setattr("jax._src.stages.Lowered.compile", refuse)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     step = lambda ws, x: ([w * 2.0 for w in ws], jnp.sum(x))  # noqa: E731
     kept, given = (compiled_bytes(step, (WS, X), None, donated) for donated in ((), 0))
     state = 8 * 256 * 256 * 4
@@ -266,21 +264,20 @@ def test_a_refused_step_gives_donated_buffers_back(monkeypatch):
 def test_programs_compile_side_by_side_in_order(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     alive, most = set(), []
-    original = _compiled
 
-    def watched(*args):
+    def watched(name, compile_):
         alive.add(threading.get_ident())
         most.append(len(alive))
         time.sleep(0.2)
         try:
-            return original(*args)
+            return compile_()
         finally:
             alive.discard(threading.get_ident())
 
-    monkeypatch.setattr(measure, "_compiled", watched)
     sizes = (256, 512, 1024, 2048)
     specs = [[WS, jax.ShapeDtypeStruct((n, 256), jnp.float32)] for n in sizes]
-    found = pool.side_by_side(lowered_for(chain, each, None) for each in specs)
+    with measure.through(watched):
+        found = pool.side_by_side(lowered_for(chain, each, None) for each in specs)
     assert [f.argument_bytes for f in found] == [8 * 256 * 256 * 4 + n * 256 * 4 for n in sizes]
     assert max(most) == 3
 
@@ -289,7 +286,7 @@ def test_a_failure_among_several_is_the_typed_error(monkeypatch):
     def crash(*args, **options):
         raise jax.errors.JaxRuntimeError("INTERNAL: out of luck")
 
-    monkeypatch.setattr("jax._src.stages.Lowered.compile", crash)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", crash)
     with pytest.raises(jaxckpt.CompilerError, match="out of luck"):
         pool.side_by_side(lowered_for(chain, [WS, X], None) for _ in range(2))
 

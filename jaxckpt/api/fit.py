@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxckpt.result.build import build_step
+from jaxckpt.result.fitted import Fitted
 from jaxckpt.search.budget_search import FAR
 from jaxckpt.search.step import Step
-from jaxckpt.search.step_search import Fitted, fitted
+from jaxckpt.search.step_search import search_step
 from jaxckpt.units import parse_budget
 
 
@@ -58,8 +60,10 @@ def fit(
     wanted = parse_budget(budget)
     whole = Step(step, args, cost, target, donate_argnums)
     if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes):
-        return fitted(whole, wanted.resolve(whole.measure(whole.without).device_bytes))
-    return fitted(whole, wanted.size_bytes)
+        budget_bytes = wanted.resolve(whole.measure(whole.without).device_bytes)
+    else:
+        budget_bytes = wanted.size_bytes
+    return build_step(search_step(whole, budget_bytes))
 
 
 def _may_wait(step: Step, budget_bytes: int) -> bool:

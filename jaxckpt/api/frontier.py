@@ -13,10 +13,11 @@ from jaxckpt.compilation.objective import cotangent_specs, input_specs, objectiv
 from jaxckpt.errors import OptionError
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.interpret import run
-from jaxckpt.result.build import build_plan
+from jaxckpt.result.build import build
 from jaxckpt.result.frontier import Frontier, Point
 from jaxckpt.search.analysis import Analysis, find_analysis
 from jaxckpt.search.calibration import Calibration, add_samples, remembered
+from jaxckpt.search.found import Found
 from jaxckpt.search.policies import DifferentiatedCost, differentiated_cost, policy_functions
 from jaxckpt.targets.sharding import trace_placed
 
@@ -155,20 +156,18 @@ def _plan_point(
     calibration: str | None,
 ) -> Point:
     measured = analysis.measure(candidate).device_bytes if verify else None
-    plan = build_plan(
-        analysis,
-        candidate,
-        budget_bytes=None,
-        max_cost=None,
-        unplanned_peak_bytes=unplanned.peak_bytes,
-        predicted_peak_bytes=expected(candidate.judgement.peak_bytes),
-        measured_peak_bytes=measured,
-        next_peak_bytes=None,
-        least_peak_bytes=expected(analysis.candidates[0].judgement.peak_bytes),
-        is_unplanned_measured=verify,
-        is_least_measured=False,
-        num_compiles=int(verify),
-        calibration=calibration,
+    plan = build(
+        Found(
+            analysis=analysis,
+            candidate=candidate,
+            unplanned_peak_bytes=unplanned.peak_bytes,
+            predicted_peak_bytes=expected(candidate.judgement.peak_bytes),
+            measured_peak_bytes=measured,
+            least_peak_bytes=expected(analysis.candidates[0].judgement.peak_bytes),
+            is_unplanned_measured=verify,
+            num_compiles=int(verify),
+            calibration=calibration,
+        )
     )
     return Point(
         name=PLAN,

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxckpt.errors import BudgetError, OptionError
+from jaxckpt.result.build import build_step
+from jaxckpt.result.fitted import Fitted
 from jaxckpt.search.budget_search import NUM_LEAST
 from jaxckpt.search.step import Step
-from jaxckpt.search.step_search import Fitted, fitted, refuse
+from jaxckpt.search.step_search import refuse, search_step
 from jaxckpt.units import parse_budget, show_bytes
 
 _MAX_BATCH = 2**24
@@ -96,9 +98,9 @@ class _Search:
                 over = batch
         if not fits:
             refuse(self.steps[1], self.budget_bytes, "the step at a batch of 1")
-        found = fitted(self.steps[fits], self.budget_bytes, fits)
+        fitted = build_step(search_step(self.steps[fits], self.budget_bytes))
         num_compiles = sum(len(step.measured) for step in self.steps.values())
-        return replace(found, num_compiles=num_compiles, next_bytes=self.least[fits + 1])
+        return replace(fitted, batch=fits, num_compiles=num_compiles, next_bytes=self.least[fits + 1])
 
     def _is_within(self, batch: int) -> bool:
         step = self.steps[batch] = self.steps.get(batch) or self.at(batch)

@@ -10,11 +10,12 @@ from jaxckpt.compilation.objective import Objective, objective
 from jaxckpt.errors import BudgetError, CompilerError, JaxckptWarning, OptionError
 from jaxckpt.model.time import check_cost
 from jaxckpt.program.ir import Program
+from jaxckpt.result.build import build
 from jaxckpt.result.plan import Plan
 from jaxckpt.search.analysis import find_analysis
 from jaxckpt.search.calibration import Calibration
 from jaxckpt.search.candidates import check_solver
-from jaxckpt.search.planner import Search
+from jaxckpt.search.planner import search
 from jaxckpt.search.request import Request
 from jaxckpt.targets.sharding import trace_placed
 from jaxckpt.units import parse_budget, parse_bytes
@@ -142,11 +143,15 @@ def plan_program(program: Program, goal: Objective, request: Request, cache_dir:
     It is planned from prediction, with a warning, where its target cannot be compiled for.
     """
     try:
-        analysis = find_analysis(program, goal, request.cost, request.solver, request.target, request.profile)
-        return Search(analysis, request, cache_dir).run()
+        return _planned(program, goal, request, cache_dir)
     except CompilerError as error:
         if not request.verify:
             raise
         warnings.warn(f"{error}. Until then this plan is predicted, not measured", JaxckptWarning, stacklevel=3)
-        analysis = find_analysis(program, goal, request.cost, request.solver, request.target)
-        return Search(analysis, replace(request, verify=False), cache_dir).run()
+        return _planned(program, goal, replace(request, verify=False, profile=False), cache_dir)
+
+
+def _planned(program: Program, goal: Objective, request: Request, cache_dir: str | None) -> Plan:
+    analysis = find_analysis(program, goal, request.cost, request.solver, request.target, request.profile)
+    found = search(analysis, request, cache_dir)
+    return build(found)

@@ -30,6 +30,7 @@ from jaxckpt.program.interpret import evaluate, outputs_of, run
 from jaxckpt.program.ir import Constant, Equation, Program, is_differentiable, size_bytes
 from jaxckpt.program.trace import trace
 from jaxckpt.search.budget_search import BudgetSearch
+from jaxckpt.search.surrogate import Surrogate
 from jaxckpt.units import Budget, parse_budget, show_bytes
 
 
@@ -123,17 +124,17 @@ def _within(program: Program, loop: Equation, max_steps: int, budget: Budget) ->
     unplanned = compiled_bytes(goal.differentiated(most), specs, None)
     fixed, budget_bytes = unplanned.device_bytes - unplanned.temp_bytes, budget.resolve(unplanned.device_bytes)
     state = sum(size_bytes(program.avals[v]) for v in loop.outputs)
-    ladder = BudgetSearch(
-        fixed,
+    search = BudgetSearch(
+        Surrogate(fixed),
         [count * state for count in counts],
         # How often a step runs again grows with the logarithm; a run is about a third of the step's cost.
         [math.log2(max(1, max_steps / count)) / 3 for count in counts],
         lambda i: compiled_bytes(goal.differentiated(functions[i]), specs, None).device_bytes,
     )
-    chosen = ladder.cheapest(budget_bytes)
+    chosen = search.cheapest(budget_bytes)
     if chosen is not None:
         return functions[chosen]
-    least = min(ladder.known.values())
+    least = min(search.known.values())
     raise InfeasibleBudgetError(
         f"no number of held states of the while loop fits budget={show_bytes(budget_bytes)}. The least that was "
         f"measured is {show_bytes(least)}; with every state held it is {show_bytes(unplanned.device_bytes)}, of which "

@@ -1,4 +1,4 @@
-"""A plan put together from a analysis, the candidate that was chosen, and the numbers it was chosen by."""
+"""What a user gets, put together from what a search found."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,12 +11,16 @@ from jaxckpt import _compat
 from jaxckpt.kinds.base import kind_of
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.ir import show_aval, size_bytes
+from jaxckpt.result.fitted import Fitted
 from jaxckpt.result.plan import Plan, SavedGroup, line_digests
 from jaxckpt.search.analysis import Analysis
+from jaxckpt.search.found import Found
+from jaxckpt.search.step_search import FoundStep
 
 
-def build_plan(analysis: Analysis, candidate: Candidate | None, **found: Any) -> Plan:
-    """Put a plan together from a analysis, a candidate, and the numbers it was found with."""
+def build(found: Found) -> Plan:
+    """Put a plan together from what a search found."""
+    analysis, candidate = found.analysis, found.candidate
     program = analysis.program
     blocks = None if candidate is None else analysis.blocks_of(candidate)
     chosen = (
@@ -45,8 +49,30 @@ def build_plan(analysis: Analysis, candidate: Candidate | None, **found: Any) ->
         parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in analysis.objective.inputs),
         lines=line_digests(program),
         unknown=tuple(sorted(set().union(*(analysis.graph.nodes[i]["unknown"] for i in analysis.graph)))),
+        budget_bytes=found.budget_bytes,
+        max_cost=found.max_cost,
+        unplanned_peak_bytes=found.unplanned_peak_bytes,
+        predicted_peak_bytes=found.predicted_peak_bytes,
+        measured_peak_bytes=found.measured_peak_bytes,
+        next_peak_bytes=found.next_peak_bytes,
+        least_peak_bytes=found.least_peak_bytes,
+        is_unplanned_measured=found.is_unplanned_measured,
+        is_least_measured=found.is_least_measured,
+        num_compiles=found.num_compiles,
+        calibration=found.calibration,
         **chosen,
-        **found,
+    )
+
+
+def build_step(found: FoundStep) -> Fitted:
+    """Put a fitted step together: the step that runs, and a plan for each function it differentiates."""
+    return Fitted(
+        step=found.step.jitted(found.picks),
+        plans=tuple(map(build, found.functions)),
+        measurement=found.measurement,
+        unplanned=found.unplanned,
+        num_compiles=found.num_compiles,
+        calibration=found.calibration,
     )
 
 
@@ -115,24 +141,3 @@ def _unnamed_groups(analysis: Analysis, candidate: Candidate) -> Iterator[SavedG
             count=len(members),
             size_bytes=len(members) * size,
         )
-
-
-def forced_by(analysis: Analysis, candidate: Candidate, most: int = 5) -> tuple[tuple[str, int, str], ...]:
-    """The largest values at the schedule's peak: those held, and those of the block that runs there."""
-    program, judged = analysis.program, candidate.judgement
-    spans = analysis.blocks_of(candidate).spans
-    crossing = [v for span in spans for v in span.outputs]
-    span = spans[judged.peak_block]
-    values = {crossing[i] for i in judged.peak_live} | {v for eqn in span.equations for v in eqn.outputs}
-    maker = {v: eqn for eqn in program.equations for v in eqn.outputs}
-    largest = sorted(values, key=lambda v: (-size_bytes(program.avals[v]), v))[:most]
-    shown = [
-        (
-            f"{show_aval(program.avals[v])} of {maker[v].primitive.name}",
-            size_bytes(program.avals[v]),
-            maker[v].source,
-        )
-        for v in largest
-    ]
-    fixed = ("arguments, results and gradients", analysis.fixed_bytes, "")
-    return (fixed, *shown)

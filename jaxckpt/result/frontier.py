@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxckpt.result.plan import Plan
+from jaxckpt.result.report import show_frontier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,4 @@ class Frontier:
 
     def __str__(self) -> str:
         """The table a person reads."""
-        from jaxckpt.result.report import show_frontier
-
         return show_frontier(self)

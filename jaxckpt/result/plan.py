@@ -25,6 +25,7 @@ from jaxckpt.model.tree import blocks_from_json, check_cover
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
 from jaxckpt.program.trace import trace
+from jaxckpt.result.report import show_plan
 
 SCHEMA = 4
 _FORMAT = "jaxckpt plan"
@@ -127,8 +128,6 @@ class Plan:
 
     def __str__(self) -> str:
         """The report a person reads."""
-        from jaxckpt.result.report import show_plan
-
         return show_plan(self)
 
     def apply(self, fun: Callable) -> Callable:

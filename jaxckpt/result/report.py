@@ -12,15 +12,14 @@ from rich.text import Text
 from rich.tree import Tree
 
 from jaxckpt.kinds.base import kind_named
-from jaxckpt.result.frontier import Frontier, Point
-from jaxckpt.result.plan import Plan, SavedGroup
+from jaxckpt.result._protocols import FrontierLike, Group, PlanLike, PointLike
 from jaxckpt.units import short_bytes, short_count, show_bytes
 
 _WIDTH = 118
 _MAX_ROWS = 24
 
 
-def show_plan(plan: Plan, *, color: bool = False, width: int = _WIDTH) -> str:
+def show_plan(plan: PlanLike, *, color: bool = False, width: int = _WIDTH) -> str:
     """Return the whole report as text.
 
     Args:
@@ -34,7 +33,7 @@ def show_plan(plan: Plan, *, color: bool = False, width: int = _WIDTH) -> str:
     return _rendered([*parts, *_notes(plan)], color, width)
 
 
-def show_frontier(frontier: Frontier, *, color: bool = False, width: int = _WIDTH) -> str:
+def show_frontier(frontier: FrontierLike, *, color: bool = False, width: int = _WIDTH) -> str:
     """Return the frontier as a table.
 
     Args:
@@ -70,7 +69,7 @@ def show_frontier(frontier: Frontier, *, color: bool = False, width: int = _WIDT
     return _rendered([Text(headline, style="bold"), table, note], color, width)
 
 
-def _point_name(point: Point) -> str:
+def _point_name(point: PointLike) -> str:
     if point.plan is None or point.plan.schedule is None:
         return point.name
     schedule = point.plan.schedule
@@ -120,7 +119,7 @@ def _after_colon(row: dict[str, Any]) -> str:
     return f"{row['problem']}\n  or run: jaxckpt targets --install {row['name']}"
 
 
-def _headline(plan: Plan) -> str:
+def _headline(plan: PlanLike) -> str:
     if plan.schedule is None and plan.max_cost is not None:
         return f"No plan on {plan.target} takes fewer bytes at that cost: no checkpoint is applied."
     if plan.schedule is None:
@@ -138,7 +137,7 @@ def _label(is_measured: bool) -> str:
     return "measured" if is_measured else "predicted"
 
 
-def _sizes(plan: Plan) -> Table:
+def _sizes(plan: PlanLike) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for _ in range(3):
         table.add_column()
@@ -167,7 +166,7 @@ def _sizes(plan: Plan) -> Table:
     return table
 
 
-def _tree(plan: Plan) -> Tree:
+def _tree(plan: PlanLike) -> Tree:
     assert plan.schedule is not None
     num_regions, depth = plan.schedule.num_regions, plan.schedule.depth
     tree = Tree(f"regions: {len(plan.blocks)} blocks, {num_regions} recomputed regions, {depth} deep")
@@ -175,7 +174,7 @@ def _tree(plan: Plan) -> Tree:
     return tree
 
 
-def _grow(tree: Tree, nodes: Sequence[Node], plan: Plan) -> None:
+def _grow(tree: Tree, nodes: Sequence[Node], plan: PlanLike) -> None:
     # Regions nest some twenty deep at most, so recursion is safe here.
     for run in _runs(nodes):
         first, last = run[0], run[-1]
@@ -203,13 +202,13 @@ def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
         yield run
 
 
-def _span(start: int, stop: int, plan: Plan) -> str:
+def _span(start: int, stop: int, plan: PlanLike) -> str:
     blocks = f"block {start}" if stop == start + 1 else f"blocks {start}-{stop - 1}"
     first, last = plan.block_labels[start], plan.block_labels[stop - 1]
     return f"{blocks}  {first}" if first == last else f"{blocks}  {first} ... {last}"
 
 
-def _saved(groups: Sequence[SavedGroup]) -> Table:
+def _saved(groups: Sequence[Group]) -> Table:
     total = sum(g.size_bytes for g in groups)
     table = Table(title=f"saved from forward to backward: {short_bytes(total)}", title_justify="left", box=None)
     for name in ("count", "bytes", "value", "of", "where", "scope"):
@@ -225,7 +224,7 @@ def _saved(groups: Sequence[SavedGroup]) -> Table:
     return table
 
 
-def _notes(plan: Plan) -> Iterator[str]:
+def _notes(plan: PlanLike) -> Iterator[str]:
     is_part = plan.budget_bytes is None and plan.max_cost is None
     adam = 2 * plan.parameter_bytes
     if not is_part:

@@ -90,8 +90,10 @@ class Analysis:
         # Elsewhere nothing is won by it, and analysing larger blocks takes time.
         like = self._add_merged() if solver == "auto" and self.chip.platform == "tpu" and self.cuts else ()
         found = candidates([b.problem for b in self.cuts], solver, like)
-        # The unbeaten ones, and beside them what each cut has that another one's beat by what is predicted.
-        self.candidates, self.rungs = ([self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found)
+        # The Pareto set, and the same with those of each cut that only another cut's dominate by what is predicted.
+        self.candidates, self.all_candidates = (
+            [self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found
+        )
         self.forward_flops = sum(dag.nodes[i]["flops"] for i in dag)
         self.unplanned_cost = 0 if self.blocks is None else self.blocks.unplanned_cost
 

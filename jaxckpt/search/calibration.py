@@ -24,7 +24,7 @@ from jaxckpt.compilation import cache
 from jaxckpt.compilation.cache import write_text
 from jaxckpt.errors import PlanFileError
 from jaxckpt.program.ir import Program
-from jaxckpt.search.budget_search import offset_at
+from jaxckpt.search.surrogate import offset_at
 
 _LOG = logging.getLogger("jaxckpt")
 _FORMAT = "jaxckpt calibration"

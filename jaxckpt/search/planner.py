@@ -1,4 +1,4 @@
-"""From a budget to a plan: choose a candidate, compile it, compare, correct the prediction, choose again."""
+"""From a budget to a candidate: choose one, compile it, compare, correct the prediction, choose again."""
 
 import functools
 import math
@@ -6,12 +6,13 @@ from typing import NoReturn
 
 from jaxckpt.errors import BudgetError, InfeasibleBudgetError
 from jaxckpt.model.schedules import Candidate
-from jaxckpt.result.build import build_plan, forced_by
-from jaxckpt.result.plan import Plan
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.budget_search import FAR, FASTER, BudgetSearch
 from jaxckpt.search.calibration import Calibration, add_samples, remembered
+from jaxckpt.search.found import Found
+from jaxckpt.search.refusal import forced_by
 from jaxckpt.search.request import Request
+from jaxckpt.search.surrogate import Surrogate
 from jaxckpt.units import Budget, show_bytes
 
 # Room left below the budget when nothing is compiled.
@@ -22,31 +23,48 @@ _NEAR = 1.3
 _MAX_LOWER, _LOWER = 3, 1.02
 
 
-class Search:
+def search(analysis: Analysis, request: Request, cache_dir: str | None = None) -> Found:
+    """Find the cheapest candidate within a budget, or the one of fewest bytes within a cost.
+
+    Args:
+        analysis: of the program.
+        request: what is asked for.
+        cache_dir: where the calibration record is kept; None is the user's cache directory.
+
+    Raises:
+        BudgetError: the reserve leaves nothing of the budget.
+        InfeasibleBudgetError: no candidate fits.
+        CompilerError: the target's compiler is not here, or failed.
+    """
+    return _Search(analysis, request, cache_dir).run()
+
+
+class _Search:
     """One request on one analysis, with measurements of its own, so that a plan depends on nothing but its record."""
 
     def __init__(self, analysis: Analysis, request: Request, cache_dir: str | None):
         self.analysis, self.request, self.cache_dir = analysis, request, cache_dir
-        self.candidates = analysis.rungs
+        self.candidates = analysis.all_candidates
         self.program = analysis.program.fingerprint()
         self.record = self._record()
         self.all_bytes = analysis.unplanned.judgement.peak_bytes if self.candidates else 0
         self.unplanned: int | None = None  # measured device bytes
-        self.ladder = BudgetSearch(
-            analysis.fixed_bytes,
+        self.search = BudgetSearch(
+            Surrogate(
+                analysis.fixed_bytes,
+                prior_ratio=self._prior_ratio,
+                before=self._before(),
+                spread=self.record.spread(self.program) if self.record else 0.0,
+            ),
             [c.judgement.peak_bytes for c in self.candidates],
             [analysis.extra_cost(c) / max(1, analysis.unplanned_cost) for c in self.candidates],
             self._measure,
             kinds=[analysis.kind(c) for c in self.candidates],
-            expected=self._expected,
-            before=self._before(),
-            spread=self.record.spread(self.program) if self.record else 0.0,
             prepare=lambda numbers: analysis.measure_all(self.candidates[i] for i in numbers),
         )
-        self.modelled = [math.ceil(self.ladder.corrected(i)) for i in range(len(self.candidates))]
+        self.modelled = [math.ceil(self.search.corrected(i)) for i in range(len(self.candidates))]
 
-    def run(self) -> Plan:
-        """Find the plan."""
+    def run(self) -> Found:
         if self.request.budget is None:
             found = self._within_cost(self._unplanned_bytes())
         else:
@@ -54,7 +72,7 @@ class Search:
         self._remember()
         return found
 
-    def _within_budget(self, wanted: Budget) -> Plan:
+    def _within_budget(self, wanted: Budget) -> Found:
         certain = self.request.verify and not self._may_wait(wanted)
         unplanned = self._unplanned_bytes() if certain else self._expected_unplanned()
         budget = wanted.resolve(unplanned) - self.request.reserve_bytes
@@ -64,7 +82,7 @@ class Search:
         is_guess = not self.request.verify and wanted.size_bytes is not None
         needed = (unplanned - self.analysis.fixed_bytes) * (self._margin if is_guess else 1)
         if self.analysis.fixed_bytes + needed <= budget:
-            return self._plan(self._faster(budget), budget, unplanned)
+            return self._found(self._faster(budget), budget, unplanned)
         if not self.candidates:
             self._refuse(budget, unplanned, unplanned, None)
         return self._verified(budget) if self.request.verify else self._predicted(budget, unplanned)
@@ -76,7 +94,7 @@ class Search:
             chosen = remembered(self.analysis.program, self.request.target, self.cache_dir)
         return chosen if isinstance(chosen, Calibration) and chosen.samples else None
 
-    def _expected(self, predicted_bytes: int) -> float:
+    def _prior_ratio(self, predicted_bytes: int) -> float:
         """Measured over predicted temporaries, as the record has it of other programs."""
         if self.record is None or self.record.knows(self.program):
             return 1.0
@@ -90,12 +108,12 @@ class Search:
 
     def _remember(self) -> None:
         """Add what was measured to the record on disk."""
-        if self.request.calibration is None or not self.ladder.known or not self.analysis.is_modelled:
+        if self.request.calibration is None or not self.search.known or not self.analysis.is_modelled:
             return
-        ladder, record = self.ladder, remembered(self.analysis.program, self.request.target, self.cache_dir)
+        search, record = self.search, remembered(self.analysis.program, self.request.target, self.cache_dir)
         found = [
-            (ladder.predicted_bytes[i] / max(1, self.all_bytes), ladder.ratio(i), ladder.kinds[i])
-            for i in sorted(ladder.known)
+            (search.predicted_bytes[i] / max(1, self.all_bytes), search.ratio(i), search.kinds[i])
+            for i in sorted(search.known)
         ]
         add_samples(record, self.program, found, self.cache_dir)
 
@@ -107,7 +125,7 @@ class Search:
         return self._expected_unplanned() - self.analysis.fixed_bytes > FAR * max(0, room)
 
     def _expected_unplanned(self) -> int:
-        return math.ceil(self.ladder.corrected_bytes(self.all_bytes))
+        return math.ceil(self.search.surrogate.mean(self.all_bytes))
 
     def _unplanned_bytes(self) -> int:
         if not self.request.verify:
@@ -116,17 +134,17 @@ class Search:
             self.unplanned = self.analysis.measure(None).device_bytes
         return self.unplanned
 
-    def _verified(self, budget: int) -> Plan:
-        self.ladder.num_before = int(self.unplanned is not None)
-        chosen = self.ladder.cheapest(budget)
+    def _verified(self, budget: int) -> Found:
+        self.search.num_before = int(self.unplanned is not None)
+        chosen = self.search.cheapest(budget)
         # The model may have been too high by so much that no plan is needed.
         is_in_doubt = self.unplanned is None and (chosen is None or self._expected_unplanned() <= _NEAR * budget)
         if is_in_doubt and self._unplanned_bytes() <= budget:
-            return self._plan(self._faster(budget), budget, self._unplanned_bytes())
+            return self._found(self._faster(budget), budget, self._unplanned_bytes())
         if chosen is None:
-            least = self.ladder.least()
-            self._refuse(budget, self._unplanned_bytes(), self.ladder.known[least], self.candidates[least])
-        return self._plan(chosen, budget, self.unplanned or self._expected_unplanned())
+            least = self.search.least()
+            self._refuse(budget, self._unplanned_bytes(), self.search.known[least], self.candidates[least])
+        return self._found(chosen, budget, self.unplanned or self._expected_unplanned())
 
     def _measure(self, i: int) -> int:
         candidate = self.candidates[i]
@@ -134,29 +152,29 @@ class Search:
 
     def _faster(self, budget: int) -> int | None:
         """The fastest plan within the budget where none is needed, if it is that much faster: loops may stack less."""
-        if min(self.ladder.costs, default=0.0) > -FASTER:
+        if min(self.search.costs, default=0.0) > -FASTER:
             return None
-        found = self.ladder.cheapest(budget) if self.request.verify else self._expected_best(budget)
-        return None if found is None or self.ladder.costs[found] > -FASTER else found
+        found = self.search.cheapest(budget) if self.request.verify else self._expected_best(budget)
+        return None if found is None or self.search.costs[found] > -FASTER else found
 
-    def _predicted(self, budget: int, unplanned: int) -> Plan:
+    def _predicted(self, budget: int, unplanned: int) -> Found:
         chosen = self._expected_best(budget)
         if chosen is None:
-            at = min(range(len(self.candidates)), key=self.ladder.corrected)
+            at = min(range(len(self.candidates)), key=self.search.corrected)
             least = self.analysis.fixed_bytes + math.ceil(self._needed(at))
             self._refuse(budget, unplanned, least, self.candidates[at])
-        return self._plan(chosen, budget, unplanned)
+        return self._found(chosen, budget, unplanned)
 
     def _expected_best(self, budget: int) -> int | None:
         """The cheapest candidate that is expected to fit, a margin left."""
         room = budget - self.analysis.fixed_bytes
         needed = [self._needed(i) for i in range(len(self.candidates))]
         inside = [i for i, size in enumerate(needed) if size <= room]
-        return min(inside, key=lambda i: (self.ladder.costs[i], needed[i]), default=None)
+        return min(inside, key=lambda i: (self.search.costs[i], needed[i]), default=None)
 
     def _needed(self, i: int) -> float:
         """Bytes beyond the fixed ones to leave for a candidate that is not measured."""
-        return self._margin * (self.ladder.corrected(i) - self.analysis.fixed_bytes)
+        return self._margin * (self.search.corrected(i) - self.analysis.fixed_bytes)
 
     @functools.cached_property
     def _margin(self) -> float:
@@ -164,28 +182,28 @@ class Search:
         knows = self.record is not None and self.record.knows(self.program)
         return 1 + (_KNOWN_MARGIN if knows else _UNVERIFIED_MARGIN)
 
-    def _within_cost(self, unplanned: int) -> Plan:
+    def _within_cost(self, unplanned: int) -> Found:
         assert self.request.max_cost is not None
         # A limit that is another program's cost can be met exactly, whatever floats make of it.
         allowed = round((self.request.max_cost - 1) * self.analysis.unplanned_cost)
         inside = [i for i, c in enumerate(self.candidates) if self.analysis.extra_cost(c) <= allowed]
         if not inside:
-            return self._plan(None, None, unplanned)
+            return self._found(None, None, unplanned)
         if not self.request.verify:
-            return self._plan(inside[0], None, unplanned)
+            return self._found(inside[0], None, unplanned)
         best = inside[0]
         alike = next((i for i in inside if self.candidates[i].is_alike), best)
-        best = min(best, alike, key=self.ladder.measured)
+        best = min(best, alike, key=self.search.measured)
         for _ in range(_MAX_LOWER):
             # Where the model was too low, one that it puts below what was measured may take less, and costs less.
-            most = self.ladder.measured(best) - self.analysis.fixed_bytes
+            most = self.search.measured(best) - self.analysis.fixed_bytes
             lower = [
-                i for i in inside if self.ladder.predicted_bytes[i] * _LOWER <= most and i not in self.ladder.known
+                i for i in inside if self.search.predicted_bytes[i] * _LOWER <= most and i not in self.search.known
             ]
             if not lower:
                 break
-            best = min(best, lower[-1], key=self.ladder.measured)
-        return self._plan(None if self.ladder.measured(best) >= unplanned else best, None, unplanned)
+            best = min(best, lower[-1], key=self.search.measured)
+        return self._found(None if self.search.measured(best) >= unplanned else best, None, unplanned)
 
     def _refuse(self, budget: int, unplanned: int, least: int, candidate: Candidate | None) -> NoReturn:
         self._remember()
@@ -205,15 +223,15 @@ class Search:
             forced_by=forced,
         )
 
-    def _plan(self, chosen: int | None, budget: int | None, unplanned: int) -> Plan:
-        known = self.ladder.known
+    def _found(self, chosen: int | None, budget: int | None, unplanned: int) -> Found:
+        known = self.search.known
         # The candidate with the least predicted bytes may have been measured on the way.
-        least = math.ceil(self.ladder.corrected(0)) if self.candidates else unplanned
+        least = math.ceil(self.search.corrected(0)) if self.candidates else unplanned
         measured = self.unplanned
-        following = None if chosen is None else self.ladder.following(chosen)
-        return build_plan(
-            self.analysis,
-            None if chosen is None else self.candidates[chosen],
+        following = None if chosen is None else self.search.following(chosen)
+        return Found(
+            analysis=self.analysis,
+            candidate=None if chosen is None else self.candidates[chosen],
             budget_bytes=budget,
             max_cost=self.request.max_cost,
             unplanned_peak_bytes=unplanned,

@@ -6,7 +6,6 @@ share what is left. Where their peaks do not coincide they keep to one common li
 go where they save most. The unplanned step says which of the two it is, and in the end each gets what the others leave.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -14,13 +13,13 @@ from jaxckpt.compilation.cache import digest
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.errors import InfeasibleBudgetError
 from jaxckpt.model.schedules import Candidate
-from jaxckpt.result.build import build_plan
-from jaxckpt.result.plan import Plan
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.budget_search import FASTER, BudgetSearch
 from jaxckpt.search.calibration import Calibration, add_samples, remembered_of
+from jaxckpt.search.found import Found
 from jaxckpt.search.shared_budget import Picks, apart, together
 from jaxckpt.search.step import Step
+from jaxckpt.search.surrogate import Surrogate
 from jaxckpt.units import show_bytes
 
 # A function that could save less than this share of the cost is not worth a compile of its own.
@@ -29,33 +28,30 @@ _MAX_RAISES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
-    """A step whose plans fit.
+class FoundStep:
+    """The options that a search chose for the decorated functions of a step.
 
     Attributes:
-        step: jitted, with the plans inside.
-        plans: of the decorated functions, in the order they are differentiated. Their peaks are predicted: it is the
-            step that was measured.
-        measurement: of the whole step.
-        unplanned: the same without plans; None where it was expected so far above the budget, in bytes, that nobody
-            compiled it.
-        num_compiles: how many steps were compiled to find it.
-        next_bytes: the least that was measured at a batch larger by one, which does not fit; None from `fit`.
-        calibration: the hash of the record it was found with; None without one.
-        batch: what `largest_batch` found; None from `fit`.
+        step: what was searched.
+        picks: the chosen option of each function that has any.
+        functions: of each decorated function, in the order they are differentiated. Their peaks are predicted: it is
+            the step that was measured.
+        measurement: of the step with the chosen options.
+        unplanned: the same without plans; None if it was not compiled.
+        num_compiles: how many steps were compiled.
+        calibration: hash of the calibration record; None without one.
     """
 
-    step: Callable
-    plans: tuple[Plan, ...]
+    step: Step
+    picks: Picks
+    functions: tuple[Found, ...]
     measurement: Measurement
     unplanned: Measurement | None
     num_compiles: int
-    batch: int | None = None
-    next_bytes: int | None = None
-    calibration: str | None = None
+    calibration: str | None
 
 
-def fitted(step: Step, budget_bytes: int, batch: int | None = None) -> Fitted:
+def search_step(step: Step, budget_bytes: int) -> FoundStep:
     """Choose the cheapest plans that are measured to fit; whether they are needed is known if it was compiled without.
 
     Raises:
@@ -72,13 +68,13 @@ def fitted(step: Step, budget_bytes: int, batch: int | None = None) -> Fitted:
             refuse(step, budget_bytes)
         if found is not None and (is_needed or step.cost(found) <= -FASTER):
             picks = found
-    return Fitted(
-        step=step.jitted(picks),
-        plans=tuple(_plans(step, picks)),
+    return FoundStep(
+        step=step,
+        picks=picks,
+        functions=tuple(_functions(step, picks)),
         measurement=step.measured[picks],
         unplanned=unplanned,
         num_compiles=len(step.measured),
-        batch=batch,
         calibration=calibration,
     )
 
@@ -94,19 +90,22 @@ def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | Non
     costs = [step.cost(picks) for picks in path]
     # What the unplanned step says of gradients is part of what the samples are relative to.
     name = digest((step.name, adds_up, step.without in step.measured))
-    ladder = BudgetSearch(
-        state + offset,
+    search = BudgetSearch(
+        Surrogate(
+            state + offset,
+            prior_ratio=lambda size: record.ratio(name, max(1, size) / max(1, without)),
+            spread=record.spread(name),
+        ),
         predicted,
         costs,
         lambda i: step.measure(path[i]).device_bytes,
-        expected=lambda size: record.ratio(name, max(1, size) / max(1, without)),
-        spread=record.spread(name),
         num_before=int(step.without in step.measured),
     )
-    known = ((i, step.measured[p]) for i, p in enumerate(path) if p in step.measured and p != step.without)
-    ladder.known |= {i: measured.device_bytes for i, measured in known}
-    chosen = ladder.cheapest(budget_bytes)
-    found = [(predicted[i] / max(1, without), ladder.ratio(i), 0) for i in sorted(ladder.known)]
+    for i, picks in enumerate(path):
+        if picks in step.measured and picks != step.without:
+            search.observe(i, step.measured[picks].device_bytes)
+    chosen = search.cheapest(budget_bytes)
+    found = [(predicted[i] / max(1, without), search.ratio(i), 0) for i in sorted(search.known)]
     add_samples(record, name, found)
     if chosen is None or adds_up:
         return None if chosen is None else path[chosen]
@@ -148,28 +147,20 @@ def _raised(step: Step, picks: Picks, budget_bytes: int) -> Picks:
     return picks
 
 
-def _plans(step: Step, picks: Picks) -> list[Plan]:
+def _functions(step: Step, picks: Picks) -> list[Found]:
     chosen = {key: row[i] for key, row, i in zip(step.keys, step.options, picks, strict=True)}
-    return [_plan(analysis, chosen.get(key)) for key, analysis in step.free.analyses.items()]
+    return [_found(analysis, chosen.get(key)) for key, analysis in step.free.analyses.items()]
 
 
-def _plan(analysis: Analysis, candidate: Candidate | None) -> Plan:
+def _found(analysis: Analysis, candidate: Candidate | None) -> Found:
     peak = lambda c: analysis.fixed_bytes + (c.judgement.peak_bytes if c else 0)  # noqa: E731
     unplanned = peak(analysis.unplanned if analysis.candidates else None)
-    return build_plan(
-        analysis,
-        candidate,
-        budget_bytes=None,
-        max_cost=None,
+    return Found(
+        analysis=analysis,
+        candidate=candidate,
         unplanned_peak_bytes=unplanned,
         predicted_peak_bytes=peak(candidate) if candidate else unplanned,
-        measured_peak_bytes=None,
-        next_peak_bytes=None,
         least_peak_bytes=peak(analysis.candidates[0] if analysis.candidates else None),
-        is_unplanned_measured=False,
-        is_least_measured=False,
-        num_compiles=0,
-        calibration=None,
     )
 
 

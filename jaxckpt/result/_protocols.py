@@ -1,0 +1,163 @@
+"""What a report reads of a plan and of a frontier, under the names and with the units of their attributes.
+
+A report imports nothing but this, so that plans and frontiers may print themselves with it. Members are properties
+because the records are frozen.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ckptsolvers import Schedule
+
+from jaxckpt.model.option import Save
+
+
+class Group(Protocol):
+    """Saved values of one shape."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def primitive(self) -> str: ...
+
+    @property
+    def scope(self) -> str: ...
+
+    @property
+    def shape_dtype(self) -> str: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+
+class PlanLike(Protocol):
+    """A plan, as far as it is reported."""
+
+    @property
+    def budget_bytes(self) -> int | None: ...
+
+    @property
+    def max_cost(self) -> float | None: ...
+
+    @property
+    def unplanned_peak_bytes(self) -> int: ...
+
+    @property
+    def predicted_peak_bytes(self) -> int: ...
+
+    @property
+    def measured_peak_bytes(self) -> int | None: ...
+
+    @property
+    def peak_bytes(self) -> int: ...
+
+    @property
+    def next_peak_bytes(self) -> int | None: ...
+
+    @property
+    def least_peak_bytes(self) -> int: ...
+
+    @property
+    def is_unplanned_measured(self) -> bool: ...
+
+    @property
+    def is_least_measured(self) -> bool: ...
+
+    @property
+    def is_profiled(self) -> bool: ...
+
+    @property
+    def forward_flops(self) -> int: ...
+
+    @property
+    def recompute_flops(self) -> int: ...
+
+    @property
+    def recompute_cost(self) -> int: ...
+
+    @property
+    def unplanned_cost(self) -> int: ...
+
+    @property
+    def cost(self) -> str: ...
+
+    @property
+    def solver(self) -> str: ...
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def num_compiles(self) -> int: ...
+
+    @property
+    def calibration(self) -> str | None: ...
+
+    @property
+    def parameter_bytes(self) -> int: ...
+
+    @property
+    def saved(self) -> Sequence[Group]: ...
+
+    @property
+    def schedule(self) -> Schedule | None: ...
+
+    @property
+    def blocks(self) -> Sequence[Sequence[int]]: ...
+
+    @property
+    def block_saves(self) -> Sequence[Save]: ...
+
+    @property
+    def block_labels(self) -> Sequence[str]: ...
+
+    @property
+    def unknown(self) -> Sequence[str]: ...
+
+
+class PointLike(Protocol):
+    """A point of a frontier."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def peak_bytes(self) -> int: ...
+
+    @property
+    def recompute_flops(self) -> int: ...
+
+    @property
+    def cost_ratio(self) -> float: ...
+
+    @property
+    def plan(self) -> PlanLike | None: ...
+
+
+class FrontierLike(Protocol):
+    """A frontier, as far as it is reported."""
+
+    @property
+    def points(self) -> Sequence[PointLike]: ...
+
+    @property
+    def plans(self) -> Sequence[PlanLike]: ...
+
+    @property
+    def cost(self) -> str: ...
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def forward_flops(self) -> int: ...
+
+    @property
+    def num_candidates(self) -> int: ...
+
+    @property
+    def is_measured(self) -> bool: ...

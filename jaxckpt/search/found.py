@@ -1,0 +1,41 @@
+"""What a search returns: the candidate it chose, and the numbers it chose it by."""
+
+from dataclasses import dataclass
+
+from jaxckpt.model.schedules import Candidate
+from jaxckpt.search.analysis import Analysis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The candidate that a search chose for one program.
+
+    Attributes:
+        analysis: of the program.
+        candidate: the chosen one; None leaves the program without a plan.
+        budget_bytes: what had to hold it, `reserve` taken off; None without a budget.
+        max_cost: the limit on cost, as a fraction of the unplanned cost; None without one.
+        unplanned_peak_bytes: device bytes without a plan.
+        predicted_peak_bytes: device bytes of the candidate, from the model.
+        measured_peak_bytes: the same from the compiler; None if it was not compiled.
+        next_peak_bytes: measured device bytes of the next cheaper candidate; None if it was not compiled.
+        least_peak_bytes: device bytes of the candidate that takes least.
+        is_unplanned_measured: whether `unplanned_peak_bytes` was measured.
+        is_least_measured: whether `least_peak_bytes` was measured.
+        num_compiles: how many programs were compiled.
+        calibration: hash of the calibration record; None without one.
+    """
+
+    analysis: Analysis
+    candidate: Candidate | None
+    unplanned_peak_bytes: int
+    predicted_peak_bytes: int
+    least_peak_bytes: int
+    budget_bytes: int | None = None
+    max_cost: float | None = None
+    measured_peak_bytes: int | None = None
+    next_peak_bytes: int | None = None
+    is_unplanned_measured: bool = False
+    is_least_measured: bool = False
+    num_compiles: int = 0
+    calibration: str | None = None
