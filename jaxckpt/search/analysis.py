@@ -23,9 +23,7 @@ from jaxckpt.search.candidates import candidates, check_solver
 from jaxckpt.search.profile import Profiler
 from jaxckpt.search.space import Blocks, analyse
 from jaxckpt.targets.chip import find_target
-from jaxckpt.targets.cpu import outside_regions
 from jaxckpt.targets.sharding import local_bytes, program_split
-from jaxckpt.targets.tpu import is_head
 
 
 class Analysis:
@@ -71,8 +69,8 @@ class Analysis:
         # Solvers that know one shape of schedule only would find none that goes around a block.
         is_apart = is_logits = lambda eqn: False
         if solver in ("auto", "chain"):
-            is_apart = outside_regions(self.chip, program.avals)
-            is_logits = is_head(self.chip, program.avals, program.equations)
+            is_apart = self.chip.compiler.outside_regions(program.avals)
+            is_logits = self.chip.compiler.heads(program.avals, program.equations)
         self._is_apart = lambda eqn: is_apart(eqn) or is_logits(eqn)
         divide = functools.partial(cut_program, program, dag, self.active, is_apart=is_apart, is_head=is_logits)
         fine = divide()
@@ -82,7 +80,8 @@ class Analysis:
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
         # Elsewhere nothing is won by it, and analysing larger blocks takes time.
-        like = self._add_merged() if solver == "auto" and self.chip.platform == "tpu" and self.cuts else ()
+        wants_identical = solver == "auto" and self.chip.compiler.wants_identical_layers
+        like = self._add_merged() if wants_identical and self.cuts else ()
         found = candidates([b.problem for b in self.cuts], solver, like)
         # The unbeaten ones, and beside them what each cut has that another one's beat by what is predicted.
         self.candidates, self.rungs = ([self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found)

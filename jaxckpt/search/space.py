@@ -22,8 +22,7 @@ from jaxckpt.program import primitives
 from jaxckpt.program.control_flow import branches_of, loop_of
 from jaxckpt.program.ir import Equation, Program, elements
 from jaxckpt.targets.chip import Target
-from jaxckpt.targets.compiler import Layouts
-from jaxckpt.targets.tpu import layouts_of
+from jaxckpt.targets.rules import Layouts
 
 Profiler = Callable[[LocalBlock, BlockAnalysis], BlockAnalysis]
 
@@ -102,7 +101,7 @@ def analyse(
         The problem, with what stands behind its options.
     """
     results = {x for x in program.outputs if isinstance(x, int)}
-    layouts = layouts_of(target, program.avals, program.equations, read_by_derivatives=True)
+    layouts = target.compiler.layouts(program.avals, program.equations, read_by_derivatives=True)
     values, place = _crossing_values(spans, active, results, layouts)
     known = {} if known is None else known
     blocks, flops_blocks, choices, classes, residual_bytes, cost = [], [], [], [], [], 0
@@ -131,7 +130,7 @@ def analyse(
         residual_bytes.append(analysis.residual_bytes)
         transients.append(analysis.transients)
         stacked_peaks.append(analysis.stacked_peaks)
-    if target.platform == "tpu":
+    if target.compiler.heads_wait_for_loops:
         blocks = _with_head_waiting(blocks, spans, layouts, is_apart)
     once = tuple(k for k, span in enumerate(spans) if any(eqn.effects for eqn in span.equations))
     problem = Problem(blocks=tuple(blocks), values=values)
@@ -162,10 +161,7 @@ def _summing(program: Program, spans: Sequence[Span], active: Collection[int]) -
 def _with_head_waiting(
     blocks: Sequence[Block], spans: Sequence[Span], layouts: Layouts, is_apart: Callable[[Equation], bool]
 ) -> list[Block]:
-    """The blocks, with logits alive in the backward of loops before them.
-
-    A TPU's compiler starts a loop as soon as it can, and the gradient of the weights that make logits after it.
-    """
+    """The blocks, with logits alive in the backward of loops before them."""
     found, waiting = [], 0
     for block, span in zip(reversed(blocks), reversed(spans), strict=True):
         last = span.equations[-1]
