@@ -218,9 +218,9 @@ def find_analysis(
     program: Program, goal: Objective, cost: str, solver: Any, target: str | None, is_profiled: bool = False
 ) -> Analysis:
     """The analysis of this program, kept for the next budget; what was compiled for one budget serves the others."""
-    chip = find_target(target)  # a user's chip may be defined anew under its name
+    chip = find_target(target)  # a user's chip and its compiler may be defined anew under their names
     key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
-    key += (is_profiled,)
+    key += (chip.compiler, is_profiled)
     analysis = _ANALYSES.pop(key, None) or Analysis(program, goal, cost, solver, target, is_profiled=is_profiled)
     _ANALYSES[key] = analysis
     while len(_ANALYSES) > _MAX_ANALYSES:

@@ -291,7 +291,7 @@ def _check(where: str, kind: type, values: Mapping[str, Any]) -> None:
             if isinstance(value, bool) or not isinstance(value, allowed) or not value > 0:
                 raise TargetError(f"{where}: {name}={value!r} is not a positive {f.type.__name__}")
         elif f.type is str and not isinstance(value, str):
-            raise TargetError(f"{where}: {name}={value!r} is not text")
+            raise TargetError(f"{where}: {_WRITTEN.get(name, name)}={value!r} is not text")
 
 
 def _check_platform(where: str, values: Mapping[str, Any]) -> None:

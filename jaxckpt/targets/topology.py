@@ -43,7 +43,6 @@ def _explained(target: Target, topology: str | None, error: Exception) -> Target
             f"target={target.name!r} has no topology {topology!r} ({said}). Layouts that exist are "
             f"{' and '.join(target.layouts)}, for example"
         )
-    return CompilerError(
-        f"the compiler for target={target.name!r} cannot be used here ({said}). If it is broken, install it "
-        f"again with: {install.shown_command(target)}"
-    )
+    command = install.shown_command(target)
+    advice = f". If it is broken, install it again with: {command}" if command else ""
+    return CompilerError(f"the compiler for target={target.name!r} cannot be used here ({said}){advice}")
