@@ -114,9 +114,9 @@ def lowered_for(
 
 
 def _versions(chip: Target) -> tuple[Any, ...]:
-    """What else than its text decides how a program is compiled."""
+    """What else than its text decides how a program is compiled and its bytes are counted."""
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    return _compat.JAXLIB_VERSION, install.installed(chip), *flags
+    return _compat.JAXLIB_VERSION, install.installed(chip), chip.compiler_name and chip.compiler, *flags
 
 
 def _compiled(

@@ -28,8 +28,8 @@ class Compiler:
     Subclass the compiler of the platform, override a rule and name it with `register_compiler`.
 
     Attributes:
-        version: part of the key of every plan that is kept on disk. Change it when a method of yours changes; other
-            attributes are in the key already.
+        version: part of the key of plans and measurements that are kept on disk. Change it when a method of yours
+            changes; other attributes are in the key already.
         stacking_passes: what a loop keeps for its backward is moved into stacks and out of them; the time of that is
             the time of moving its bytes, this many times.
         mixes_passes: where no checkpoint separates forward and backward, whether it runs backward operations early
