@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from jaxckpt.result.plan import Plan as Plan
     from jaxckpt.search.calibration import Calibration as Calibration
     from jaxckpt.targets.chip import define_target as define_target
+    from jaxckpt.targets.compiler import Compiler as Compiler
+    from jaxckpt.targets.registry import register_compiler as register_compiler
     from jaxckpt.targets.sharding import mesh as mesh
 
 # Importing JAX takes a second, and `jaxckpt --help` does not need it: names are found when they are first asked for.
@@ -42,6 +44,8 @@ _HOMES = {
     "largest_batch": "api.largest_batch",
     "Calibration": "search.calibration",
     "define_target": "targets.chip",
+    "Compiler": "targets.compiler",
+    "register_compiler": "targets.registry",
     "BudgetError": "errors",
     "CompilerError": "errors",
     "InfeasibleBudgetError": "errors",

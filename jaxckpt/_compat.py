@@ -36,6 +36,11 @@ def here_options() -> dict[str, Any]:
     return dict(CPU_REMAT_OPTIONS) if jax.default_backend() == "cpu" else {}
 
 
+def here_undoes_remat() -> bool:
+    """Whether the default backend merges recomputation back unless a compiler option forbids it, and none does."""
+    return CPU_UNDOES_REMAT and jax.default_backend() == "cpu" and not cpu_option_is_set()
+
+
 # The primitives without a public name that jax.numpy's functions bind.
 UNNAMED_PRIMITIVES = frozenset(filter(None, [getattr(conditionals, "platform_index_p", None)]))
 # Which of the CUDA plugins is published for this JAX.

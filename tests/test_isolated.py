@@ -1,5 +1,6 @@
 """Compiles in a process of their own: the same sizes, and a plan that survives the compiler."""
 
+import importlib
 import sys
 
 import jax
@@ -8,8 +9,9 @@ import pytest
 
 import jaxckpt
 from jaxckpt.compilation import process
-from jaxckpt.targets import install
+from jaxckpt.targets import chip, install, registry
 from jaxckpt.targets.chip import find_chip
+from jaxckpt.targets.cpu import CpuCompiler
 
 X = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
 WS = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 8
@@ -61,15 +63,51 @@ def test_sizes_are_those_of_a_compile_in_this_process(monkeypatch):
     assert found.alias_bytes > 0
 
 
+COMPILERS = """
+from jaxckpt.targets.cpu import CpuCompiler
+
+class Elsewhere(CpuCompiler):
+    def devices(self, target, topology):
+        print("devices of", target.name, self.word, file=open(self.path, "a"))
+        return super().devices(target, topology)
+"""
+
+
+def test_another_process_knows_the_compiler_of_a_chip(monkeypatch, tmp_path):
+    (tmp_path / "own_compilers.py").write_text(COMPILERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(chip, "_DEFINED", {})
+    compiler = importlib.import_module("own_compilers").Elsewhere()
+    compiler.path, compiler.word = str(tmp_path / "log"), "there"
+    jaxckpt.register_compiler("elsewhere", compiler)
+    jaxckpt.define_target("toy", like="cpu", compiler="elsewhere")
+    found = jaxckpt.measure(loss, WS, X, target="toy")
+    assert found.device_bytes == jaxckpt.measure(loss, WS, X, target="cpu").device_bytes
+    assert (tmp_path / "log").read_text() == "devices of toy there\n" * 2, "once here and once there"
+
+
+def test_a_compiler_that_cannot_be_sent_is_refused(monkeypatch):
+    class Local(CpuCompiler):
+        """In no module."""
+
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(chip, "_DEFINED", {})
+    jaxckpt.register_compiler("local", Local())
+    jaxckpt.define_target("toy", like="cpu", compiler="local")
+    with pytest.raises(jaxckpt.CompilerError, match="'local' cannot be sent to another process"):
+        jaxckpt.measure(loss, WS, X, target="toy")
+
+
 @pytest.mark.targets
-@pytest.mark.parametrize("chip", ["h100", "v5e"])
-def test_a_described_chip_is_compiled_for_in_a_process_of_its_own(chip, monkeypatch):
-    if install.unusable(find_chip(chip)):
+@pytest.mark.parametrize("name", ["h100", "v5e"])
+def test_a_described_chip_is_compiled_for_in_a_process_of_its_own(name, monkeypatch):
+    if install.unusable(find_chip(name)):
         pytest.skip("its compiler is not installed")
     fun = lambda x: jnp.sum(jnp.tanh(x) ** 2)  # noqa: E731
-    found = jaxckpt.measure(fun, X, target=chip)
+    found = jaxckpt.measure(fun, X, target=name)
     monkeypatch.delenv(process.SWITCH)
-    assert found.device_bytes == jaxckpt.measure(fun, X, target=chip).device_bytes
+    assert found.device_bytes == jaxckpt.measure(fun, X, target=name).device_bytes
 
 
 @pytest.mark.targets

@@ -10,7 +10,6 @@ from jax import lax
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.program.trace import trace
 from jaxckpt.targets.chip import find_target
-from jaxckpt.targets.tpu import is_head, layouts_of
 
 X = jax.ShapeDtypeStruct((256, 128), jnp.float32)
 W = jax.ShapeDtypeStruct((128, 128), jnp.float32)
@@ -21,7 +20,7 @@ KERNEL = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
 def shares(fun, *args, target="v5e", **options):
     """Of each result of an equation, what it takes as a share of what its dtype says, by primitive."""
     program = trace(fun, args).program
-    layouts = layouts_of(find_target(target), program.avals, program.equations, **options)
+    layouts = find_target(target).compiler.layouts(program.avals, program.equations, **options)
     return {
         eqn.primitive.name: layouts.held_bytes(v) / size_bytes(program.avals[v])
         for eqn in program.equations
@@ -107,7 +106,7 @@ def logits_args(vocab, tokens=1024, width=512):
 @pytest.mark.parametrize(("target", "vocab", "expected"), [("v5e", 8192, 1), ("v5e", 1024, 0), ("h100", 8192, 0)])
 def test_logits_are_what_many_times_smaller_values_make(target, vocab, expected):
     program = trace(logits_loss, logits_args(vocab)).program
-    found = is_head(find_target(target), program.avals, program.equations)
+    found = find_target(target).compiler.heads(program.avals, program.equations)
     heads = [eqn for eqn in program.equations if found(eqn)]
     assert len(heads) == expected
     assert all(program.avals[eqn.outputs[0]].shape == (1024, vocab) for eqn in heads)

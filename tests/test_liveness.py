@@ -9,8 +9,7 @@ from jaxckpt.memory.peak import _packed_bytes, peak_bytes
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.program.trace import trace
 from jaxckpt.targets.chip import find_target
-from jaxckpt.targets.compiler import Habits
-from jaxckpt.targets.cpu import habits_of
+from jaxckpt.targets.rules import FusionRules
 
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 A = 256
@@ -123,7 +122,7 @@ def across(fun, *args, num_forward):
         results=(),
         cotangents={v for eqn in backward for v in eqn.reads} - made,
         kept=(),
-        habits=Habits(),
+        rules=FusionRules(),
     )
     return program, found
 
@@ -146,21 +145,19 @@ def test_a_copy_across_stands_for_what_only_it_reads():
 
     program = trace(fun, (X, X, X)).program
     first, second = (eqn for eqn in program.equations if eqn.primitive.name == "dot_general")
-    habits = Habits(copies=lambda eqn: first.outputs if eqn is second else ())
-    found = held_across(
-        [first], [second], lambda v: A, results=(), cotangents=program.inputs[2:], kept=(), habits=habits
-    )
+    rules = FusionRules(copies=lambda eqn: first.outputs if eqn is second else ())
+    found = held_across([first], [second], lambda v: A, results=(), cotangents=program.inputs[2:], kept=(), rules=rules)
     assert not found.values
     assert found.copies == {Copy(first.outputs[0], second.outputs[0])}
     assert found.forward_peak_bytes == 2 * A
 
 
-CPU = Habits(kernel_holds=lambda eqn: eqn.primitive.name != "select_n")
+CPU = FusionRules(kernel_holds=lambda eqn: eqn.primitive.name != "select_n")
 
 
 def cpu_peak(fun, *args):
     program = trace(fun, args).program
-    return peak_bytes(program.equations, lambda v: size_bytes(program.avals[v]), kept=program.outputs, habits=CPU)
+    return peak_bytes(program.equations, lambda v: size_bytes(program.avals[v]), kept=program.outputs, rules=CPU)
 
 
 def test_a_reductions_kernel_does_arithmetic_itself():
@@ -192,7 +189,7 @@ def test_what_is_ready_first_runs_first():
     program = trace(fun, (X, X, X)).program
     size = lambda v: size_bytes(program.avals[v])  # noqa: E731
     found = [
-        peak_bytes(program.equations, size, kept=program.outputs, habits=Habits(is_breadth_first=flag)) // A
+        peak_bytes(program.equations, size, kept=program.outputs, rules=FusionRules(is_breadth_first=flag)) // A
         for flag in (False, True)
     ]
     assert found == [2, 3]
@@ -227,14 +224,14 @@ def test_on_cpu_an_operand_in_another_layout_is_a_buffer_more():
         peak_bytes(
             program.equations,
             lambda v: size_bytes(program.avals[v]),
-            habits=habits_of(find_target(name), program.avals),
+            rules=find_target(name).compiler.rules(program.avals),
         )
         for name in ("h100", "cpu")
     ]
     assert peaks[1] - peaks[0] in (0, x.nbytes)
     dot = next(e for e in program.equations if e.primitive.name == "dot_general")
-    assert len(habits_of(find_target("cpu"), program.avals).copies(dot)) == 1
-    assert not habits_of(find_target("h100"), program.avals).copies(dot)
+    assert len(find_target("cpu").compiler.rules(program.avals).copies(dot)) == 1
+    assert not find_target("h100").compiler.rules(program.avals).copies(dot)
 
 
 def test_on_cpu_a_poolings_derivative_holds_four_indices_an_element():
@@ -243,9 +240,9 @@ def test_on_cpu_a_poolings_derivative_holds_four_indices_an_element():
 
     program = trace(jax.grad(fun), (jnp.ones((2, 8, 8, 4)),)).program
     (pool,) = [e for e in program.equations if e.primitive.name == "select_and_scatter_add"]
-    scratch = habits_of(find_target("cpu"), program.avals).scratch_bytes(pool)
+    scratch = find_target("cpu").compiler.rules(program.avals).scratch_bytes(pool)
     assert scratch == 4 * 4 * (2 * 8 * 8 * 4 + 2 * 4 * 4 * 4)
-    assert not habits_of(find_target("v5e"), program.avals).scratch_bytes(pool)
+    assert not find_target("v5e").compiler.rules(program.avals).scratch_bytes(pool)
 
 
 def test_a_tpus_products_read_what_is_fused_into_them():
@@ -257,9 +254,9 @@ def test_a_tpus_products_read_what_is_fused_into_them():
     program = trace(attention, (x, x, x)).program
     peaks = {}
     for name in ("v5e", "h100"):
-        habits = habits_of(find_target(name), program.avals)
+        rules = find_target(name).compiler.rules(program.avals)
         size = lambda v: size_bytes(program.avals[v])  # noqa: E731
-        peaks[name] = peak_bytes(program.equations, size, kept=program.outputs, habits=habits)
+        peaks[name] = peak_bytes(program.equations, size, kept=program.outputs, rules=rules)
     scores = 512 * 512 * 4
     assert scores <= peaks["v5e"] < 1.2 * scores and peaks["h100"] >= 2 * scores
 
@@ -273,13 +270,13 @@ def test_a_scatter_that_is_added_to_something_scatters_into_that():
     program = trace(jax.grad(loss), specs).program
     size = lambda v: size_bytes(program.avals[v])  # noqa: E731
     for name, most in (("cpu", 2.2), ("h100", 1.2)):
-        habits = habits_of(find_target(name), program.avals, program.equations)
-        assert len(habits.scatters) == 1
+        rules = find_target(name).compiler.rules(program.avals, program.equations)
+        assert len(rules.scatters) == 1
         # The exponentials, where they are not made again, and the gradient, but no zeros to scatter into.
-        peak = peak_bytes(program.equations, size, kept=program.outputs, habits=habits)
+        peak = peak_bytes(program.equations, size, kept=program.outputs, rules=rules)
         assert size(program.outputs[0]) <= peak <= most * size(program.outputs[0])
         scatter = next(e for e in program.equations if e.primitive.name == "scatter-add")
-        assert not habits.scratch_bytes(scatter)
+        assert not rules.scratch_bytes(scatter)
 
 
 def test_what_is_costly_is_made_again_on_gpus_for_each_reader():
@@ -299,7 +296,7 @@ def test_what_is_costly_is_made_again_on_gpus_for_each_reader():
             results=program.outputs[:2],
             cotangents=[program.inputs[1]],
             kept=[program.outputs[2]],
-            habits=habits_of(find_target(name), program.avals),
+            rules=find_target(name).compiler.rules(program.avals),
         )
         held[name] = {v for v in across.values if program.avals[v].shape == (256, 256)}
     scores, (weights,) = program.outputs[1], next(e for e in forward if e.primitive.name == "exp").outputs

@@ -19,7 +19,7 @@ from jaxckpt.compilation import measure, pool
 from jaxckpt.compilation.measure import compiled_bytes, lowered_for
 from jaxckpt.targets import chip, install
 from jaxckpt.targets.chip import FILE, VARIABLE, find_chip, find_target, known_chips
-from jaxckpt.targets.topology import _topology, devices_for, refused_bytes
+from jaxckpt.targets.topology import _devices, devices_for
 
 X = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
 WS = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 8
@@ -162,7 +162,7 @@ def test_a_file_that_cannot_be_read_is_named(text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chip", ["h100", "v5e"])
 def test_a_missing_compiler_names_what_installs_it(chip, no_compiler):
-    _topology.cache_clear()
+    _devices.cache_clear()
     command = re.escape(install.shown_command(find_chip(chip)))
     with pytest.raises(jaxckpt.CompilerError, match=f"not installed.*{command}"):
         jaxckpt.measure(chain, WS, X, target=chip)
@@ -170,7 +170,7 @@ def test_a_missing_compiler_names_what_installs_it(chip, no_compiler):
 
 @pytest.mark.parametrize("chip", ["h100", "v5e"])
 def test_without_its_compiler_a_plan_is_predicted_and_says_so(chip, no_compiler):
-    _topology.cache_clear()
+    _devices.cache_clear()
     with pytest.warns(jaxckpt.JaxckptWarning, match=r"not installed.*pip install.*predicted, not measured"):
         plan = jaxckpt.plan(chain, WS, X, budget="60%", target=chip)
     assert plan.measured_peak_bytes is None and not plan.is_unplanned_measured and plan.num_compiles == 0
@@ -179,7 +179,7 @@ def test_without_its_compiler_a_plan_is_predicted_and_says_so(chip, no_compiler)
 
 
 def test_a_decorated_function_keeps_no_prediction_that_a_compiler_was_missing_for(no_compiler, tmp_path):
-    _topology.cache_clear()
+    _devices.cache_clear()
     loss = jaxckpt.auto_remat(chain, budget="60%", target="v5e", cache_dir=tmp_path / "plans")
     with pytest.warns(jaxckpt.JaxckptWarning, match="predicted, not measured"):
         jax.make_jaxpr(jax.grad(loss))(WS, X)
@@ -198,7 +198,7 @@ def test_a_plugin_that_is_not_this_jaxs_is_refused_with_the_right_one(name, monk
     versions, wanted = WRONG[name]
     found = {f"jax-cuda13-{part}": version for part, version in versions.items()}
     monkeypatch.setattr(install, "_version", found.get)
-    _topology.cache_clear()
+    _devices.cache_clear()
     with pytest.raises(jaxckpt.CompilerError, match=f"{wanted}.*=={re.escape(_compat.JAXLIB_VERSION)}"):
         jaxckpt.measure(chain, WS, X, target="h100")
 
@@ -239,8 +239,8 @@ def test_a_compiler_that_crashes_is_a_typed_error(monkeypatch):
 
 def test_a_refusal_says_how_much_was_needed():
     text = "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (26.06G) exceeds available HBM (15.75G)"
-    assert refused_bytes(RuntimeError(text)) == int(26.06 * 2**30)
-    assert refused_bytes(RuntimeError("INTERNAL: something else (26.06G)")) is None
+    assert find_chip("v5e").compiler.refused_bytes(RuntimeError(text)) == int(26.06 * 2**30)
+    assert find_chip("v5e").compiler.refused_bytes(RuntimeError("INTERNAL: something else (26.06G)")) is None
 
 
 def test_a_refused_step_gives_donated_buffers_back(monkeypatch):

@@ -33,7 +33,7 @@ from jaxckpt.program.trace import Memory, is_settled, trace
 from jaxckpt.result.plan import SCHEMA, Plan
 from jaxckpt.search.request import Request
 from jaxckpt.search.step import FITTING
-from jaxckpt.targets.chip import find_target
+from jaxckpt.targets.chip import device_label, find_target
 from jaxckpt.units import short_bytes, short_count
 
 _LOG = logging.getLogger("jaxckpt")
@@ -298,7 +298,8 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
 
 def _key(program: Program, goal: Any, request: Request) -> str:
     versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
-    place = (jax.default_backend(), os.environ.get("XLA_FLAGS", ""), find_target(request.target))
+    chip = find_target(request.target)
+    place = (device_label(None), os.environ.get("XLA_FLAGS", ""), chip, chip.compiler)
     return hashlib.sha256(
         repr((program.fingerprint(), program.keeps_checkpoints, goal, request, versions, place)).encode()
     ).hexdigest()[:32]
@@ -374,7 +375,7 @@ def _warn_no_budget() -> None:
 
 @functools.cache
 def _warn_on_old_cpu() -> None:
-    if _compat.CPU_UNDOES_REMAT and jax.default_backend() == "cpu" and not _compat.cpu_option_is_set():
+    if _compat.here_undoes_remat():
         warnings.warn(
             "on CPU, jaxlib before 0.12 merges recomputation back and saves no memory. Compile with "
             "jax.jit(..., compiler_options=jaxckpt.compiler_options()), or set "

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from jaxckpt.compilation.measure import compiled_bytes
 from jaxckpt.compilation.objective import cotangent_specs, input_specs, objective
 from jaxckpt.errors import OptionError
@@ -19,6 +17,7 @@ from jaxckpt.search.analysis import Analysis, find_analysis
 from jaxckpt.search.calibration import Calibration, add_samples, remembered
 from jaxckpt.search.found import Found
 from jaxckpt.search.policies import DifferentiatedCost, differentiated_cost, policy_functions
+from jaxckpt.targets.chip import device_label
 from jaxckpt.targets.sharding import trace_placed
 
 UNPLANNED = "unplanned"
@@ -95,7 +94,7 @@ def frontier(
     return Frontier(
         points=tuple(sorted([*points, *policies], key=lambda p: (p.peak_bytes, -p.cost_ratio))),
         cost=cost,
-        target=target or jax.default_backend(),
+        target=device_label(target),
         fingerprint=traced.program.fingerprint(),
         forward_flops=analysis.forward_flops,
         num_candidates=len(analysis.candidates),

@@ -22,9 +22,8 @@ from jaxckpt.compilation import cache, process
 from jaxckpt.errors import CompilerError
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.targets import install
-from jaxckpt.targets.chip import Target, find_target
+from jaxckpt.targets.chip import Target, device_label, find_target
 from jaxckpt.targets.sharding import local_bytes, place, step_split
-from jaxckpt.targets.topology import refused_bytes
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
@@ -90,11 +89,11 @@ def lowered_for(
             "jaxckpt.fit measure the whole step"
         )
     placed, num_devices = place(specs, target)
-    label = target or jax.default_backend() + (f":{num_devices}" if num_devices > 1 else "")
+    label = device_label(target, num_devices)
     started = time.perf_counter()
     traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
     lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
-    options = _options(chip.platform)
+    options = chip.compiler.compile_options
     name = cache.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
     kept = cache.read(name)
     if kept is not None:
@@ -152,9 +151,9 @@ def through(door: Door) -> Iterator[None]:
 
 
 def _versions(chip: Target) -> tuple[Any, ...]:
-    """What else than its text decides how a program is compiled."""
+    """What else than its text decides how a program is compiled and its bytes are counted."""
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    return _compat.JAXLIB_VERSION, install.installed(chip), *flags
+    return _compat.JAXLIB_VERSION, install.installed(chip), chip.compiler_name and chip.compiler, *flags
 
 
 def _compiled(
@@ -168,7 +167,7 @@ def _compiled(
     except CompilerError:
         raise
     except Exception as error:  # every backend raises its own kind
-        needed = refused_bytes(error)
+        needed = chip.compiler.refused_bytes(error)
         if needed is None:
             said = (str(error).splitlines() or [type(error).__name__])[0][:300]
             needs = any(word in said for word in ("ptxas", "PTX", "libdevice"))
@@ -178,13 +177,8 @@ def _compiled(
     if time.perf_counter() - started > _SLOW_S:
         _log_slow(label)
     assert stats is not None, "every backend that jaxckpt plans for reports its memory"
-    device = (
-        stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-    )
-    # On TPU the peak of what is live and what the runtime reserves differ, and the larger one has to fit.
-    device = max(device, getattr(stats, "peak_memory_in_bytes", 0)) if chip.platform == "tpu" else device
     return Measurement(
-        device_bytes=device,
+        device_bytes=chip.compiler.device_bytes(stats),
         argument_bytes=stats.argument_size_in_bytes,
         output_bytes=stats.output_size_in_bytes,
         alias_bytes=stats.alias_size_in_bytes,
@@ -219,13 +213,6 @@ SHOW: contextvars.ContextVar[Callable[[str], contextlib.AbstractContextManager]]
 def watched(label: str) -> contextlib.AbstractContextManager:
     """What shows that a compile is under way."""
     return SHOW.get()(f"compiling for {label}")
-
-
-def _options(platform: str) -> dict[str, Any] | None:
-    if platform != "cpu":
-        return None
-    # Buffers are assigned before LLVM runs, so its optimisations change nothing but the time this takes.
-    return {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
 
 
 def _refusal(

@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jaxckpt import _compat
 from jaxckpt.compilation.cache import write_text
 from jaxckpt.errors import CompilerError
-from jaxckpt.targets.chip import find_chip, topology_of
+from jaxckpt.targets.chip import Target, find_chip, topology_of
+from jaxckpt.targets.registry import register_compiler
 from jaxckpt.targets.topology import devices_for
 
 # Set to anything, compiles for a named target run here.
@@ -55,6 +56,7 @@ def sizes_later(
         "program": _compat.without_gradient(exported),
         "donated": [i for i, owner in enumerate(owners) if owner in given],
         "chip": chip,
+        "compiler": _importable(chip),
         "topology": topology_of(target) if chip.tpu else str(exported.nr_devices),
         "options": options,
         "places": [_described(leaf.sharding) for leaf in leaves],
@@ -67,6 +69,27 @@ def sizes_later(
         return SimpleNamespace(**found)
 
     return sizes
+
+
+def _importable(chip: Target) -> Any:
+    """The compiler of a chip, None if another process knows it anyway.
+
+    Raises:
+        CompilerError: its class is in no module that another process can import.
+    """
+    if not chip.compiler_name:
+        return None
+    try:
+        pickle.dumps(chip.compiler)
+        is_importable = type(chip.compiler).__module__ != "__main__"
+    except (pickle.PicklingError, AttributeError, TypeError):
+        is_importable = False
+    if not is_importable:
+        raise CompilerError(
+            f"compiler={chip.compiler_name!r} cannot be sent to another process; define its class at the top of a "
+            f"module that can be imported, or compile in this process, without {SWITCH}"
+        )
+    return chip.compiler
 
 
 def _answer(asked: dict[str, Any], target: str) -> dict[str, Any]:
@@ -110,6 +133,8 @@ def main(question: str, answer: str) -> None:
     """Compile what the question says and write the answer, whole or not at all."""
     asked = pickle.loads(Path(question).read_bytes())
     exported = asked["program"]
+    if asked["compiler"] is not None:
+        register_compiler(asked["chip"].compiler_name, asked["compiler"])
     devices = devices_for(asked["chip"], asked["topology"])[: exported.nr_devices]
     places = [_placed(place, devices) for place in asked["places"]]
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(exported.in_avals, places, strict=True)]

@@ -93,7 +93,7 @@ class _LoopModel:
 
     def __init__(self, local: LocalBlock, loop: Loop, body: Body, active: set[int], analyser: Analyser):
         timer, target = analyser.timer, analyser.target
-        self.is_cpu = target.platform == "cpu"
+        self.copies_slices = target.compiler.copies_slices
         self._stacking = lambda part: stacking_time(timer, target, self._moved(part))
         self.local, self.loop, self.body = local, loop, body
         size = lambda vs: sum(size_bytes(loop.body.avals[v]) for v in vs)  # noqa: E731
@@ -116,12 +116,12 @@ class _LoopModel:
     def numbers(self, parts: Sequence[Part]) -> _Numbers:
         """What parts take, in bytes and in units of the plan's cost."""
         saved = list(itertools.accumulate(map(self._saved, parts), initial=self.outside.operands))
-        # The parts' results and cotangents are put together in the end. A GPU reads slices of what is there in place;
-        # on CPU they are copies from the forward on, of which a part's is gone when its cotangents are there.
+        # The parts' results and cotangents are put together in the end. Where slices are copies, a part's is gone when
+        # its cotangents are there.
         cut = self.loop.length if len(parts) > 1 else 0
-        copies = cut * self.sizes.slices if self.is_cpu else 0
+        copies = cut * self.sizes.slices if self.copies_slices else 0
         joined = max(cut * self.sizes.slice_cotangents, copies)
-        if self.is_cpu:
+        if self.copies_slices:
             # The longest part's cotangents are written where they belong, those of the others beside the copies.
             joined += (self.loop.length - max(part.length for part in parts)) * self.sizes.slice_cotangents
         made = cut * self.sizes.stacked_outputs

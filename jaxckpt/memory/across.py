@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxckpt.memory.fusion import Copy, resolve, roots_of
 from jaxckpt.memory.peak import peak_of_runs
 from jaxckpt.program.ir import Equation
-from jaxckpt.targets.compiler import Habits
+from jaxckpt.targets.rules import FusionRules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ def held_across(
     cotangents: Collection[int],
     kept: Collection[int],
     external: Collection[int] = (),
-    habits: Habits,
+    rules: FusionRules,
 ) -> Across:
     """Find what is held from a forward to a backward without a checkpoint between them.
 
@@ -47,12 +47,12 @@ def held_across(
         cotangents: what is there for the backward only.
         kept: further values that outlive both.
         external: results whose storage is counted elsewhere.
-        habits: what the compiler does of its own accord.
+        rules: what the compiler does of its own accord.
 
     Returns:
         What is held. What is fused is made again from the buffers it is fused from.
     """
-    found = resolve([*forward, *backward], size, habits, [*results, *kept, *external])
+    found = resolve([*forward, *backward], size, rules, [*results, *kept, *external])
     late = {v for eqn in backward for v in eqn.outputs} | set(cotangents)
     # A copy of what needs nothing of the backward is made as soon as that is there.
     is_copy = lambda run: run.makes[0] < 0  # noqa: E731
@@ -73,6 +73,6 @@ def held_across(
             at_end=across | found.find(results) - found.find(external),
             at_start=(),
             elsewhere=found.find(external),
-            is_breadth_first=habits.is_breadth_first,
+            is_breadth_first=rules.is_breadth_first,
         ),
     )

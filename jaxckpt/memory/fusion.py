@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jaxckpt.program import primitives
 from jaxckpt.program.ir import Equation
-from jaxckpt.targets.compiler import Habits
+from jaxckpt.targets.rules import FusionRules
 
 # An operand this many times smaller than the result is repeated; a smaller factor may be between two dtypes.
 _SMALL = 8
@@ -65,7 +65,7 @@ def moved_bytes(equations: Sequence[Equation], size: Callable[[int], int], *, ke
     Returns:
         `[num_equations]`.
     """
-    found = resolve(equations, size, Habits(), kept)
+    found = resolve(equations, size, FusionRules(), kept)
     runs, buffers = found.runs, found.buffers
     made = {v for run in runs for v in run.makes}
     # What the equations do not make is read from memory like any buffer.
@@ -97,7 +97,7 @@ class Resolved:
 def resolve(
     equations: Sequence[Equation],
     size: Callable[[int], int],
-    habits: Habits,
+    rules: FusionRules,
     kept: Iterable[int],
     stacked: Iterable[int] = (),
 ) -> Resolved:
@@ -106,25 +106,25 @@ def resolve(
     Args:
         equations: in order.
         size: bytes of a value.
-        habits: what the compiler does of its own accord.
+        rules: what the compiler does of its own accord.
         kept: values that outlive the equations.
         stacked: values that are slices of what is held elsewhere: what is fused reads them there.
     """
     same = primitives.renamed(equations)
     runs = [Run((), (v,), True, True, False) for v in stacked]
     copying = _Copying()
-    in_place = {scatter.outputs[0] for scatter in habits.scatters.values()}
+    in_place = {scatter.outputs[0] for scatter in rules.scatters.values()}
     for eqn in equations:
         reads = tuple(dict.fromkeys(same.get(v, v) for v in eqn.reads))
         if eqn.outputs[0] in in_place or eqn.outputs[0] in same:
             continue
-        if (scatter := habits.scatters.get(eqn.outputs[0])) is not None:
+        if (scatter := rules.scatters.get(eqn.outputs[0])) is not None:
             base = [v for v in reads if v != scatter.outputs[0]]
             where = [same.get(v, v) for v in scatter.reads[1:]]
             reads = tuple(dict.fromkeys([*base, *where]))
             runs.append(Run(reads, eqn.outputs, False, False, False, base[0] if base else None))
             continue
-        for v in {same.get(v, v) for v in habits.copies(eqn)}:
+        for v in {same.get(v, v) for v in rules.copies(eqn)}:
             copy = copying.number(Copy(v, eqn.outputs[0]))
             reads = tuple(copy if u == v else u for u in reads)
         runs.append(
@@ -132,17 +132,17 @@ def resolve(
                 reads,
                 eqn.outputs,
                 eqn.primitive in primitives.FUSIBLE,
-                eqn.primitive in primitives.READS_FUSED or (habits.matmuls_fuse_operands and primitives.is_matmul(eqn)),
-                eqn.primitive in primitives.EXPENSIVE and not habits.repeats_expensive,
+                eqn.primitive in primitives.READS_FUSED or (rules.matmuls_fuse_operands and primitives.is_matmul(eqn)),
+                eqn.primitive in primitives.EXPENSIVE and not rules.repeats_expensive,
                 reads[0] if eqn.primitive in primitives.IN_PLACE and reads else None,
-                habits.scratch_bytes(eqn),
-                habits.kernel_holds is not None and eqn.primitive in primitives.FUSIBLE and habits.kernel_holds(eqn),
+                rules.scratch_bytes(eqn),
+                rules.kernel_holds is not None and eqn.primitive in primitives.FUSIBLE and rules.kernel_holds(eqn),
                 eqn.primitive in primitives.BROADCASTS,
             )
         )
     runs = copying.inserted(runs)
     buffers = _materialised(runs, {same.get(v, v) for v in kept})
-    if habits.kernel_holds is not None:
+    if rules.kernel_holds is not None:
         runs = _with_operands_made(runs, buffers, size, copying)
     return Resolved(runs, buffers, same, copying.keys)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from jaxckpt.memory.fusion import Copy, Resolved, Run, resolve, roots_of
 from jaxckpt.program.ir import Equation
-from jaxckpt.targets.compiler import PLAIN, Habits
+from jaxckpt.targets.rules import PLAIN, FusionRules
 
 
 def peak_bytes(
@@ -17,7 +17,7 @@ def peak_bytes(
     stacked: Collection[int] = (),
     copies: Collection[Copy] = (),
     external: Collection[int] = (),
-    habits: Habits = PLAIN,
+    rules: FusionRules = PLAIN,
 ) -> int:
     """Most bytes alive at once while equations run in order.
 
@@ -29,12 +29,12 @@ def peak_bytes(
         stacked: values that are slices of what is held elsewhere: what is fused reads them there.
         copies: copies that are there at the start too.
         external: results whose storage is counted elsewhere, such as outputs of the whole program.
-        habits: what the compiler does of its own accord.
+        rules: what the compiler does of its own accord.
 
     Returns:
         The peak. Values that are read but neither made nor held are free.
     """
-    found = resolve(equations, size, habits, [*kept, *external], stacked)
+    found = resolve(equations, size, rules, [*kept, *external], stacked)
     given = set(copies)
     there = {number for number, copy in found.copies.items() if copy in given}
     runs = found.runs
@@ -47,7 +47,7 @@ def peak_bytes(
         at_end=found.find(kept),
         at_start=found.find(held) | there,
         elsewhere=found.find(external) - found.find(kept),
-        is_breadth_first=habits.is_breadth_first,
+        is_breadth_first=rules.is_breadth_first,
     )
 
 

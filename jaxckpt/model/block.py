@@ -18,10 +18,8 @@ from jaxckpt.model.time import Timer, count_flops
 from jaxckpt.program import primitives
 from jaxckpt.program.flops import equation_cost
 from jaxckpt.program.ir import Equation, elements, is_differentiable
-from jaxckpt.targets import compiler
 from jaxckpt.targets.chip import Target
-from jaxckpt.targets.cpu import habits_of
-from jaxckpt.targets.tpu import layouts_of
+from jaxckpt.targets.rules import FusionRules
 
 # What options without a checkpoint are called.
 _LEFT = "everything"
@@ -33,7 +31,7 @@ class Model:
     def __init__(self, local: LocalBlock, joint: Joint, timer: Timer, target: Target):
         self.local, self.joint, self.target = local, joint, target
         self._leading: dict[tuple[frozenset[int], frozenset[int]], list[Equation]] = {}
-        self.habits = habits_of(target, joint.avals, [*joint.forward, *joint.backward])
+        self.rules = target.compiler.rules(joint.avals, [*joint.forward, *joint.backward])
         self.size = _sizes(local, joint, target).__getitem__
         kept = [joint.value[v] for v in local.outputs if v in joint.value]
         self.time = dict(zip(map(id, joint.forward), timer(joint.forward, joint.avals, kept), strict=True))
@@ -43,10 +41,8 @@ class Model:
         self.outputs = [joint.value.get(v, -1) for v in local.outputs]
         # The rest of the forward only the backward reads, so that it runs once without a plan too.
         self.plain = set(map(id, self.needed(self.outputs, frozenset())))
-        # On CPU that is what happens; elsewhere schedulers mind the memory.
-        moves = target.platform == "cpu" and not local.is_body
-        # In a loop, XLA's CPU compiler holds far more for statistics that are stacked than for those made again.
-        self.drops_tiny = target.platform == "cpu" and local.is_body
+        moves = target.compiler.mixes_passes and not local.is_body
+        self.drops_tiny = target.compiler.stacks_tiny_badly and local.is_body
         self.early, self.late = (self._early(), self._late()) if moves else ([], [])
         # Several of the block's values may be one value of the joint program; the first stands for it.
         self.named: dict[int, int] = {}
@@ -66,8 +62,8 @@ class Model:
         fused = self.needed({v for eqn in self._backward_alone for v in eqn.reads}, held)
         late = set(map(id, self.late))
         backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
-        indices = sum(map(self.habits.index_bytes, backward))
-        peak = indices + self._backward_peak(backward, held, self._mixing_habits, across.copies)
+        indices = sum(map(self.rules.index_bytes, backward))
+        peak = indices + self._backward_peak(backward, held, self._mixing_rules, across.copies)
         option = self._option(_LEFT, LEFT_TO_JAX, held)
         scratch = self._scratch_bytes()
         copied = sum(copy.bytes(self.size) for copy in across.copies)
@@ -80,7 +76,7 @@ class Model:
             # What runs early is over long before.
             forward_peak_bytes=max(option.forward_peak_bytes, across.forward_peak_bytes)
             + scratch
-            - sum(map(self.habits.scratch_bytes, self.early)),
+            - sum(map(self.rules.scratch_bytes, self.early)),
             backward_peak_bytes=peak,
             last_forward_peak_bytes=self._last_forward_peak(),
             unread_inputs=tuple(i for i, v in enumerate(inputs) if v not in across.read),
@@ -100,7 +96,7 @@ class Model:
             held=self.joint.cotangents,
             kept={*self.joint.waiting, *own},
             external={*self.joint.gradients, *results} - set(self.joint.waiting),
-            habits=self.habits,
+            rules=self.rules,
         )
         return Option(
             name=_LEFT,
@@ -115,14 +111,14 @@ class Model:
 
     def _last_forward_peak(self) -> int:
         """The forward's peak where the cotangents are there already, which are counted elsewhere."""
-        if not self.habits.is_breadth_first or self.local.is_body:
+        if not self.rules.is_breadth_first or self.local.is_body:
             return 0
         needed = self.needed(self.joint.residuals, frozenset())
         peak = self._backward_peak([*needed, *self.joint.backward], frozenset())
         return max(0, peak - sum(map(self.size, self.joint.cotangents)))
 
     def _scratch_bytes(self) -> int:
-        return sum(map(self.habits.scratch_bytes, self.joint.backward))
+        return sum(map(self.rules.scratch_bytes, self.joint.backward))
 
     def _across(self) -> Across:
         """What is held without a checkpoint: the forward's buffers that the backward reads, fused or not."""
@@ -136,13 +132,13 @@ class Model:
             kept=[*self.joint.waiting, *self.joint.gradients],
             external=[self.joint.value[v] for v in self.local.results if v in self.joint.value],
             # In a loop's body forward and backward are loops of their own, each with its own copies.
-            habits=compiler.Habits() if self.local.is_body else self._mixing_habits,
+            rules=FusionRules() if self.local.is_body else self._mixing_rules,
         )
 
     @property
-    def _mixing_habits(self) -> compiler.Habits:
+    def _mixing_rules(self) -> FusionRules:
         """What the compiler does where no checkpoint separates forward and backward."""
-        return replace(self.habits, scratch_bytes=lambda eqn: 0)
+        return replace(self.rules, scratch_bytes=lambda eqn: 0)
 
     @functools.cached_property
     def _backward_alone(self) -> list[Equation]:
@@ -245,13 +241,13 @@ class Model:
         external = {self.joint.value[v] for v in self.local.results if v in self.joint.value}
         kept = {*self.outputs, *saved} - external - {-1}
         needed = self.needed({*kept, *external}, frozenset())
-        return peak_bytes(needed, self.size, kept=kept, external=external, habits=self.habits)
+        return peak_bytes(needed, self.size, kept=kept, external=external, rules=self.rules)
 
     def _backward_peak(
         self,
         equations: Sequence[Equation],
         saved: frozenset[int],
-        habits: compiler.Habits | None = None,
+        rules: FusionRules | None = None,
         copies: Collection[Copy] = (),
         *,
         is_stacked: bool = False,
@@ -265,7 +261,7 @@ class Model:
             copies=copies,
             kept=waiting,
             external=set(self.joint.gradients) - waiting,
-            habits=habits or self.habits,
+            rules=rules or self.rules,
         )
 
     def needed(self, targets: Collection[int], there: frozenset[int]) -> list[Equation]:
@@ -291,7 +287,7 @@ def _sizes(local: LocalBlock, joint: Joint, target: Target) -> list[int]:
     ends = [(joint.value[v], v) for v in (*local.span.inputs, *local.outputs) if v in joint.value]
     cotangents = list(zip(joint.cotangents, local.active_outputs, strict=True))
     features = {u: known.features[v] for u, v in (*ends, *cotangents) if v in known.features}
-    layouts = layouts_of(target, joint.avals, [*joint.forward, *joint.backward], features=features)
+    layouts = target.compiler.layouts(joint.avals, [*joint.forward, *joint.backward], features=features)
     sizes = list(map(layouts.held_bytes, range(len(joint.avals))))
     for u, v in ends:
         sizes[u] = known.held_bytes(v)

@@ -11,7 +11,7 @@ from jaxckpt.model.cut import Span
 from jaxckpt.program.flatten import flatten
 from jaxckpt.program.interpret import evaluate
 from jaxckpt.program.ir import Equation, Program, is_differentiable, live_equations, size_bytes, spec_of
-from jaxckpt.targets.compiler import Layouts
+from jaxckpt.targets.rules import Layouts
 
 
 class LocalBlock:

@@ -11,7 +11,6 @@ from jaxckpt.program import primitives
 from jaxckpt.program.flops import equation_cost, inner_bytes
 from jaxckpt.program.ir import Equation, size_bytes
 from jaxckpt.targets.chip import Target
-from jaxckpt.targets.compiler import STACKING
 
 # An exponential or a logarithm takes about this many operations.
 _EXPENSIVE_FLOPS = 10
@@ -52,7 +51,7 @@ def stacking_time(timer: Timer, target: Target, num_bytes: int) -> int:
     """What it takes to stack bytes in a loop's forward and to read them in its backward, in the unit of the timer."""
     if timer is count_flops:
         return 0
-    return math.ceil(1e12 * STACKING[target.platform] * num_bytes / target.bandwidth)
+    return math.ceil(1e12 * target.compiler.stacking_passes * num_bytes / target.bandwidth)
 
 
 def count_flops(equations: Sequence[Equation], avals: list[Any], kept: Collection[int]) -> list[int]:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from ckptsolvers import Keep
 
 from jaxckpt import _compat
@@ -16,6 +15,7 @@ from jaxckpt.result.plan import Plan, SavedGroup, line_digests
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.found import Found
 from jaxckpt.search.step_search import FoundStep
+from jaxckpt.targets.chip import device_label
 
 
 def build(found: Found) -> Plan:
@@ -41,7 +41,7 @@ def build(found: Found) -> Plan:
         unplanned_cost=analysis.unplanned_cost,
         cost=analysis.cost,
         solver=analysis.solver if isinstance(analysis.solver, str) else getattr(analysis.solver, "__name__", "custom"),
-        target=analysis.target or jax.default_backend(),
+        target=device_label(analysis.target),
         fingerprint=program.fingerprint(),
         jax_version=_compat.JAX_VERSION,
         keeps_checkpoints=program.keeps_checkpoints,

@@ -23,9 +23,7 @@ from jaxckpt.search.candidates import candidates, check_solver
 from jaxckpt.search.profile import Profiler
 from jaxckpt.search.space import BlockAnalyser
 from jaxckpt.targets.chip import find_target
-from jaxckpt.targets.cpu import outside_regions
 from jaxckpt.targets.sharding import local_bytes, program_split
-from jaxckpt.targets.tpu import is_head
 
 
 class Analysis:
@@ -71,8 +69,8 @@ class Analysis:
         # Solvers that know one shape of schedule only would find none that goes around a block.
         is_apart = is_logits = lambda eqn: False
         if solver in ("auto", "chain"):
-            is_apart = outside_regions(self.chip, program.avals)
-            is_logits = is_head(self.chip, program.avals, program.equations)
+            is_apart = self.chip.compiler.outside_regions(program.avals)
+            is_logits = self.chip.compiler.heads(program.avals, program.equations)
         self._analyser = BlockAnalyser(
             timer=self.timer,
             target=self.chip,
@@ -88,7 +86,8 @@ class Analysis:
         if fine and any(v in self.active for span in fine for v in span.outputs):
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
         # Elsewhere nothing is won by it, and analysing larger blocks takes time.
-        like = self._add_merged() if solver == "auto" and self.chip.platform == "tpu" and self.cuts else ()
+        wants_identical = solver == "auto" and self.chip.compiler.wants_identical_layers
+        like = self._add_merged() if wants_identical and self.cuts else ()
         found = candidates([b.problem for b in self.cuts], solver, like)
         # The Pareto set, and the same with those of each cut that only another cut's dominate by what is predicted.
         self.candidates, self.all_candidates = (
@@ -221,9 +220,9 @@ def find_analysis(
     program: Program, goal: Objective, cost: str, solver: Any, target: str | None, is_profiled: bool = False
 ) -> Analysis:
     """The analysis of this program, kept for the next budget; what was compiled for one budget serves the others."""
-    chip = find_target(target)  # a user's chip may be defined anew under its name
+    chip = find_target(target)  # a user's chip and its compiler may be defined anew under their names
     key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
-    key += (is_profiled,)
+    key += (chip.compiler, is_profiled)
     analysis = _ANALYSES.pop(key, None) or Analysis(program, goal, cost, solver, target, is_profiled=is_profiled)
     _ANALYSES[key] = analysis
     while len(_ANALYSES) > _MAX_ANALYSES:

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxckpt import _compat
 from jaxckpt._version import __version__
 from jaxckpt.compilation import cache
@@ -25,6 +23,7 @@ from jaxckpt.compilation.cache import write_text
 from jaxckpt.errors import PlanFileError
 from jaxckpt.program.ir import Program
 from jaxckpt.search.surrogate import offset_at
+from jaxckpt.targets.chip import device_label
 
 _LOG = logging.getLogger("jaxckpt")
 _FORMAT = "jaxckpt calibration"
@@ -179,7 +178,7 @@ def remembered_of(programs: Sequence[Program], target: str | None) -> Calibratio
 
 
 def _read(family: str, target: str | None, cache_dir: str | os.PathLike | None) -> Calibration:
-    empty = Calibration(target=_label(target), jaxlib_version=_compat.JAXLIB_VERSION, family=family)
+    empty = Calibration(target=device_label(target), jaxlib_version=_compat.JAXLIB_VERSION, family=family)
     path = _path(empty, cache_dir)
     if not path.exists():
         return empty
@@ -220,10 +219,6 @@ def remember(record: Calibration, cache_dir: str | os.PathLike | None = None) ->
         record.save(path)
     except OSError as error:
         _LOG.warning("the calibration record could not be kept at %s: %s", path, error)
-
-
-def _label(target: str | None) -> str:
-    return target or jax.default_backend()
 
 
 def _path(record: Calibration, cache_dir: str | os.PathLike | None) -> Path:

@@ -126,7 +126,7 @@ class Profiler:
         )
         found: dict[tuple[int, ...], int] = {}
         for run, what in zip(distinct, measured, strict=True):
-            modelled = peak_bytes(run.equations, model.size, external=run.outputs, habits=model.habits)
+            modelled = peak_bytes(run.equations, model.size, external=run.outputs, rules=model.rules)
             found[run.key] = what.temp_bytes - modelled
         return {run: found.get(run.key, 0) for run in runs}
 

@@ -19,8 +19,7 @@ from jaxckpt.program import primitives
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.ir import Equation, Program, elements
 from jaxckpt.targets.chip import Target
-from jaxckpt.targets.compiler import Layouts
-from jaxckpt.targets.tpu import layouts_of
+from jaxckpt.targets.rules import Layouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ class BlockAnalyser:
             are_repeated: whether blocks may be treated identically, so that each wants more options.
         """
         results = {x for x in program.outputs if isinstance(x, int)}
-        layouts = layouts_of(self.target, program.avals, program.equations, read_by_derivatives=True)
+        layouts = self.target.compiler.layouts(program.avals, program.equations, read_by_derivatives=True)
         values, place = _crossing_values(spans, active, results, layouts)
         placed = []
         for span in spans:
@@ -106,7 +105,7 @@ class BlockAnalyser:
             number, analysis = self.known[key]
             placed.append(PlacedBlock(span=span, number=number, analysis=analysis, values=tuple(local.values)))
         blocks = [_solver_block(block, place) for block in placed]
-        if self.target.platform == "tpu":
+        if self.target.compiler.heads_wait_for_loops:
             blocks = _with_head_waiting(blocks, spans, layouts, self.outside_regions)
         problem = Problem(blocks=tuple(blocks), values=values)
         cost = sum(block.analysis.unplanned_cost for block in placed)
@@ -130,10 +129,7 @@ def _summing(program: Program, spans: Sequence[Span], active: Collection[int]) -
 def _with_head_waiting(
     blocks: Sequence[Block], spans: Sequence[Span], layouts: Layouts, is_apart: Callable[[Equation], bool]
 ) -> list[Block]:
-    """The blocks, with logits alive in the backward of loops before them.
-
-    A TPU's compiler starts a loop as soon as it can, and the gradient of the weights that make logits after it.
-    """
+    """The blocks, with logits alive in the backward of loops before them."""
     found, waiting = [], 0
     for block, span in zip(reversed(blocks), reversed(spans), strict=True):
         last = span.equations[-1]

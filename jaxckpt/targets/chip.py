@@ -17,13 +17,14 @@ from typing import Any
 import jax
 
 from jaxckpt.errors import BudgetError, TargetError
+from jaxckpt.targets.compiler import Compiler
+from jaxckpt.targets.registry import OWN, compiler_named
 from jaxckpt.units import parse_bytes
 
 FILE = "jaxckpt.toml"
 VARIABLE = "JAXCKPT_TARGETS"
 _LAYOUT = re.compile(r"[1-9]\d*(x[1-9]\d*)+")
 _NUMBER = re.compile(r"[1-9]\d*")
-_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,7 @@ class Target:
         devices_per_chip: how many JAX devices its compiler makes of a chip.
         gpu: what a GPU's compiler asks, None for others.
         tpu: what a TPU's compiler is asked for, None for others.
+        compiler_name: of rules other than the platform's own, in calls and files `compiler`.
         origin: where it was defined.
     """
 
@@ -96,10 +98,20 @@ class Target:
     devices_per_chip: int = 1
     gpu: Gpu | None = None
     tpu: Tpu | None = None
+    compiler_name: str = ""
     origin: str = "jaxckpt"
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+    @property
+    def compiler(self) -> Compiler:
+        """The rules of its compiler.
+
+        Raises:
+            TargetError: its name is not registered.
+        """
+        return compiler_named(self.compiler_name or self.platform)
 
     @property
     def kind(self) -> str:
@@ -126,8 +138,9 @@ def define_target(name: str, **values: Any) -> Target:
         name: what `target=` will call it.
         **values: `like`, a known chip to start from, and what differs: `memory` (bytes, or "40GB"), `bandwidth`,
             `host_bandwidth`, `vector_flops` (per second), `matmul_flops` (by dtype, "other" for the rest), `gpu` (of a
-            GPU: what its compiler asks), `tpu`, `platform`, `devices_per_chip`. Without `like` all of them that have no
-            default are needed. The same names stand in a file of targets.
+            GPU: what its compiler asks), `tpu`, `platform`, `devices_per_chip`, `compiler` (a name given to
+            `register_compiler` before). Without `like` all of them that have no default are needed. The same names
+            stand in a file of targets.
 
     Returns:
         The chip.
@@ -140,6 +153,7 @@ def define_target(name: str, **values: Any) -> Target:
         20000000000
     """
     found = _target(name, values, known_chips(), "define_target")
+    compiler_named(found.compiler_name or found.platform)  # refuses one that is not known
     _DEFINED[name] = found
     return found
 
@@ -236,6 +250,8 @@ def _target(name: Any, values: Mapping[str, Any], chips: Mapping[str, Target], o
         start = {f.name: getattr(chips[like], f.name) for f in fields(Target)}
     if "memory" in given:
         given["memory_bytes"] = _size(where, given.pop("memory"))
+    if "compiler" in given:
+        given["compiler_name"] = given.pop("compiler")
     for part, kind in (("gpu", Gpu), ("tpu", Tpu)):
         if part in given:
             given[part] = _part(f"{where}, {part}", kind, given[part], start.get(part))
@@ -255,10 +271,14 @@ def _part(where: str, kind: type, given: Any, start: Any) -> Any:
     return kind(**merged)
 
 
+# What users write where a field has another name.
+_WRITTEN = {"memory_bytes": "memory", "compiler_name": "compiler"}
+
+
 def _check(where: str, kind: type, values: Mapping[str, Any]) -> None:
     """Refuse names that are not there, values that are missing, and numbers that are none or not positive."""
     known = {f.name: f for f in fields(kind)}
-    shown = ", ".join("memory" if name == "memory_bytes" else name for name in known if name not in ("name", "origin"))
+    shown = ", ".join(_WRITTEN.get(name, name) for name in known if name not in ("name", "origin"))
     for name in values:
         if name not in known:
             raise TargetError(f"{where} has {name!r}, which is none of {shown}")
@@ -271,13 +291,16 @@ def _check(where: str, kind: type, values: Mapping[str, Any]) -> None:
             if isinstance(value, bool) or not isinstance(value, allowed) or not value > 0:
                 raise TargetError(f"{where}: {name}={value!r} is not a positive {f.type.__name__}")
         elif f.type is str and not isinstance(value, str):
-            raise TargetError(f"{where}: {name}={value!r} is not text")
+            raise TargetError(f"{where}: {_WRITTEN.get(name, name)}={value!r} is not text")
 
 
 def _check_platform(where: str, values: Mapping[str, Any]) -> None:
     platform = values["platform"]
-    if platform not in _PLATFORMS:
-        raise TargetError(f"{where}: platform={platform!r} is none of {', '.join(_PLATFORMS)}")
+    if platform not in OWN:
+        raise TargetError(f"{where}: platform={platform!r} is none of {', '.join(OWN)}")
+    compiler = values.get("compiler_name") or platform
+    if compiler in OWN and compiler != platform:
+        raise TargetError(f"{where}: compiler={compiler!r} compiles for no platform but its own, not for {platform!r}")
     part = {"cuda": "gpu", "tpu": "tpu"}.get(platform)
     if part and values.get(part) is None:
         raise TargetError(f"{where} lacks {part!r}, which its compiler needs; start from a known chip with `like`")
@@ -320,3 +343,8 @@ def find_target(name: str | None) -> Target:
     kind, platform = jax.local_devices()[0].device_kind, jax.default_backend()
     here = (chip for chip in known_chips().values() if chip.kind and chip.kind == kind)
     return next(here, None) or find_chip(_NEAREST.get(platform, "cpu"))
+
+
+def device_label(target: str | None, num_devices: int = 1) -> str:
+    """What to call the devices that something is for: the target as users write it, or the default backend."""
+    return target or jax.default_backend() + (f":{num_devices}" if num_devices > 1 else "")

@@ -1,71 +1,150 @@
-"""What a compiler does, by rule; `cpu`, `gpu` and `tpu` say where one differs."""
+"""The rules of a compiler, each with a default; `cpu`, `gpu` and `tpu` override those in which XLA's backends differ.
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+Seen in XLA's scheduled programs, in buffer assignments and in timed runs. Only what was seen is a rule, and each
+constant stands with its rule and says what it was fitted on.
+"""
 
-from jaxckpt.program.ir import Equation
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
 
-@dataclass(frozen=True, slots=True)
-class Layouts:
-    """What each value of a program takes on a target.
+from jaxckpt.errors import TargetError
+from jaxckpt.program.ir import Equation, size_bytes
+from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
 
-    Attributes:
-        full_bytes: `[num_values]`, as its dtype and the padding say.
-        narrow: float32 values that are held as bfloat16.
-        features: of images, which dimension lies in the lanes.
-    """
+if TYPE_CHECKING:
+    from jaxckpt.targets.chip import Target
 
-    full_bytes: Sequence[int]
-    narrow: frozenset[int] = frozenset()
-    features: Mapping[int, int] = field(default_factory=dict)
-
-    def held_bytes(self, v: int) -> int:
-        """What holding a value takes."""
-        return self.full_bytes[v] // (2 if v in self.narrow else 1)
+# What the compiler says when a program needs more than the chip has: itself a measurement.
+_REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", re.IGNORECASE)
+_SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _nothing(eqn: Equation) -> tuple[()]:
-    del eqn
-    return ()
+class Compiler:
+    """How a target's compiler behaves: the defaults are one that does nothing of its own accord.
 
-
-def _no_bytes(eqn: Equation) -> int:
-    del eqn
-    return 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Habits:
-    """What a compiler does beyond what the program says.
+    Subclass the compiler of the platform, override a rule and name it with `register_compiler`.
 
     Attributes:
-        copies: operands of an equation that it copies into another layout first.
-        scratch_bytes: what it needs while an equation runs that a checkpoint separates from the forward; it may make
-            that as soon as the program starts.
-        index_bytes: what it holds instead from the forward to the backward where no checkpoint separates them.
-        kernel_holds: where reductions are kernels of their own, the operations that these do for themselves, unless
-            something else reads the result too; None where a reduction fuses like anything else.
-        is_breadth_first: it runs what became ready first, and so makes copies long before they are read.
-        matmuls_fuse_operands: whether it fuses what makes an operand of a product or a convolution into that.
-        repeats_expensive: whether it makes a costly fused result again for each of its readers.
-        scatters: by the result of an addition, the scatter into zeros whose result it adds; it scatters in place.
+        version: part of the key of plans and measurements that are kept on disk. Change it when a method of yours
+            changes; other attributes are in the key already.
+        stacking_passes: what a loop keeps for its backward is moved into stacks and out of them; the time of that is
+            the time of moving its bytes, this many times.
+        mixes_passes: where no checkpoint separates forward and backward, whether it runs backward operations early
+            and forward ones late as they become ready, instead of minding the memory.
+        stacks_tiny_badly: whether, in a loop, it holds far more for tiny values that are stacked than for those that
+            are recomputed.
+        copies_slices: whether the parts of a divided loop read copies of their slices of the stacked inputs, which
+            are there from the forward on.
+        heads_wait_for_loops: whether it starts a loop as soon as it can, and the gradient of the weights that make
+            logits after it, so that logits are alive in the backward of the loops before them.
+        wants_identical_layers: whether it builds identical layers that are treated identically with less memory, so
+            that plans are worth having in which all layers that the program repeats keep the same.
+        compile_options: options of the compiler that jaxckpt measures with, None for its own defaults.
     """
 
-    copies: Callable[[Equation], Collection[int]] = _nothing
-    scratch_bytes: Callable[[Equation], int] = _no_bytes
-    index_bytes: Callable[[Equation], int] = _no_bytes
-    kernel_holds: Callable[[Equation], bool] | None = None
-    is_breadth_first: bool = False
-    matmuls_fuse_operands: bool = False
-    repeats_expensive: bool = False
-    scatters: Mapping[int, Equation] = field(default_factory=dict)
+    version: str = ""
+    stacking_passes: float = 1
+    mixes_passes: bool = False
+    stacks_tiny_badly: bool = False
+    copies_slices: bool = False
+    heads_wait_for_loops: bool = False
+    wants_identical_layers: bool = False
+    compile_options: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        """What it is and its attributes, for keys of what is kept on disk."""
+        kind = type(self)
+        values = {name: getattr(self, name) for name in Compiler.__annotations__} | vars(self)
+        shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        return f"{kind.__module__}.{kind.__qualname__}({shown})"
+
+    def rules(self, avals: Sequence[Any], equations: Sequence[Equation] = ()) -> FusionRules:
+        """Return what it fuses, copies and adds.
+
+        A scatter into zeros that is only added to something else scatters into that, wherever it runs.
+
+        Args:
+            avals: `[num_values]`, shapes and dtypes.
+            equations: in order; those that the scatters of the rules are among.
+        """
+        del avals
+        return FusionRules(scatters=added_scatters(equations))
+
+    def layouts(
+        self,
+        avals: Sequence[Any],
+        equations: Sequence[Equation],
+        *,
+        features: Mapping[int, int] | None = None,
+        read_by_derivatives: bool = False,
+    ) -> Layouts:
+        """Find what values take; by default what their dtypes say.
+
+        Args:
+            avals: `[num_values]`, shapes and dtypes.
+            equations: all that make and read the values.
+            features: what is known of images already.
+            read_by_derivatives: the derivatives are not among the equations, and read what exponentials and the like
+                make.
+        """
+        del equations, features, read_by_derivatives
+        return Layouts([size_bytes(aval) for aval in avals])
+
+    def outside_regions(self, avals: Sequence[Any]) -> Callable[[Equation], bool]:
+        """Return which operations it runs with less memory where no region covers them; by default none.
+
+        Args:
+            avals: `[num_values]`, shapes and dtypes.
+        """
+        del avals
+        return _never
+
+    def heads(self, avals: Sequence[Any], equations: Sequence[Equation]) -> Callable[[Equation], bool]:
+        """Return which products make logits, if it needs less memory where no region covers those; by default none.
+
+        Args:
+            avals: `[num_values]`, shapes and dtypes.
+            equations: the whole program, in order.
+        """
+        del avals, equations
+        return _never
+
+    def device_bytes(self, stats: Any) -> int:
+        """Device bytes of a compiled program; by default arguments and results, shared ones once, and temporaries.
+
+        Args:
+            stats: what `memory_analysis` says.
+        """
+        results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        return stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
+
+    def refused_bytes(self, error: Exception) -> int | None:
+        """Bytes that it said a program needs when it refused it; None where the error says something else."""
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            return None
+        sizes = [float(a or c) * _SCALE[(b or d).upper()] for a, b, c, d in _REFUSED.findall(text)]
+        return int(max(sizes)) if sizes else None
+
+    def devices(self, target: "Target", topology: str | None) -> tuple[Any, ...]:
+        """The devices that it compiles for, real or described; by default those of the platform that are here.
+
+        Args:
+            target: the chip.
+            topology: what follows the colon of a target's name, checked already; None is one device.
+
+        Raises:
+            TargetError: there are not so many.
+        """
+        number, here = int(topology or 1), jax.local_devices(backend=target.platform)
+        if len(here) < number:
+            raise TargetError(f"target='{target.name}:{topology}' is {number} devices, and {len(here)} are here")
+        return tuple(here[:number])
 
 
-# A compiler that does nothing of its own accord.
-PLAIN = Habits()
-
-# What a loop keeps for its backward is copied into stacks and out of them: the time of moving it, this many times.
-# On CPU three scanned models (an LSTM, GPT-2, Llama) agree on 7; on an H100 plans of one are between 4 and 7. A TPU's
-# compiler puts values into their stacks where it makes them, and reads them there; that was not timed.
-STACKING = {"cpu": 7, "cuda": 4, "tpu": 1}
+def _never(eqn: Equation) -> bool:
+    del eqn
+    return False

@@ -1,13 +1,15 @@
-"""How many bytes a target holds for a value: what its compiler rounds and what its tiles pad.
+"""XLA's compiler for TPU: what it rounds, what its tiles pad, and what it runs before the gradient of logits.
 
 TPUs multiply float32 matrices in bfloat16 unless told otherwise, so what products alone read is written rounded. Their
 memory comes in tiles of 8 x 128 elements. Compilers lay matrices out so that little is padded, but an image has its
 features last: 64 of them take the room of 128.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,40 +18,87 @@ from jax.extend.core import primitives as prims
 from jaxckpt.program import primitives
 from jaxckpt.program.control_flow import is_planned_inside
 from jaxckpt.program.ir import Equation, size_bytes
-from jaxckpt.targets.chip import Target
-from jaxckpt.targets.compiler import Layouts
+from jaxckpt.targets.compiler import Compiler
+from jaxckpt.targets.describe import described_devices
+from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
+
+if TYPE_CHECKING:
+    from jaxckpt.targets.chip import Target
 
 _LANES = 128
 _DEFAULT_PRECISIONS = (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
 # Their operands and results of one rank are laid out alike.
 _KEEPS_LAYOUT = primitives.FUSIBLE | primitives.IMAGES
+# A product makes logits if its result has this many times the elements of what it reads: between the widening product
+# of an MLP (4) and the logits of GPT-2 (65).
+_MANY_TIMES = 8
 
 
-def layouts_of(
-    target: Target,
-    avals: Sequence[Any],
-    equations: Sequence[Equation],
-    *,
-    features: Mapping[int, int] | None = None,
-    read_by_derivatives: bool = False,
-) -> Layouts:
-    """Find what values take.
+class TpuCompiler(Compiler):
+    """XLA's compiler for TPU."""
 
-    Args:
-        target: the chip.
-        avals: `[num_values]`, shapes and dtypes.
-        equations: all that make and read the values.
-        features: what is known of images already.
-        read_by_derivatives: the derivatives are not among the equations, and read what exponentials and the like make.
-    """
-    sizes = [size_bytes(aval) for aval in avals]
-    if target.platform != "tpu":
-        return Layouts(sizes)
-    found = _features(avals, equations, dict(features or {}))
-    for v, dim in found.items():
-        if num := avals[v].shape[dim]:
-            sizes[v] = sizes[v] // num * (math.ceil(num / _LANES) * _LANES)
-    return Layouts(sizes, _narrow(avals, equations, read_by_derivatives), found)
+    # Its scheduled programs write most values into their stacks where they are made, and read them there; not timed.
+    stacking_passes = 1
+    heads_wait_for_loops = True
+    wants_identical_layers = True
+
+    def rules(self, avals: Sequence[Any], equations: Sequence[Equation] = ()) -> FusionRules:
+        """Return what it fuses, copies and adds.
+
+        Like a GPU's it makes what is costly again for each of its readers. A product reads operands that are fused into
+        it too: of a softmax between two products only its operand is ever a buffer, and of a gelu too.
+        """
+        del avals
+        return FusionRules(matmuls_fuse_operands=True, repeats_expensive=True, scatters=added_scatters(equations))
+
+    def layouts(
+        self,
+        avals: Sequence[Any],
+        equations: Sequence[Equation],
+        *,
+        features: Mapping[int, int] | None = None,
+        read_by_derivatives: bool = False,
+    ) -> Layouts:
+        """Find what values take: images with their features padded, operands of products rounded."""
+        sizes = [size_bytes(aval) for aval in avals]
+        found = _features(avals, equations, dict(features or {}))
+        for v, dim in found.items():
+            if num := avals[v].shape[dim]:
+                sizes[v] = sizes[v] // num * (math.ceil(num / _LANES) * _LANES)
+        return Layouts(sizes, _narrow(avals, equations, read_by_derivatives), found)
+
+    def heads(self, avals: Sequence[Any], equations: Sequence[Equation]) -> Callable[[Equation], bool]:
+        """Return which products make logits.
+
+        The cotangent of logits is fused into the products that read it, but at the end of a region it is a buffer, as
+        large as they are. What makes them is the last product and those like it, and what it reads is tiny beside its
+        result.
+        """
+
+        def shapes(eqn: Equation) -> list[Any]:
+            return [avals[x].shape for x in (*eqn.reads, *eqn.outputs)]
+
+        last = next((eqn for eqn in reversed(equations) if primitives.is_matmul(eqn) or is_planned_inside(eqn)), None)
+        if last is None or is_planned_inside(last):
+            return lambda eqn: False
+        # Parameters under another shape are there anyway.
+        made = {v for eqn in equations if eqn.reads and eqn.primitive not in primitives.RESHAPES for v in eqn.outputs}
+        read = sum(math.prod(avals[v].shape) for v in made.intersection(last.reads))
+        if math.prod(avals[last.outputs[0]].shape) < _MANY_TIMES * read:
+            return lambda eqn: False
+        return lambda eqn: eqn.primitive is last.primitive and shapes(eqn) == shapes(last)
+
+    def device_bytes(self, stats: Any) -> int:
+        """Device bytes: the peak of what is live and what the runtime reserves differ, and the larger has to fit."""
+        return max(super().device_bytes(stats), getattr(stats, "peak_memory_in_bytes", 0))
+
+    def devices(self, target: "Target", topology: str | None) -> tuple[Any, ...]:
+        """Described devices of a layout, or the first one of a layout that every version has."""
+        assert target.tpu is not None
+        with _shared_libtpu():
+            name = f"{target.tpu.compiler}:{topology or target.tpu.topology}"
+            found = described_devices(platform="tpu", topology_name=name)
+        return found if topology else found[:1]
 
 
 def _features(avals: Sequence[Any], equations: Sequence[Equation], found: dict[int, int]) -> dict[int, int]:
@@ -99,26 +148,15 @@ def _narrow(avals: Sequence[Any], equations: Sequence[Equation], read_by_derivat
     return frozenset(v for v in read - wide if getattr(avals[v], "dtype", None) == jnp.float32)
 
 
-def is_head(target: Target, avals: Sequence[Any], equations: Sequence[Equation]) -> Callable[[Equation], bool]:
-    """Return which products make logits, where a target needs less memory if no region covers those.
-
-    On TPU the cotangent of logits is fused into the products that read it, but at the end of a region it is a buffer,
-    as large as they are. What makes them is the last product and those like it, and what it reads is tiny beside its
-    result.
-    """
-
-    def shapes(eqn: Equation) -> list[Any]:
-        return [avals[x].shape for x in (*eqn.reads, *eqn.outputs)]
-
-    last = next((eqn for eqn in reversed(equations) if primitives.is_matmul(eqn) or is_planned_inside(eqn)), None)
-    if target.platform != "tpu" or last is None or is_planned_inside(last):
-        return lambda eqn: False
-    # Parameters under another shape are there anyway.
-    made = {v for eqn in equations if eqn.reads and eqn.primitive not in primitives.RESHAPES for v in eqn.outputs}
-    read = sum(math.prod(avals[v].shape) for v in made.intersection(last.reads))
-    if math.prod(avals[last.outputs[0]].shape) < _MANY_TIMES * read:
-        return lambda eqn: False
-    return lambda eqn: eqn.primitive is last.primitive and shapes(eqn) == shapes(last)
-
-
-_MANY_TIMES = 8
+@contextlib.contextmanager
+def _shared_libtpu() -> Iterator[None]:
+    """Let several processes have libtpu: its lock guards chips, and a compiler uses none."""
+    name = "ALLOW_MULTIPLE_LIBTPU_LOAD"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
