@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from jaxckpt.errors import ShardingError as ShardingError
     from jaxckpt.errors import TargetError as TargetError
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
+    from jaxckpt.kinds.base import Kind as Kind
+    from jaxckpt.kinds.base import register_kind as register_kind
     from jaxckpt.result.fitted import Fitted as Fitted
     from jaxckpt.result.frontier import Frontier as Frontier
     from jaxckpt.result.plan import Plan as Plan
@@ -44,6 +46,8 @@ _HOMES = {
     "largest_batch": "api.largest_batch",
     "Calibration": "search.calibration",
     "define_target": "targets.chip",
+    "register_kind": "kinds.base",
+    "Kind": "kinds.base",
     "Compiler": "targets.compiler",
     "register_compiler": "targets.registry",
     "BudgetError": "errors",

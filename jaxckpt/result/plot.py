@@ -19,7 +19,7 @@ def draw_frontier(frontier: Frontier, path: Path) -> None:
         OptionError: matplotlib is not installed, or does not know the format.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, which few have
     except ImportError as error:
         raise OptionError(
             f"drawing needs matplotlib, which is not installed: pip install 'jaxckpt[plot]' ({error})"

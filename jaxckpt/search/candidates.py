@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ckptsolvers import InfeasibleError, Keep, Problem, Schedule, simulate
+from ckptsolvers import InfeasibleError, Keep, Problem, Schedule, chen_schedules, revolve_schedules, simulate
+from ckptsolvers.solve import SOLVERS as by_name
 
 from jaxckpt.errors import OptionError
 from jaxckpt.model.option import NO_ROOM
@@ -90,16 +91,10 @@ def _judged(problem: Problem, solver: Any) -> list[Candidate]:
     if solver in ("auto", "chain"):
         schedules = chain_schedules(problem, is_fine=problem.num_blocks <= FEW_BLOCKS)
     elif solver == "chen":
-        from ckptsolvers.chen import chen_schedules
-
         schedules = list(chen_schedules(problem))
     elif solver == "revolve":
-        from ckptsolvers.revolve import revolve_schedules
-
         schedules = list(revolve_schedules(problem))
     else:
-        from ckptsolvers.solve import SOLVERS as by_name
-
         if isinstance(solver, str):
             # It is asked some forty times, so a proof of each answer would take too long.
             limit = {"time_limit_s": _ILP_TIME_S} if solver == "ilp" else {}

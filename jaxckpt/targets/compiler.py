@@ -6,7 +6,7 @@ constant stands with its rule and says what it was fitted on.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 
@@ -14,12 +14,43 @@ from jaxckpt.errors import TargetError
 from jaxckpt.program.ir import Equation, size_bytes
 from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
 
-if TYPE_CHECKING:
-    from jaxckpt.targets.chip import Target
-
 # What the compiler says when a program needs more than the chip has: itself a measurement.
 _REFUSED = re.compile(r"total memory required[^(]*\(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", re.IGNORECASE)
 _SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Chip(Protocol):
+    """What a compiler reads of the chip that it compiles for; see `targets.chip.Target`."""
+
+    @property
+    def name(self) -> str:
+        """As users write it."""
+        ...
+
+    @property
+    def platform(self) -> str:
+        """JAX's name for it."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Device memory, None where it is the host's."""
+        ...
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second to and from that memory."""
+        ...
+
+    @property
+    def gpu(self) -> Any:
+        """What a GPU's compiler asks, None for others."""
+        ...
+
+    @property
+    def tpu(self) -> Any:
+        """What a TPU's compiler is asked for, None for others."""
+        ...
 
 
 class Compiler:
@@ -129,7 +160,7 @@ class Compiler:
         sizes = [float(a or c) * _SCALE[(b or d).upper()] for a, b, c, d in _REFUSED.findall(text)]
         return int(max(sizes)) if sizes else None
 
-    def devices(self, target: "Target", topology: str | None) -> tuple[Any, ...]:
+    def devices(self, target: Chip, topology: str | None) -> tuple[Any, ...]:
         """The devices that it compiles for, real or described; by default those of the platform that are here.
 
         Args:

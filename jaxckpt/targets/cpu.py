@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.extend.core import primitives as prims
@@ -10,11 +10,8 @@ from jax.extend.core import primitives as prims
 from jaxckpt import _compat
 from jaxckpt.program import primitives
 from jaxckpt.program.ir import Equation, size_bytes
-from jaxckpt.targets.compiler import Compiler
+from jaxckpt.targets.compiler import Chip, Compiler
 from jaxckpt.targets.rules import FusionRules, added_scatters
-
-if TYPE_CHECKING:
-    from jaxckpt.targets.chip import Target
 
 
 class CpuCompiler(Compiler):
@@ -91,7 +88,7 @@ class CpuCompiler(Compiler):
 
         return is_outside
 
-    def devices(self, target: "Target", topology: str | None) -> tuple[Any, ...]:
+    def devices(self, target: Chip, topology: str | None) -> tuple[Any, ...]:
         """The CPU devices that are here, or described ones if they are too few."""
         del target
         number = int(topology or 1)

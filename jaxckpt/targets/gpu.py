@@ -1,16 +1,13 @@
 """XLA's compiler for NVIDIA GPUs: it reads operands as they lie, and its scheduler minds the memory."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxckpt import _compat
 from jaxckpt.program.ir import Equation
-from jaxckpt.targets.compiler import Compiler
+from jaxckpt.targets.compiler import Chip, Compiler
 from jaxckpt.targets.describe import described_devices
 from jaxckpt.targets.rules import FusionRules, added_scatters
-
-if TYPE_CHECKING:
-    from jaxckpt.targets.chip import Target
 
 
 class GpuCompiler(Compiler):
@@ -28,7 +25,7 @@ class GpuCompiler(Compiler):
         del avals
         return FusionRules(repeats_expensive=True, scatters=added_scatters(equations))
 
-    def devices(self, target: "Target", topology: str | None) -> tuple[Any, ...]:
+    def devices(self, target: Chip, topology: str | None) -> tuple[Any, ...]:
         """Described devices of one host."""
         asked = {"platform": "cuda", "topology_name": "", "target_config": _gpu_config(target)}
         layout = f"1x1x{int(topology or 1)}"
@@ -40,7 +37,7 @@ class GpuCompiler(Compiler):
             return described_devices(**asked, topology=layout)
 
 
-def _gpu_config(target: "Target") -> str:
+def _gpu_config(target: Chip) -> str:
     """The compiler's description of a GPU, as text."""
     gpu = target.gpu
     assert gpu is not None

@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,12 +18,9 @@ from jax.extend.core import primitives as prims
 from jaxckpt.program import primitives
 from jaxckpt.program.control_flow import is_planned_inside
 from jaxckpt.program.ir import Equation, size_bytes
-from jaxckpt.targets.compiler import Compiler
+from jaxckpt.targets.compiler import Chip, Compiler
 from jaxckpt.targets.describe import described_devices
 from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
-
-if TYPE_CHECKING:
-    from jaxckpt.targets.chip import Target
 
 _LANES = 128
 _DEFAULT_PRECISIONS = (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
@@ -92,7 +89,7 @@ class TpuCompiler(Compiler):
         """Device bytes: the peak of what is live and what the runtime reserves differ, and the larger has to fit."""
         return max(super().device_bytes(stats), getattr(stats, "peak_memory_in_bytes", 0))
 
-    def devices(self, target: "Target", topology: str | None) -> tuple[Any, ...]:
+    def devices(self, target: Chip, topology: str | None) -> tuple[Any, ...]:
         """Described devices of a layout, or the first one of a layout that every version has."""
         assert target.tpu is not None
         with _shared_libtpu():

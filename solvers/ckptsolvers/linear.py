@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,6 @@ class LinearProgram:
             gap: stop at this relative gap.
             relax: let binaries be fractions.
         """
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-
         shape = (len(self._row_upper), len(self._costs))
         matrix = csr_array((self._entries, (self._rows, self._columns)), shape=shape)
         lower: Any = np.array(self._row_lower)

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckptsolvers.chen import chen_schedules
 from ckptsolvers.errors import InfeasibleError
 from ckptsolvers.intervals import Intervals
 from ckptsolvers.linear import LinearProgram
 from ckptsolvers.problem import Problem
+from ckptsolvers.revolve import revolve_schedules
 from ckptsolvers.schedule import Keep, Node, Schedule, region
 from ckptsolvers.solution import Solution, best_of, check_budget
 
@@ -69,9 +71,6 @@ def solve_regions_milp(problem: Problem, *, budget_bytes: int, time_limit_s: flo
 
 
 def _candidates(problem: Problem):
-    from ckptsolvers.chen import chen_schedules
-    from ckptsolvers.revolve import revolve_schedules
-
     yield from chen_schedules(problem)
     yield from revolve_schedules(problem)
 
