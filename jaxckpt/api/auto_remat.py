@@ -26,6 +26,7 @@ from jaxckpt.api.processes import agreed
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, PlanMismatchError
+from jaxckpt.kinds.base import registered
 from jaxckpt.program.flatten import PROGRAM_CALLS
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, is_differentiable, refuse_effects
@@ -299,7 +300,7 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
 def _key(program: Program, goal: Any, request: Request) -> str:
     versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
     chip = find_target(request.target)
-    place = (device_label(None), os.environ.get("XLA_FLAGS", ""), chip, chip.compiler)
+    place = (device_label(None), os.environ.get("XLA_FLAGS", ""), chip, chip.compiler, registered())
     return hashlib.sha256(
         repr((program.fingerprint(), program.keeps_checkpoints, goal, request, versions, place)).encode()
     ).hexdigest()[:32]

@@ -231,6 +231,11 @@ def kinds() -> tuple[Kind, ...]:
     return (*_REGISTERED, *_OWN)
 
 
+def registered() -> tuple[str, ...]:
+    """Names of the kinds that were registered from outside, for the keys of what is remembered and kept on disk."""
+    return tuple(f"{kind.name}:{type(kind).__module__}.{type(kind).__qualname__}" for kind in _REGISTERED)
+
+
 def kind_of(eqn: Equation, is_active: bool) -> Kind:
     """The kind of a block that ends with this operation."""
     return next(kind for kind in kinds() if kind.matches(eqn, is_active))

@@ -10,7 +10,7 @@ from jaxckpt import apply
 from jaxckpt.compilation.measure import Measurement, compiled_bytes, lowered_for
 from jaxckpt.compilation.objective import Objective, cotangent_specs, input_specs
 from jaxckpt.compilation.pool import side_by_side
-from jaxckpt.kinds.base import is_alone
+from jaxckpt.kinds.base import is_alone, registered
 from jaxckpt.model.blocks import Blocks
 from jaxckpt.model.cut import Span, cut_program, merged_spans
 from jaxckpt.model.option import Save
@@ -222,7 +222,7 @@ def find_analysis(
     """The analysis of this program, kept for the next budget; what was compiled for one budget serves the others."""
     chip = find_target(target)  # a user's chip and its compiler may be defined anew under their names
     key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
-    key += (chip.compiler, is_profiled)
+    key += (chip.compiler, registered(), is_profiled)
     analysis = _ANALYSES.pop(key, None) or Analysis(program, goal, cost, solver, target, is_profiled=is_profiled)
     _ANALYSES[key] = analysis
     while len(_ANALYSES) > _MAX_ANALYSES:
