@@ -1,5 +1,6 @@
 """Chips that are not here: names, missing compilers, and, where they are installed, their word."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import NoneType
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,11 @@ from jaxckpt import _compat
 from jaxckpt.cli import main
 from jaxckpt.compilation import measure, pool
 from jaxckpt.compilation.measure import compiled_bytes, lowered_for
-from jaxckpt.targets import chip, install
+from jaxckpt.targets import chip, gpu, install, packages
 from jaxckpt.targets.chip import FILE, VARIABLE, find_chip, find_target, known_chips
+from jaxckpt.targets.gpu import Gpu
 from jaxckpt.targets.topology import _devices, devices_for
+from jaxckpt.targets.tpu import Tpu
 
 X = jax.ShapeDtypeStruct((4096, 256), jnp.float32)
 WS = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 8
@@ -36,8 +40,7 @@ def chain(ws, x):
 @pytest.fixture
 def no_compiler(monkeypatch):
     """As on a machine where no other chip's compiler is installed."""
-    monkeypatch.setattr(install, "_version", lambda name: None)
-    monkeypatch.setattr(install, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "version", lambda name: None)
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +58,9 @@ def test_the_table_holds_every_class_of_chip():
     for each in table.values():
         assert each.bandwidth >= each.host_bandwidth > 0
         assert each.matmul_flops.get("bfloat16", each.matmul_flops["other"]) >= each.matmul_flops["other"] > 0
-        assert (each.gpu is not None) == (each.platform == "cuda")
-        assert (each.tpu is not None) == (each.platform == "tpu")
+        assert isinstance(each.facts, {"cuda": Gpu, "tpu": Tpu, "cpu": NoneType}[each.platform])
     assert table["a100-40"].memory_bytes < table["a100"].memory_bytes / 1.9
-    assert table["h200"].gpu.capability == table["h100"].gpu.capability == "9.0"
+    assert table["h200"].facts.capability == table["h100"].facts.capability == "9.0"
 
 
 def test_an_unknown_chip_offers_the_nearest_names():
@@ -77,7 +79,7 @@ def test_a_topology_that_cannot_be_read_is_refused_with_ones_that_can(name):
 
 def test_a_chip_is_defined_in_one_call():
     mine = jaxckpt.define_target("slice", like="h100", memory="20GB", gpu={"num_cores": 32})
-    assert mine.memory_bytes == 20 * 10**9 and mine.gpu.num_cores == 32
+    assert mine.memory_bytes == 20 * 10**9 and mine.facts.num_cores == 32
     assert mine.bandwidth == find_chip("h100").bandwidth and mine.platform == "cuda"
     assert find_target("slice:8") == mine
     plan = jaxckpt.plan(chain, WS, X, budget="60%", target="slice", verify=False)
@@ -124,6 +126,7 @@ BAD_CHIPS = {
     "no table": ({"like": "h100", "gpu": 3}, "gpu=3 is not a table"),
     "half a table": ({"like": "cpu", "platform": "cuda", "gpu": {"num_cores": 3}}, "lacks 'description'"),
     "no compiler": ({"like": "cpu", "platform": "tpu"}, "lacks 'tpu'"),
+    "another's table": ({"like": "cpu", "gpu": dataclasses.asdict(find_chip("h100").facts)}, "has 'gpu', which the"),
     "unknown platform": ({"like": "cpu", "platform": "npu"}, "platform='npu'"),
     "bad capability": ({"like": "h100", "gpu": {"capability": "90"}}, "capability='90'"),
     "no other dtype": ({"like": "cpu", "matmul_flops": {"float32": 1e12}}, '"other"'),
@@ -197,7 +200,7 @@ WRONG = {
 def test_a_plugin_that_is_not_this_jaxs_is_refused_with_the_right_one(name, monkeypatch):
     versions, wanted = WRONG[name]
     found = {f"jax-cuda13-{part}": version for part, version in versions.items()}
-    monkeypatch.setattr(install, "_version", found.get)
+    monkeypatch.setattr(packages, "version", found.get)
     _devices.cache_clear()
     with pytest.raises(jaxckpt.CompilerError, match=f"{wanted}.*=={re.escape(_compat.JAXLIB_VERSION)}"):
         jaxckpt.measure(chain, WS, X, target="h100")
@@ -205,10 +208,10 @@ def test_a_plugin_that_is_not_this_jaxs_is_refused_with_the_right_one(name, monk
 
 def test_a_chip_that_cuda_13_has_dropped_asks_for_cuda_12(monkeypatch):
     right = dict.fromkeys(("jax-cuda13-plugin", "jax-cuda13-pjrt"), _compat.JAXLIB_VERSION)
-    monkeypatch.setattr(install, "_version", right.get)
-    monkeypatch.setattr(install, "_has_assembler", lambda: False)
+    monkeypatch.setattr(packages, "version", right.get)
+    monkeypatch.setattr(gpu, "_has_assembler", lambda: False)
     assert "lacks CUDA's assembler" in install.unusable(find_chip("a100"))
-    monkeypatch.setattr(install, "_has_assembler", lambda: True)
+    monkeypatch.setattr(gpu, "_has_assembler", lambda: True)
     assert not install.unusable(find_chip("a100"))
     assert re.search(r"capability 7\.0 is gone.*jax-cuda12-plugin==", install.unusable(find_chip("v100")))
 
@@ -375,8 +378,8 @@ def test_every_chip_of_the_table_is_one_its_compiler_knows(chip):
         pytest.skip("its compiler is not installed")
     found = devices_for(find_chip(chip), None)
     assert len(found) == 1 and found[0].device_kind == find_chip(chip).kind
-    if tpu := find_chip(chip).tpu:
-        assert len(devices_for(find_chip(chip), tpu.topology)) == 4 * find_chip(chip).devices_per_chip
+    if isinstance(facts := find_chip(chip).facts, Tpu):
+        assert len(devices_for(find_chip(chip), facts.topology)) == 4 * find_chip(chip).devices_per_chip
 
 
 @pytest.mark.targets

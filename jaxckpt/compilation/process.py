@@ -57,7 +57,7 @@ def sizes_later(
         "donated": [i for i, owner in enumerate(owners) if owner in given],
         "chip": chip,
         "compiler": _importable(chip),
-        "topology": topology_of(target) if chip.tpu else str(exported.nr_devices),
+        "topology": topology_of(target) if chip.platform_compiler.has_layouts else str(exported.nr_devices),
         "options": options,
         "places": [_described(leaf.sharding) for leaf in leaves],
     }

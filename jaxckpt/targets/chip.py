@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -18,55 +18,13 @@ import jax
 
 from jaxckpt.errors import BudgetError, TargetError
 from jaxckpt.targets.compiler import Compiler
-from jaxckpt.targets.registry import OWN, compiler_named
+from jaxckpt.targets.registry import OWN, compiler_named, own_compiler
 from jaxckpt.units import parse_bytes
 
 FILE = "jaxckpt.toml"
 VARIABLE = "JAXCKPT_TARGETS"
 _LAYOUT = re.compile(r"[1-9]\d*(x[1-9]\d*)+")
 _NUMBER = re.compile(r"[1-9]\d*")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """What a GPU's compiler asks of the chip beside its memory and bandwidth.
-
-    Attributes:
-        description: as the driver names it, which is JAX's `device_kind`.
-        capability: CUDA's compute capability, such as "9.0".
-        num_cores: streaming multiprocessors.
-        fpus: float32 units of each.
-        threads: that each holds at once.
-        clock_ghz: of the cores.
-        l2_bytes: of the second cache.
-        shared_bytes: of shared memory of each core.
-        block_shared_bytes: of it that one block of threads may ask for.
-    """
-
-    description: str
-    capability: str
-    num_cores: int
-    fpus: int
-    threads: int
-    clock_ghz: float
-    l2_bytes: int
-    shared_bytes: int
-    block_shared_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tpu:
-    """What a TPU's compiler is asked for.
-
-    Attributes:
-        compiler: the chip's name in topologies, such as "v5e" in "v5e:2x4".
-        topology: one that every version of the compiler has.
-        kind: JAX's `device_kind`.
-    """
-
-    compiler: str
-    topology: str
-    kind: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +40,7 @@ class Target:
         matmul_flops: FLOP per second of the matrix units by dtype; "other" is every other dtype.
         vector_flops: FLOP per second of everything else.
         devices_per_chip: how many JAX devices its compiler makes of a chip.
-        gpu: what a GPU's compiler asks, None for others.
-        tpu: what a TPU's compiler is asked for, None for others.
+        facts: what its platform's compiler asks beside these, a record that the compiler names; None if nothing.
         compiler_name: of rules other than the platform's own, in calls and files `compiler`.
         origin: where it was defined.
     """
@@ -96,8 +53,7 @@ class Target:
     matmul_flops: dict[str, float]
     vector_flops: float
     devices_per_chip: int = 1
-    gpu: Gpu | None = None
-    tpu: Tpu | None = None
+    facts: Any = None
     compiler_name: str = ""
     origin: str = "jaxckpt"
 
@@ -114,18 +70,19 @@ class Target:
         return compiler_named(self.compiler_name or self.platform)
 
     @property
+    def platform_compiler(self) -> Compiler:
+        """The platform's own compiler, which says what has to be installed and what is asked of a chip."""
+        return OWN[self.platform]
+
+    @property
     def kind(self) -> str:
         """What JAX calls such a device."""
-        part = self.gpu or self.tpu
-        return "" if part is None else part.description if isinstance(part, Gpu) else part.kind
+        return self.platform_compiler.device_kind(self.facts)
 
     @property
     def layouts(self) -> tuple[str, ...]:
         """Some names with a topology that its compiler has."""
-        if self.tpu is None:
-            return (f"{self.name}:8",)
-        found = ("2x2x1", "2x2x2", "2x2x4") if self.tpu.topology.count("x") == 2 else ("2x2", "2x4", "4x4")
-        return tuple(f"{self.name}:{layout}" for layout in found)
+        return tuple(f"{self.name}:{topology}" for topology in self.platform_compiler.topologies(self.facts))
 
 
 _DEFINED: dict[str, Target] = {}
@@ -137,9 +94,9 @@ def define_target(name: str, **values: Any) -> Target:
     Args:
         name: what `target=` will call it.
         **values: `like`, a known chip to start from, and what differs: `memory` (bytes, or "40GB"), `bandwidth`,
-            `host_bandwidth`, `vector_flops` (per second), `matmul_flops` (by dtype, "other" for the rest), `gpu` (of a
-            GPU: what its compiler asks), `tpu`, `platform`, `devices_per_chip`, `compiler` (a name given to
-            `register_compiler` before). Without `like` all of them that have no default are needed. The same names
+            `host_bandwidth`, `vector_flops` (per second), `matmul_flops` (by dtype, "other" for the rest), `platform`,
+            what its compiler asks beside these (a table, under the name of the compiler's `part`, such as `gpu`),
+            `devices_per_chip`, `compiler` (a name given to `register_compiler` before). Without `like` all of them that have no default are needed. The same names
             stand in a file of targets.
 
     Returns:
@@ -179,8 +136,9 @@ def find_chip(name: object) -> Target:
             "and jaxckpt.define_target adds one"
         )
     found = chips[chip]
-    if colon and not (_LAYOUT if found.tpu else _NUMBER).fullmatch(layout):
-        what = "the layout of its chips" if found.tpu else "the number of devices"
+    has_layouts = found.platform_compiler.has_layouts
+    if colon and not (_LAYOUT if has_layouts else _NUMBER).fullmatch(layout):
+        what = "the layout of its chips" if has_layouts else "the number of devices"
         raise TargetError(
             f"target={name!r}: what follows the colon is {what}, such as {' or '.join(map(repr, found.layouts))}"
         )
@@ -252,13 +210,17 @@ def _target(name: Any, values: Mapping[str, Any], chips: Mapping[str, Target], o
         given["memory_bytes"] = _size(where, given.pop("memory"))
     if "compiler" in given:
         given["compiler_name"] = given.pop("compiler")
-    for part, kind in (("gpu", Gpu), ("tpu", Tpu)):
-        if part in given:
-            given[part] = _part(f"{where}, {part}", kind, given[part], start.get(part))
+    parts = [part for part in _PARTS if part in given]
+    for part in parts:
+        given["facts"] = _part(f"{where}, {part}", _PARTS[part], given.pop(part), start.get("facts"))
     merged = {"memory_bytes": None, **start, **given, "name": name, "origin": origin}
     _check(where, Target, merged)
-    _check_platform(where, merged)
+    merged["facts"] = _checked_facts(where, merged, parts)
     return Target(**{**merged, "matmul_flops": _rates(where, merged["matmul_flops"])})
+
+
+# What users write the facts under that a platform's compiler asks for.
+_PARTS = {compiler.part: compiler.facts for compiler in OWN.values() if compiler.facts is not None}
 
 
 def _part(where: str, kind: type, given: Any, start: Any) -> Any:
@@ -266,13 +228,14 @@ def _part(where: str, kind: type, given: Any, start: Any) -> Any:
         return given
     if not isinstance(given, Mapping):
         raise TargetError(f"{where}={given!r} is not a table of {', '.join(f.name for f in fields(kind))}")
-    merged = {**({} if start is None else {f.name: getattr(start, f.name) for f in fields(kind)}), **given}
+    known = {f.name: getattr(start, f.name) for f in fields(kind)} if isinstance(start, kind) else {}
+    merged = {**known, **given}
     _check(where, kind, merged)
     return kind(**merged)
 
 
 # What users write where a field has another name.
-_WRITTEN = {"memory_bytes": "memory", "compiler_name": "compiler"}
+_WRITTEN = {"memory_bytes": "memory", "compiler_name": "compiler", "facts": ", ".join(_PARTS)}
 
 
 def _check(where: str, kind: type, values: Mapping[str, Any]) -> None:
@@ -294,22 +257,27 @@ def _check(where: str, kind: type, values: Mapping[str, Any]) -> None:
             raise TargetError(f"{where}: {_WRITTEN.get(name, name)}={value!r} is not text")
 
 
-def _check_platform(where: str, values: Mapping[str, Any]) -> None:
+def _checked_facts(where: str, values: Mapping[str, Any], parts: Sequence[str]) -> Any:
+    """The facts that the platform's compiler asks for; `parts` are the names under which some were given."""
     platform = values["platform"]
     if platform not in OWN:
         raise TargetError(f"{where}: platform={platform!r} is none of {', '.join(OWN)}")
-    compiler = values.get("compiler_name") or platform
-    if compiler in OWN and compiler != platform:
-        raise TargetError(f"{where}: compiler={compiler!r} compiles for no platform but its own, not for {platform!r}")
-    part = {"cuda": "gpu", "tpu": "tpu"}.get(platform)
-    if part and values.get(part) is None:
-        raise TargetError(f"{where} lacks {part!r}, which its compiler needs; start from a known chip with `like`")
-    if part and values["memory_bytes"] is None:
+    name = values.get("compiler_name") or platform
+    if name in OWN and name != platform:
+        raise TargetError(f"{where}: compiler={name!r} compiles for no platform but its own, not for {platform!r}")
+    own, facts = OWN[platform], values.get("facts")
+    for part in parts:
+        if part != own.part:
+            raise TargetError(f"{where} has {part!r}, which the compiler for platform={platform!r} does not ask for")
+    if own.facts is None:
+        return None
+    if not isinstance(facts, own.facts):
+        raise TargetError(f"{where} lacks {own.part!r}, which its compiler needs; start from a known chip with `like`")
+    if values["memory_bytes"] is None:
         raise TargetError(f"{where} lacks 'memory'")
-    if part == "gpu":
-        major, dot, minor = values["gpu"].capability.partition(".")
-        if not (dot and major.isdigit() and minor.isdigit()):
-            raise TargetError(f'{where}, gpu: capability={values["gpu"].capability!r} is not like "9.0"')
+    if wrong := own.wrong_facts(facts):
+        raise TargetError(f"{where}, {own.part}: {wrong}")
+    return facts
 
 
 def _rates(where: str, given: Any) -> dict[str, float]:
@@ -328,10 +296,6 @@ def _size(where: str, given: Any) -> int:
         raise TargetError(f"{where}: {error}") from error
 
 
-# What stands for a device that is no chip of the table.
-_NEAREST = {"gpu": "h100", "cuda": "h100", "tpu": "v5e"}
-
-
 def find_target(name: str | None) -> Target:
     """Return a target by name, or the one that the default backend is, or comes nearest to.
 
@@ -342,7 +306,7 @@ def find_target(name: str | None) -> Target:
         return find_chip(name)
     kind, platform = jax.local_devices()[0].device_kind, jax.default_backend()
     here = (chip for chip in known_chips().values() if chip.kind and chip.kind == kind)
-    return next(here, None) or find_chip(_NEAREST.get(platform, "cpu"))
+    return next(here, None) or find_chip(own_compiler(platform).nearest)
 
 
 def device_label(target: str | None, num_devices: int = 1) -> str:

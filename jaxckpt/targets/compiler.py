@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxckpt import _compat
 from jaxckpt.errors import TargetError
 from jaxckpt.program.ir import Equation, size_bytes
 from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
@@ -43,13 +44,8 @@ class Chip(Protocol):
         ...
 
     @property
-    def gpu(self) -> Any:
-        """What a GPU's compiler asks, None for others."""
-        ...
-
-    @property
-    def tpu(self) -> Any:
-        """What a TPU's compiler is asked for, None for others."""
+    def facts(self) -> Any:
+        """What its platform's compiler asks beside memory and rates, None if nothing."""
         ...
 
 
@@ -74,6 +70,12 @@ class Compiler:
         wants_identical_layers: whether it builds identical layers that are treated identically with less memory, so
             that plans are worth having in which all layers that the program repeats keep the same.
         compile_options: options of the compiler that jaxckpt measures with, None for its own defaults.
+        facts: the record of what it asks of a chip beside memory and rates, None if nothing.
+        part: what `define_target` and files of targets call that record.
+        backend: what `jax.default_backend` calls the platform, where that is another name.
+        nearest: the chip that stands for a device of the platform that is none of the known chips.
+        has_layouts: whether what follows the colon of a target's name is a layout of its chips, such as "2x4", and not
+            a number of devices.
     """
 
     version: str = ""
@@ -84,6 +86,11 @@ class Compiler:
     heads_wait_for_loops: bool = False
     wants_identical_layers: bool = False
     compile_options: dict[str, Any] | None = None
+    facts: type[Any] | None = None
+    part: str = ""
+    backend: str = ""
+    nearest: str = "cpu"
+    has_layouts: bool = False
 
     def __repr__(self) -> str:
         """What it is and its attributes, for keys of what is kept on disk."""
@@ -174,6 +181,38 @@ class Compiler:
         if len(here) < number:
             raise TargetError(f"target='{target.name}:{topology}' is {number} devices, and {len(here)} are here")
         return tuple(here[:number])
+
+    def requirements(self, target: Chip) -> list[str]:
+        """What pip has to install to compile for a chip, at this JAX's own version; by default nothing."""
+        del target
+        return []
+
+    def installed(self) -> str | None:
+        """Its version that is installed, None if there is none; by default it comes with JAX."""
+        return _compat.JAXLIB_VERSION
+
+    def problem(self, target: Chip) -> str:
+        """Why it cannot compile for a chip here, as far as versions tell; empty where it can.
+
+        The text goes on from "the compiler for that target", and ends with what to install.
+        """
+        del target
+        return "" if self.installed() is not None else "is not installed; install it"
+
+    def wrong_facts(self, facts: Any) -> str:
+        """What is wrong with a record of facts beyond the types of its values; empty where nothing is."""
+        del facts
+        return ""
+
+    def device_kind(self, facts: Any) -> str:
+        """What JAX calls a device of a chip with these facts; empty where that does not tell chips apart."""
+        del facts
+        return ""
+
+    def topologies(self, facts: Any) -> tuple[str, ...]:
+        """Some topologies that exist for a chip with these facts, as written after the colon of a target's name."""
+        del facts
+        return ("8",)
 
 
 def _never(eqn: Equation) -> bool:

@@ -11,6 +11,12 @@ OWN: dict[str, Compiler] = {"cpu": CpuCompiler(), "cuda": GpuCompiler(), "tpu": 
 _REGISTERED: dict[str, Compiler] = {}
 
 
+def own_compiler(backend: str) -> Compiler:
+    """Return a platform's own compiler by what `jax.default_backend` calls it; of another one, the defaults."""
+    found = (compiler for platform, compiler in OWN.items() if backend in (platform, compiler.backend))
+    return next(found, Compiler())
+
+
 def register_compiler(name: str, compiler: Compiler) -> None:
     """Name a compiler with rules of its own, for `define_target(..., compiler=name)`.
 

@@ -38,7 +38,7 @@ def _devices(target: Target, compiler: Compiler, topology: str | None) -> tuple[
 
 def _explained(target: Target, topology: str | None, error: Exception) -> TargetError:
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    if "opology" in said and topology and target.tpu is not None:
+    if "opology" in said and topology and target.platform_compiler.has_layouts:
         return TargetError(
             f"target={target.name!r} has no topology {topology!r} ({said}). Layouts that exist are "
             f"{' and '.join(target.layouts)}, for example"

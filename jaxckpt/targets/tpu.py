@@ -6,9 +6,13 @@ features last: 64 of them take the room of 128.
 """
 
 import contextlib
+import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from jax.extend.core import primitives as prims
 from jaxckpt.program import primitives
 from jaxckpt.program.control_flow import is_planned_inside
 from jaxckpt.program.ir import Equation, size_bytes
+from jaxckpt.targets import packages
 from jaxckpt.targets.compiler import Chip, Compiler
 from jaxckpt.targets.describe import described_devices
 from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
@@ -31,6 +36,21 @@ _KEEPS_LAYOUT = primitives.FUSIBLE | primitives.IMAGES
 _MANY_TIMES = 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tpu:
+    """What a TPU's compiler is asked for.
+
+    Attributes:
+        compiler: the chip's name in topologies, such as "v5e" in "v5e:2x4".
+        topology: one that every version of the compiler has.
+        kind: JAX's `device_kind`.
+    """
+
+    compiler: str
+    topology: str
+    kind: str
+
+
 class TpuCompiler(Compiler):
     """XLA's compiler for TPU."""
 
@@ -38,6 +58,10 @@ class TpuCompiler(Compiler):
     stacking_passes = 1
     heads_wait_for_loops = True
     wants_identical_layers = True
+    facts = Tpu
+    part = "tpu"
+    nearest = "v5e"
+    has_layouts = True
 
     def rules(self, avals: Sequence[Any], equations: Sequence[Equation] = ()) -> FusionRules:
         """Return what it fuses, copies and adds.
@@ -91,11 +115,37 @@ class TpuCompiler(Compiler):
 
     def devices(self, target: Chip, topology: str | None) -> tuple[Any, ...]:
         """Described devices of a layout, or the first one of a layout that every version has."""
-        assert target.tpu is not None
+        tpu: Tpu = target.facts
         with _shared_libtpu():
-            name = f"{target.tpu.compiler}:{topology or target.tpu.topology}"
+            name = f"{tpu.compiler}:{topology or tpu.topology}"
             found = described_devices(platform="tpu", topology_name=name)
         return found if topology else found[:1]
+
+    def requirements(self, target: Chip) -> list[str]:
+        """The libtpu that this JAX was released with; it says itself where it does not fit."""
+        del target
+        return [_libtpu()]
+
+    def installed(self) -> str | None:
+        """The version of libtpu."""
+        return packages.version("libtpu") if packages.is_importable("libtpu") else None
+
+    def device_kind(self, facts: Tpu) -> str:
+        """As its record says."""
+        return facts.kind
+
+    def topologies(self, facts: Tpu) -> tuple[str, ...]:
+        """Some layouts, in as many dimensions as the chip's have."""
+        return ("2x2x1", "2x2x2", "2x2x4") if facts.topology.count("x") == 2 else ("2x2", "2x4", "4x4")
+
+
+@functools.cache
+def _libtpu() -> str:
+    """The requirement of libtpu, as JAX's own metadata says."""
+    for line in metadata.requires("jax") or ():
+        if match := re.match(r"(libtpu\s*==\s*[\d.*]+)\s*;.*extra == .tpu.", line):
+            return match[1]
+    return "libtpu"
 
 
 def _features(avals: Sequence[Any], equations: Sequence[Equation], found: dict[int, int]) -> dict[int, int]:
