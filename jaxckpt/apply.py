@@ -1,7 +1,7 @@
 """A schedule becomes a function: the program's blocks, run inside nested `jax.checkpoint` regions."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,23 @@ from ckptsolvers.schedule import Node
 
 from jaxckpt.kinds.base import KeptBlock, kind_named
 from jaxckpt.model.cut import Span, spans_at
-from jaxckpt.model.option import Save
+from jaxckpt.model.option import NOTHING_SAVED, Place, Save
 from jaxckpt.model.tree import Tree
 from jaxckpt.program.interpret import outputs_of
 from jaxckpt.program.ir import Program
 
 
 @functools.lru_cache(maxsize=4096)
-def _policy(names: tuple[str, ...]) -> Callable[..., bool]:
+def _policy(places: tuple[tuple[str, Place], ...]) -> Callable[..., bool]:
+    """A policy that saves values at their places, by name.
+
+    Raises:
+        ValueError: a place that no policy of JAX is known for.
+    """
+    if others := {place for _, place in places} - {Place.DEVICE}:
+        raise ValueError(f"no policy of jax.checkpoint saves at {others}")
     # JAX caches traces on the policy, and a new closure each time would defeat that.
-    return jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_only_these_names(*(name for name, _ in places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +144,18 @@ class _Runner:
         env: dict[int, Any],
         is_inner: bool,
         body: Callable[[dict[int, Any]], None],
-        names: tuple[str, ...] = (),
+        places: Mapping[str, Place] = NOTHING_SAVED,
     ) -> None:
-        """Run blocks start..stop-1 inside one `jax.checkpoint`, on what they read, for what is read after them."""
+        """Run blocks start..stop-1 inside one `jax.checkpoint`, on what they read, for what is read after them.
+
+        Args:
+            start: the first block.
+            stop: the one after the last.
+            env: values of the program so far; those read after the blocks are added.
+            is_inner: another checkpoint is around this one.
+            body: adds what the blocks make to a dict of values.
+            places: where values are saved, by name.
+        """
         made = {v for span in self.spans[start:stop] for v in span.outputs}
         reads = list(dict.fromkeys(v for span in self.spans[start:stop] for v in span.inputs if v not in made))
         wanted = [v for span in self.spans[start:stop] for v in span.outputs if self.last_reader[v] >= stop]
@@ -149,6 +165,6 @@ class _Runner:
             body(inner)
             return [inner[v] for v in wanted]
 
-        policy = _policy(names) if names else None
+        policy = _policy(tuple(places.items())) if places else None
         checkpointed = jax.checkpoint(inside, policy=policy, prevent_cse=self.prevent_cse or is_inner)
         env.update(zip(wanted, checkpointed(*(env[v] for v in reads)), strict=True))

@@ -5,7 +5,7 @@ there are to keep it, how it is run under one, and what plan files and reports s
 block is.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from jaxckpt.model.block import Model
 from jaxckpt.model.blocks import Blocks
 from jaxckpt.model.cut import Span
 from jaxckpt.model.joint import LocalBlock
-from jaxckpt.model.option import BlockAnalysis, Save
+from jaxckpt.model.option import NOTHING_SAVED, BlockAnalysis, Place, Save
 from jaxckpt.model.time import Timer
 from jaxckpt.model.tree import Tree, blocks_from_json, check_cover
 from jaxckpt.program.ir import Equation, Program
@@ -117,8 +117,13 @@ class Analyser(Protocol):
 class Checkpointed(Protocol):
     """Runs a part of a block inside one `jax.checkpoint`."""
 
-    def __call__(self, body: Callable[[dict[int, Any]], None], names: tuple[str, ...] = ()) -> None:
-        """Run what adds its results to a dict of values, and save what bears these names."""
+    def __call__(self, body: Callable[[dict[int, Any]], None], places: Mapping[str, Place] = NOTHING_SAVED) -> None:
+        """Run a body, and save what it names.
+
+        Args:
+            body: adds its results to a dict of values.
+            places: where to save values, by name; all others are recomputed.
+        """
         ...
 
 

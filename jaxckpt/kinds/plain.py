@@ -16,7 +16,7 @@ from ckptsolvers.mincut import save_sets as minimum_cuts
 from jaxckpt.kinds.base import Analyser, KeptBlock
 from jaxckpt.model.block import Model
 from jaxckpt.model.joint import LocalBlock, differentiate
-from jaxckpt.model.option import BlockAnalysis, Option, SavedValues, dominates, kept_only
+from jaxckpt.model.option import BlockAnalysis, Option, Place, SavedValues, dominates, kept_only
 from jaxckpt.program.interpret import evaluate
 from jaxckpt.program.ir import Equation
 
@@ -51,7 +51,8 @@ class Plain:
     def run(self, block: KeptBlock) -> None:
         """Run the block inside a checkpoint."""
         names = {v: f"{block.prefix}.{i}" for i, v in enumerate(block.save.named_values)}
-        block.checkpointed(functools.partial(evaluate, block.equations, names=names), tuple(names.values()))
+        places = dict.fromkeys(names.values(), Place.DEVICE)
+        block.checkpointed(functools.partial(evaluate, block.equations, names=names), places)
 
     def to_json(self, save: SavedValues) -> dict[str, Any]:
         """What is saved as plain data."""

@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 import ckptsolvers
@@ -12,6 +13,10 @@ class Place(enum.Enum):
     """A place of memory in which saved values wait for their backward."""
 
     DEVICE = "device"
+
+
+# By name: no value is saved anywhere.
+NOTHING_SAVED: Mapping[str, Place] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
