@@ -39,7 +39,7 @@ OUT = Path(__file__).parent / "out"
 
 
 def mixed_chain(num_blocks: int, num_options: int, seed: int = 0) -> Problem:
-    """A heterogeneous chain whose options trade saved bytes for time, from nothing saved to nothing made again."""
+    """A heterogeneous chain whose options trade saved bytes for time, from nothing saved to nothing recomputed."""
     rng = random.Random(seed)
     times, sizes = ([rng.randint(1, 90) for _ in range(num_blocks)] for _ in range(2))
     options = []
@@ -256,8 +256,8 @@ def beyond_nesting(graph: BlockGraph, steps: tuple[DagStep, ...]) -> str:
     if around:
         parts.append(f"runs blocks around a value it still holds ({around})")
     if skipped:
-        parts.append(f"leaves out blocks between those it runs again ({skipped})")
-    return "; ".join(parts) or "drops a value between two of its readers and makes it again"
+        parts.append(f"leaves out blocks between those it recomputes ({skipped})")
+    return "; ".join(parts) or "drops a value between two of its readers and recomputes it"
 
 
 def show(title: str, rows: list[dict]) -> None:

@@ -95,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     limit.add_argument("--budget", type=_number_or_text, help='device bytes: "4GB", "4GiB", "80%%" or a number')
     limit.add_argument("--max-cost", type=float, help="instead, the most a step may cost: 1.1 is 10 %% more")
     plan.add_argument("--cost", choices=("time", "flops"), default="time", help="what is minimised")
-    plan.add_argument("--solver", default="auto", help="auto, chain, chen, revolve, lower_sets or ilp")
+    plan.add_argument(
+        "--solver",
+        default="auto",
+        help="a solver's name; docs/guide.md lists them, and so does the error for one that is none",
+    )
     plan.add_argument("--reserve", type=_number_or_text, default=0, help="bytes to leave for optimizer state")
     plan.add_argument("--no-verify", action="store_true", help="predict, do not compile")
     _takes_checkpoints(plan)

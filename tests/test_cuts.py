@@ -198,17 +198,19 @@ def test_what_repeats_is_merged_and_nothing_else():
     assert sizes(["x", "a", None, "a", None, "a", None, "y"]) == [1] * 6, "what must stay as it is"
 
 
-def test_what_repeats_is_treated_alike_too_on_a_tpu():
+def test_what_repeats_is_treated_identically_too_on_a_tpu():
     config = gpt2.Config(num_layers=6, width=64, num_heads=2, num_tokens=128, vocab=64)
     with jax.numpy_rank_promotion("allow"):
         s = analysed(gpt2.make_loss(config), *gpt2.specs(config), target="v5e")
     fine, coarse, merged = s.cuts
     assert len(fine.spans) > len(coarse.spans) > len(merged.spans) >= 6
     assert {s.kind(c) for c in s.all_candidates} == {0, 1, 2, 3}
-    like = [k for k, number in enumerate(merged.numbers) if merged.numbers.count(number) >= 4]
-    kept = [tuple(n.option for n in c.schedule.nodes if n.start in like) for c in s.all_candidates if c.is_alike]
+    repeated = [k for k, number in enumerate(merged.numbers) if merged.numbers.count(number) >= 4]
+    kept = [
+        tuple(n.option for n in c.schedule.nodes if n.start in repeated) for c in s.all_candidates if c.is_identical
+    ]
     # One option for all of them, and almost every option they have at one budget or another.
-    assert all(len(options) == len(like) >= 4 and len(set(options)) == 1 for options in kept)
-    assert len(set(kept)) > len(merged.problem.blocks[like[0]].options) // 2
+    assert all(len(options) == len(repeated) >= 4 and len(set(options)) == 1 for options in kept)
+    assert len(set(kept)) > len(merged.problem.blocks[repeated[0]].options) // 2
     # What was measured of one plan is never taken for another's.
     assert len({c.digest for c in s.all_candidates}) == len(s.all_candidates)

@@ -45,7 +45,7 @@ def plan(
         budget: device bytes: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
         max_cost: instead of a budget, the most the step may cost as a fraction of the unplanned cost, such as 1.1.
         cost: what is minimised: "time", modelled for the target, or "flops".
-        solver: "auto", "chain", "chen", "revolve", "lower_sets", "ilp" (for a dozen blocks at most), or a function
+        solver: "auto", another solver's name (docs/guide.md lists them), or a function
             `(problem, budget_bytes=...) -> Schedule`.
         target: a chip's name; None is the default backend.
         reserve: device bytes to leave for what lives outside the function, as a budget is written.

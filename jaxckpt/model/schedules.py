@@ -34,13 +34,13 @@ class Candidate:
         schedule: a tree over the problem's blocks.
         judgement: its bytes and work.
         problem: one of the program's.
-        is_alike: whether it is of those that treat like blocks alike, whose bytes are off by less.
+        is_identical: whether it is of those that treat identical blocks identically, whose bytes are off by less.
     """
 
     schedule: Schedule
     judgement: Judgement
     problem: Problem = field(compare=False, repr=False)
-    is_alike: bool = False
+    is_identical: bool = False
 
     @property
     def digest(self) -> str:

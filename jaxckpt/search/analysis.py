@@ -87,8 +87,8 @@ class Analysis:
             self.cuts = [self._analysed(spans) for spans in ([fine] if len(coarse) == len(fine) else [fine, coarse])]
         # Elsewhere nothing is won by it, and analysing larger blocks takes time.
         wants_identical = solver == "auto" and self.chip.compiler.wants_identical_layers
-        like = self._add_merged() if wants_identical and self.cuts else ()
-        found = candidates([b.problem for b in self.cuts], solver, like)
+        repeated = self._add_merged() if wants_identical and self.cuts else ()
+        found = candidates([b.problem for b in self.cuts], solver, repeated)
         # The Pareto set, and the same with those of each cut that only another cut's dominate by what is predicted.
         self.candidates, self.all_candidates = (
             [self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found
@@ -107,8 +107,8 @@ class Analysis:
         return self.cuts[0] if self.cuts else None
 
     def kind(self, candidate: Candidate) -> int:
-        """A number for what a candidate is: the plans of one cut are off by like bytes, and those that are alike."""
-        return len(self.cuts) if candidate.is_alike else self._cut(candidate)
+        """A number for what a candidate is: plans of one cut share a prediction error, and so do identical ones."""
+        return len(self.cuts) if candidate.is_identical else self._cut(candidate)
 
     def blocks_of(self, candidate: Candidate) -> Blocks:
         """The blocks that a candidate is about."""
@@ -170,7 +170,7 @@ class Analysis:
         return self._per_device(keep_all(self.blocks.problem))
 
     def _per_device(self, candidate: Candidate) -> Candidate:
-        """What lies between arguments and results is taken to be cut alike; measuring corrects it."""
+        """What lies between arguments and results is taken to be cut identically; measuring corrects it."""
         peak = -(-candidate.judgement.peak_bytes // self.split)
         return replace(candidate, judgement=replace(candidate.judgement, peak_bytes=peak))
 

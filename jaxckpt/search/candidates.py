@@ -16,7 +16,8 @@ from jaxckpt.model.schedules import FEW_BLOCKS, Candidate, chain_schedules, keep
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
 _MAX_DEPTH = 20
 _ILP_TIME_S = 3.0
-SOLVERS = ("auto", "chain", "chen", "revolve", "lower_sets", "ilp")
+# Brute force is for the tests of the others: a program has too many blocks for it.
+SOLVERS = ("auto", *(name for name in by_name if name != "brute_force"))
 
 
 def check_solver(solver: Any) -> None:
@@ -30,46 +31,46 @@ def check_solver(solver: Any) -> None:
 
 
 def candidates(
-    problems: Sequence[Problem], solver: Any, like: Sequence[int] = ()
+    problems: Sequence[Problem], solver: Any, repeated: Sequence[int] = ()
 ) -> tuple[list[Candidate], list[Candidate]]:
     """A solver's candidates, least bytes first.
 
     Args:
         problems: the program's, one for each way to cut it into blocks.
         solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
-        like: blocks of the last problem that are equal; plans that treat them alike are candidates of their own.
+        repeated: identical blocks of the last problem; plans that treat them identically are candidates of their own.
 
     Returns:
         Those that no other one beats in both bytes and work, and these with those that only another problem's beat: how
         much more or less than predicted a compiler takes differs from problem to problem.
     """
     judged = [_judged(problem, solver) for problem in problems]
-    if like:
-        schedules = _alike_schedules(problems[-1], like)
-        alike = {c.digest: c for c in _with_judgements(problems[-1], schedules, is_alike=True)}
-        judged[-1] = [c for c in judged[-1] if c.digest not in alike]
-        judged.append(list(alike.values()))
+    if repeated:
+        schedules = _identical_schedules(problems[-1], repeated)
+        identical = {c.digest: c for c in _with_judgements(problems[-1], schedules, is_identical=True)}
+        judged[-1] = [c for c in judged[-1] if c.digest not in identical]
+        judged.append(list(identical.values()))
     best = _unbeaten(itertools.chain(*judged))
     known = {id(candidate) for candidate in best}
     others = [c for found in judged for c in _unbeaten(found) if id(c) not in known] if len(judged) > 1 else []
     return best, sorted([*best, *others], key=_bytes_first)
 
 
-def _alike_schedules(problem: Problem, like: Sequence[int]) -> Iterator[Schedule]:
-    """Schedules with one option for all of some equal blocks, none of them in a region; once for each option.
+def _identical_schedules(problem: Problem, repeated: Sequence[int]) -> Iterator[Schedule]:
+    """Schedules with one option for all of some identical blocks, none of them in a region; once for each option.
 
     A heap that holds the same of each of them has fewer gaps than one that holds a set here and another one there.
     """
     # For a v5e, a plan of GPT-2 small that is predicted to take 3,837 MiB has 3,827 live at once in a heap of 4,153. At
     # the bytes of "queries, keys and values" these schedules recompute 12.6 % where the others recompute 14.5.
-    for o in range(len(problem.blocks[like[0]].options)):
+    for o in range(len(problem.blocks[repeated[0]].options)):
         blocks = [
-            replace(block, forward_peak_bytes=NO_ROOM, options=block.options[o : o + 1]) if k in like else block
+            replace(block, forward_peak_bytes=NO_ROOM, options=block.options[o : o + 1]) if k in repeated else block
             for k, block in enumerate(problem.blocks)
         ]
         for found in chain_schedules(replace(problem, blocks=tuple(blocks))):
             # No region covers them, so they stand at the outermost level.
-            yield Schedule(tuple(Keep(n.start, o) if n.start in like else n for n in found.nodes))
+            yield Schedule(tuple(Keep(n.start, o) if n.start in repeated else n for n in found.nodes))
 
 
 def _bytes_first(candidate: Candidate) -> tuple[int, int]:
@@ -105,9 +106,9 @@ def _judged(problem: Problem, solver: Any) -> list[Candidate]:
     return _with_judgements(problem, schedules)
 
 
-def _with_judgements(problem: Problem, schedules: Iterable[Schedule], *, is_alike: bool = False) -> list[Candidate]:
+def _with_judgements(problem: Problem, schedules: Iterable[Schedule], *, is_identical: bool = False) -> list[Candidate]:
     """The schedules that JAX can trace, as candidates."""
-    return [Candidate(s, simulate(problem, s), problem, is_alike) for s in schedules if s.depth <= _MAX_DEPTH]
+    return [Candidate(s, simulate(problem, s), problem, is_identical) for s in schedules if s.depth <= _MAX_DEPTH]
 
 
 def _called_schedules(problem: Problem, solver: Callable[..., Any]) -> list[Schedule]:

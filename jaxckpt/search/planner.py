@@ -192,8 +192,8 @@ class _Search:
         if not self.request.verify:
             return self._found(inside[0], None, unplanned)
         best = inside[0]
-        alike = next((i for i in inside if self.candidates[i].is_alike), best)
-        best = min(best, alike, key=self.search.measured)
+        identical = next((i for i in inside if self.candidates[i].is_identical), best)
+        best = min(best, identical, key=self.search.measured)
         for _ in range(_MAX_LOWER):
             # Where the model was too low, one that it puts below what was measured may take less, and costs less.
             most = self.search.measured(best) - self.analysis.fixed_bytes

@@ -122,7 +122,7 @@ class Step:
         donated = donated_leaves(self.args, self.donate_argnums)
         read = sum(local_bytes(x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
         # A result takes the buffer of a donated argument that is like it.
-        made = Counter(map(_alike, jax.tree.leaves(self.results))) - Counter(map(_alike, donated))
+        made = Counter(map(_spec, jax.tree.leaves(self.results))) - Counter(map(_spec, donated))
         return read + sum(count * -(-size_bytes(spec) // self.free.split) for spec, count in made.items())
 
     def predicted_bytes(self, predicted_peak: int) -> int:
@@ -166,7 +166,7 @@ class Step:
         return jax.jit(fun, donate_argnums=self.donate_argnums, compiler_options=_compat.here_options() or None)
 
 
-def _alike(x: Any) -> jax.ShapeDtypeStruct:
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 

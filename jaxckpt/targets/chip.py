@@ -95,9 +95,9 @@ def define_target(name: str, **values: Any) -> Target:
         name: what `target=` will call it.
         **values: `like`, a known chip to start from, and what differs: `memory` (bytes, or "40GB"), `bandwidth`,
             `host_bandwidth`, `vector_flops` (per second), `matmul_flops` (by dtype, "other" for the rest), `platform`,
-            what its compiler asks beside these (a table, under the name of the compiler's `part`, such as `gpu`),
-            `devices_per_chip`, `compiler` (a name given to `register_compiler` before). Without `like` all of them that have no default are needed. The same names
-            stand in a file of targets.
+            what the platform's compiler asks beside these (a table under the name of the compiler's `part`, such as
+            `gpu`), `devices_per_chip`, `compiler` (a name given to `register_compiler` before). Without `like` all of
+            them that have no default are needed. The same names stand in a file of targets.
 
     Returns:
         The chip.

@@ -1,6 +1,6 @@
 """What to save inside a block: a minimum cut between what is there and what the backward reads.
 
-Every needed value is either saved, at the price of its bytes, or made again, at the price of its operation's time,
+Every needed value is either saved, at the price of its bytes, or recomputed, at the price of its operation's time,
 which needs the operation's operands in turn. For one exchange rate of bytes against time the cheapest choice is a
 minimum cut (the selection problem of Picard, "Maximal closure of a graph and applications to combinatorial problems",
 1976; torch.compile's partitioner uses the special case in which an operation is either free or never repeated).
@@ -202,7 +202,7 @@ def save_sets(
         is_early: of sets that cost the same take the one nearest to the inputs, not the one nearest to the targets.
 
     Returns:
-        The sets. The first is empty: everything is made again.
+        The sets. The first is empty: everything is recomputed.
     """
     search = _Search(_Network(operations, targets, save_bytes, is_early=is_early))
     hull = search.hull(max_cuts)

@@ -1,4 +1,4 @@
-"""The block problem: what to save and what to make again, over blocks in a fixed order.
+"""The block problem: what to save and what to recompute, over blocks in a fixed order.
 
 A program is cut into blocks 0..n-1. A `Value` is made by one block and read by later ones; the values alive at cut i
 (made before block i, read at or after it) are L(i) in the papers' notation. A chain is the case of one value per cut,
@@ -36,7 +36,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One way to keep a block for its backward: what to save of it, and what the rest costs to make again.
+    """One way to keep a block for its backward: what to save of it, and what recomputing the rest costs.
 
     Attributes:
         name: for reports.
@@ -71,7 +71,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A run of equations that is kept or made again as a whole.
+    """A run of equations that is kept or recomputed as a whole.
 
     Attributes:
         forward_times: `[num_outputs + 1]`, time to make the first j outputs, in the order of their first reader.

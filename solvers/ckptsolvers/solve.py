@@ -18,12 +18,12 @@ from ckptsolvers.simulate import simulate
 from ckptsolvers.solution import Solution, best_of, check_budget
 
 SOLVERS: dict[str, Callable[..., Solution]] = {
-    "brute_force": solve_brute_force,
     "chain": solve_chain,
     "chen": solve_chen,
-    "ilp": solve_regions_milp,
-    "lower_sets": solve_lower_sets,
     "revolve": solve_revolve,
+    "lower_sets": solve_lower_sets,
+    "ilp": solve_regions_milp,
+    "brute_force": solve_brute_force,
 }
 _MOST_SPLITS = 20_000_000  # about a minute
 
@@ -81,7 +81,7 @@ def num_splits(problem: Problem) -> int:
 
 
 def _plain(problem: Problem, budget_bytes: int) -> Solution | None:
-    """Keep every block and make nothing again, if that fits."""
+    """Keep every block and recompute nothing, if that fits."""
     options = next(iter(option_rules(problem).values()))
     schedule = segments((), options)
     judged = simulate(problem, schedule)
