@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ckptsolvers import InfeasibleError, Keep, Problem, Schedule, chen_schedules, revolve_schedules, simulate
+from ckptsolvers import InfeasibleError, Keep, Problem, Schedule, simulate
+from ckptsolvers.solve import SCHEDULES
 from ckptsolvers.solve import SOLVERS as by_name
 
 from jaxckpt.errors import OptionError
@@ -93,10 +94,8 @@ def _unbeaten(found: Iterable[Candidate]) -> list[Candidate]:
 def _judged(problem: Problem, solver: Any) -> list[Candidate]:
     if solver in ("auto", "chain"):
         schedules = chain_schedules(problem, is_fine=problem.num_blocks <= FEW_BLOCKS)
-    elif solver == "chen":
-        schedules = list(chen_schedules(problem))
-    elif solver == "revolve":
-        schedules = list(revolve_schedules(problem))
+    elif isinstance(solver, str) and solver in SCHEDULES:
+        schedules = list(SCHEDULES[solver](problem))
     else:
         if isinstance(solver, str):
             # It is asked some forty times, so a proof of each answer would take too long.

@@ -1,4 +1,4 @@
-"""Bytes and times of an interval [s, t) of blocks, and which intervals are alike: the chain recurrence's input."""
+"""Bytes and times of an interval [s, t) of blocks, and which intervals are identical: the chain recurrence's input."""
 
 import functools
 import math
@@ -85,9 +85,9 @@ class Intervals:
         return self._sweeps[t]
 
     def twins(self) -> list[tuple[int, int]]:
-        """For each end t an earlier end t' and the longest length up to which intervals that end there are alike.
+        """For each end t an earlier end t' and the longest length up to which intervals that end there are identical.
 
-        [t - l, t) and [t' - l, t') are alike when their blocks, their values' sizes and readers, and the cotangents
+        [t - l, t) and [t' - l, t') are identical when their blocks, their values' sizes and readers, and the cotangents
         alive around them are the same. Where there is no such t' the length is 0.
 
         Returns:
@@ -95,11 +95,11 @@ class Intervals:
         """
         n = self.problem.num_blocks
         kinds, waiting = np.array(self._kinds()), np.array(self.waiting)
-        alike = np.zeros(n + 1, np.int64)  # alike[t']: longest common suffix of blocks before t and before t'
+        common = np.zeros(n + 1, np.int64)  # common[t']: longest common suffix of blocks before t and before t'
         found = [(0, 0)]
         for t in range(1, n + 1):
-            alike[1:] = np.where(kinds == kinds[t - 1], alike[:-1] + 1, 0)
-            usable = np.where(waiting[:t] == waiting[t], alike[:t], 0) if t < n else np.zeros(1, np.int64)
+            common[1:] = np.where(kinds == kinds[t - 1], common[:-1] + 1, 0)
+            usable = np.where(waiting[:t] == waiting[t], common[:t], 0) if t < n else np.zeros(1, np.int64)
             best = int(usable.argmax())
             found.append((best, int(usable[best])))
         return found

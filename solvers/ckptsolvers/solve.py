@@ -25,6 +25,8 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
     "ilp": solve_regions_milp,
     "brute_force": solve_brute_force,
 }
+# Those that make all their schedules at once, and need not be asked at one budget after the other.
+SCHEDULES: dict[str, Callable[[Problem], Iterator[Schedule]]] = {"chen": chen_schedules, "revolve": revolve_schedules}
 _MOST_SPLITS = 20_000_000  # about a minute
 
 
