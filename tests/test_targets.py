@@ -19,8 +19,9 @@ from jaxckpt import _compat
 from jaxckpt.cli import main
 from jaxckpt.compilation import measure, pool
 from jaxckpt.compilation.measure import compiled_bytes, lowered_for
-from jaxckpt.targets import chip, gpu, install, packages
+from jaxckpt.targets import chip, gpu, install, packages, registry
 from jaxckpt.targets.chip import FILE, VARIABLE, find_chip, find_target, known_chips
+from jaxckpt.targets.cpu import CpuCompiler
 from jaxckpt.targets.gpu import Gpu
 from jaxckpt.targets.topology import _devices, devices_for
 from jaxckpt.targets.tpu import Tpu
@@ -158,6 +159,38 @@ def test_a_file_that_cannot_be_read_is_named(text, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "nothing.toml"))
     with pytest.raises(jaxckpt.TargetError, match=r"JAXCKPT_TARGETS.*nothing\.toml"):
         find_target("h100")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Npu:
+    """What the compiler of a platform that jaxckpt does not have asks of a chip."""
+
+    kind: str
+
+
+class NpuCompiler(CpuCompiler):
+    facts, part, nearest = Npu, "npu", "npu1"
+
+    def requirements(self, target):
+        return [f"npu-compiler[{target.facts.kind}]"]
+
+    def installed(self):
+        return packages.version("npu-compiler")
+
+    def device_kind(self, facts):
+        return facts.kind
+
+
+def test_a_platform_is_a_compiler_and_its_chips(monkeypatch):
+    monkeypatch.setitem(registry.OWN, "npu", NpuCompiler())
+    with pytest.raises(jaxckpt.TargetError, match="lacks 'npu'"):
+        jaxckpt.define_target("npu1", like="cpu", platform="npu", memory="8GB")
+    mine = jaxckpt.define_target("npu1", like="cpu", platform="npu", memory="8GB", npu={"kind": "one"})
+    assert mine.facts == Npu(kind="one") and mine.kind == "one"
+    found = install.describe(mine)
+    assert not found["usable"] and "not installed" in found["problem"] and "npu-compiler[one]" in found["install"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "npu")
+    assert find_target(None) == mine
 
 
 # Compilers that are missing, wrong, or fail.

@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -210,17 +210,18 @@ def _target(name: Any, values: Mapping[str, Any], chips: Mapping[str, Target], o
         given["memory_bytes"] = _size(where, given.pop("memory"))
     if "compiler" in given:
         given["compiler_name"] = given.pop("compiler")
-    parts = [part for part in _PARTS if part in given]
-    for part in parts:
-        given["facts"] = _part(f"{where}, {part}", _PARTS[part], given.pop(part), start.get("facts"))
+    parts = {part: kind for part, kind in _parts().items() if part in given}
+    for part, kind in parts.items():
+        given["facts"] = _part(f"{where}, {part}", kind, given.pop(part), start.get("facts"))
     merged = {"memory_bytes": None, **start, **given, "name": name, "origin": origin}
     _check(where, Target, merged)
     merged["facts"] = _checked_facts(where, merged, parts)
     return Target(**{**merged, "matmul_flops": _rates(where, merged["matmul_flops"])})
 
 
-# What users write the facts under that a platform's compiler asks for.
-_PARTS = {compiler.part: compiler.facts for compiler in OWN.values() if compiler.facts is not None}
+def _parts() -> dict[str, type[Any]]:
+    """The records that platforms' compilers ask for, by what users write them under."""
+    return {compiler.part: compiler.facts for compiler in OWN.values() if compiler.facts is not None}
 
 
 def _part(where: str, kind: type, given: Any, start: Any) -> Any:
@@ -235,13 +236,14 @@ def _part(where: str, kind: type, given: Any, start: Any) -> Any:
 
 
 # What users write where a field has another name.
-_WRITTEN = {"memory_bytes": "memory", "compiler_name": "compiler", "facts": ", ".join(_PARTS)}
+_WRITTEN = {"memory_bytes": "memory", "compiler_name": "compiler"}
 
 
 def _check(where: str, kind: type, values: Mapping[str, Any]) -> None:
     """Refuse names that are not there, values that are missing, and numbers that are none or not positive."""
     known = {f.name: f for f in fields(kind)}
-    shown = ", ".join(_WRITTEN.get(name, name) for name in known if name not in ("name", "origin"))
+    written = {**_WRITTEN, "facts": ", ".join(_parts())}
+    shown = ", ".join(written.get(name, name) for name in known if name not in ("name", "origin"))
     for name in values:
         if name not in known:
             raise TargetError(f"{where} has {name!r}, which is none of {shown}")
@@ -257,7 +259,7 @@ def _check(where: str, kind: type, values: Mapping[str, Any]) -> None:
             raise TargetError(f"{where}: {_WRITTEN.get(name, name)}={value!r} is not text")
 
 
-def _checked_facts(where: str, values: Mapping[str, Any], parts: Sequence[str]) -> Any:
+def _checked_facts(where: str, values: Mapping[str, Any], parts: Iterable[str]) -> Any:
     """The facts that the platform's compiler asks for; `parts` are the names under which some were given."""
     platform = values["platform"]
     if platform not in OWN:
