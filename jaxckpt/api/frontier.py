@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxckpt.compilation.measure import compiled_bytes
-from jaxckpt.compilation.objective import cotangent_specs, input_specs, objective
+from jaxckpt.compilation.objective import measured_specs, objective
 from jaxckpt.errors import OptionError
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.interpret import run
@@ -185,11 +185,12 @@ def _policy_points(analysis: Analysis, verify: bool, expected: Expected) -> list
     peak = analysis.unplanned.judgement.peak_bytes if analysis.candidates else without.peak_bytes
     measured = analysis.measure(None).device_bytes if verify else None
     points = [_policy_point(UNPLANNED, without, without, expected(peak), measured)]
-    specs = [*input_specs(analysis.program), *cotangent_specs(analysis.program, analysis.objective)]
+    specs, constants = measured_specs(analysis.program, analysis.objective), analysis.program.closed_over
     for name, fun in policy_functions(plain).items():
         found = differentiated_cost(analysis, fun)
         if verify:
-            measured = compiled_bytes(analysis.objective.differentiated(fun), specs, analysis.target).device_bytes
+            differentiated = analysis.objective.differentiated(fun)
+            measured = compiled_bytes(differentiated, specs, analysis.target, closed_over=constants).device_bytes
         points.append(_policy_point(name, found, without, expected(found.peak_bytes), measured))
     return points
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxckpt.compilation.measure import Measurement, compiled_bytes
-from jaxckpt.compilation.objective import cotangent_specs, input_specs, objective
+from jaxckpt.compilation.objective import input_specs, measured_specs, objective
 from jaxckpt.program.interpret import run
 from jaxckpt.targets.sharding import trace_placed
 
@@ -46,8 +46,8 @@ def measure(
     traced = trace_placed(fun, args)
     program = traced.program
     plain = functools.partial(run, program)
-    specs = input_specs(program)
+    constants = program.closed_over
     if not differentiate:
-        return compiled_bytes(plain, specs, target)
+        return compiled_bytes(plain, input_specs(program)[len(constants) :], target, closed_over=constants)
     goal = objective(traced, argnums, has_aux)
-    return compiled_bytes(goal.differentiated(plain), [*specs, *cotangent_specs(program, goal)], target)
+    return compiled_bytes(goal.differentiated(plain), measured_specs(program, goal), target, closed_over=constants)

@@ -23,7 +23,7 @@ from jax.extend.core import primitives as prims
 
 from jaxckpt.api.scan import check_options
 from jaxckpt.compilation.measure import compiled_bytes
-from jaxckpt.compilation.objective import cotangent_specs, input_specs, output_objective
+from jaxckpt.compilation.objective import measured_specs, output_objective
 from jaxckpt.errors import InfeasibleBudgetError, NotDifferentiableError, OptionError
 from jaxckpt.kinds.online import checkpointed_while
 from jaxckpt.program.interpret import evaluate, outputs_of, run
@@ -118,10 +118,10 @@ def _within(program: Program, loop: Equation, max_steps: int, budget: Budget) ->
         return most
     # What follows the loop decides its results' cotangents, so they are arguments.
     goal = replace(goal, is_scalar=False)
-    specs = [*input_specs(program), *cotangent_specs(program, goal)]
+    specs, constants = measured_specs(program, goal), program.closed_over
     counts = sorted({math.ceil(max_steps ** (i / 16)) for i in range(17)})
     functions = [_rewritten(program, loop, max_steps, count) for count in counts]
-    unplanned = compiled_bytes(goal.differentiated(most), specs, None)
+    unplanned = compiled_bytes(goal.differentiated(most), specs, None, closed_over=constants)
     fixed, budget_bytes = unplanned.device_bytes - unplanned.temp_bytes, budget.resolve(unplanned.device_bytes)
     state = sum(size_bytes(program.avals[v]) for v in loop.outputs)
     search = BudgetSearch(
@@ -129,7 +129,7 @@ def _within(program: Program, loop: Equation, max_steps: int, budget: Budget) ->
         [count * state for count in counts],
         # How often a step runs again grows with the logarithm; a run is about a third of the step's cost.
         [math.log2(max(1, max_steps / count)) / 3 for count in counts],
-        lambda i: compiled_bytes(goal.differentiated(functions[i]), specs, None).device_bytes,
+        lambda i: compiled_bytes(goal.differentiated(functions[i]), specs, None, closed_over=constants).device_bytes,
     )
     chosen = search.cheapest(budget_bytes)
     if chosen is not None:

@@ -28,6 +28,8 @@ from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
 _SLOW_S = 2.0
+# Larger ones are measured as arguments, and taken off.
+_MOST_CONSTANT_BYTES = 2**28
 # Quicker ones are made again.
 _WORTH_KEEPING_S = 1.0
 
@@ -62,7 +64,11 @@ class Measurement:
 
 
 def compiled_bytes(
-    fun: Callable, specs: Sequence[Any], target: str | None, donate_argnums: int | Sequence[int] = ()
+    fun: Callable,
+    specs: Sequence[Any],
+    target: str | None,
+    donate_argnums: int | Sequence[int] = (),
+    closed_over: Sequence[Any] = (),
 ) -> Measurement:
     """Compile a function for a target and read what it takes.
 
@@ -71,17 +77,24 @@ def compiled_bytes(
         specs: its positional arguments, pytrees of arrays or `ShapeDtypeStruct`s.
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
+        closed_over: arrays that `fun` takes before the others and that are constants of the program.
 
     Raises:
         CompilerError: the target's compiler is not here, or failed.
     """
-    return lowered_for(fun, specs, target, donate_argnums)()
+    return lowered_for(fun, specs, target, donate_argnums, closed_over)()
 
 
 def lowered_for(
-    fun: Callable, specs: Sequence[Any], target: str | None, donate_argnums: int | Sequence[int] = ()
+    fun: Callable,
+    specs: Sequence[Any],
+    target: str | None,
+    donate_argnums: int | Sequence[int] = (),
+    closed_over: Sequence[Any] = (),
 ) -> Callable[[], Measurement]:
     """Trace and lower a function as `compiled_bytes` does; what is returned compiles it, in any thread."""
+    if closed_over:
+        return _lowered_with_constants(fun, specs, target, closed_over)
     chip = find_target(target)
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise CompilerError(
@@ -116,6 +129,25 @@ def lowered_for(
         if found.compile_s > _WORTH_KEEPING_S:
             cache.write(name, asdict(found))
         return replace(found, target=label)
+
+    return finished
+
+
+def _lowered_with_constants(
+    fun: Callable, specs: Sequence[Any], target: str | None, closed_over: Sequence[Any]
+) -> Callable[[], Measurement]:
+    """The same of a function of constants, which the user's own jit compiles into the program."""
+    num_bytes = sum(x.nbytes for x in closed_over)
+    if num_bytes <= _MOST_CONSTANT_BYTES:
+        return lowered_for(functools.partial(fun, *closed_over), specs, target)
+    # As text they would take several times their bytes. As arguments they change nothing that is held in between.
+    finish = lowered_for(fun, [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in closed_over), *specs], target)
+
+    def finished() -> Measurement:
+        found = finish()
+        return replace(
+            found, device_bytes=found.device_bytes - num_bytes, argument_bytes=found.argument_bytes - num_bytes
+        )
 
     return finished
 

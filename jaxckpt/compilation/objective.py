@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.errors import NotDifferentiableError
-from jaxckpt.program.ir import is_differentiable, show_aval, spec_of
+from jaxckpt.program.ir import Program, is_differentiable, show_aval, spec_of
 from jaxckpt.program.trace import Traced
 
 
@@ -17,7 +17,7 @@ class Objective:
     """What of a program is differentiated.
 
     Attributes:
-        inputs: positions among the program's inputs.
+        inputs: positions among the program's inputs, in the order of the gradients.
         outputs: positions among its outputs.
         is_scalar: the one output is a scalar, as `jax.value_and_grad` wants; otherwise cotangents are arguments.
     """
@@ -53,19 +53,21 @@ def objective(traced: Traced, argnums: int | Sequence[int], has_aux: bool) -> Ob
         NotDifferentiableError: no floating-point leaf in these arguments, or none in the result.
     """
     program, num_consts = traced.program, len(traced.consts)
-    wanted = {argnums} if isinstance(argnums, int) else set(argnums)
+    wanted = [argnums] if isinstance(argnums, int) else list(argnums)
     args_tree = traced.in_tree.children()[0]
     num_args = args_tree.num_leaves and len(args_tree.children())
     if any(not -num_args <= a < num_args for a in wanted):
         raise NotDifferentiableError(f"argnums={argnums} names an argument that is not there; the call has {num_args}")
-    wanted = {a % num_args for a in wanted}
+    # Gradients are results, and a compiler schedules them in their order, which is that of the user's own call.
+    wanted = list(dict.fromkeys(a % num_args for a in wanted))
     owner = [i for i, child in enumerate(args_tree.children()) for _ in range(child.num_leaves)]
     owner += [-1] * (len(traced.is_array) - len(owner))
     owner = [i for i, dyn in zip(owner, traced.is_array, strict=True) if dyn]
     inputs = [
         num_consts + i
-        for i, arg in enumerate(owner)
-        if arg in wanted and is_differentiable(program.avals[program.inputs[num_consts + i]])
+        for arg in wanted
+        for i, owning in enumerate(owner)
+        if owning == arg and is_differentiable(program.avals[program.inputs[num_consts + i]])
     ]
     if not inputs:
         shown = ", ".join(
@@ -93,6 +95,11 @@ def output_objective(program: Any, inputs: tuple[int, ...], num_outputs: int) ->
         raise NotDifferentiableError(f"the function returns {shown}, and no gradient flows from that")
     is_scalar = num_outputs == 1 and avals[0].shape == ()
     return Objective(inputs=inputs, outputs=outputs, is_scalar=is_scalar)
+
+
+def measured_specs(program: Program, goal: Objective) -> list[jax.ShapeDtypeStruct]:
+    """What the differentiated program is given when it is measured: no closed-over arrays, cotangents at the end."""
+    return [*input_specs(program)[len(program.closed_over) :], *cotangent_specs(program, goal)]
 
 
 def input_specs(program: Any) -> list[jax.ShapeDtypeStruct]:

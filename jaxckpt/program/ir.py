@@ -85,6 +85,8 @@ class Program:
         outputs: values or constants returned.
         shardings: on which devices each input lies; empty where all are on one. No part of the fingerprint, since
             arguments inside `jit` do not show theirs.
+        closed_over: the arrays that stand for the first inputs, where they are known: what the function closes over. In
+            the user's own jit they are constants. No part of the fingerprint.
         keeps_checkpoints: whether the user's own checkpoints are left as they are; otherwise they are inlined.
     """
 
@@ -93,6 +95,7 @@ class Program:
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
     shardings: tuple[Any, ...] = ()
+    closed_over: tuple[Any, ...] = ()
     keeps_checkpoints: bool = True
     _lines: tuple[str, ...] | None = field(default=None, init=False, repr=False)
 

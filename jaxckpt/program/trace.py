@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
@@ -124,9 +124,12 @@ def trace(
     closed = jax.make_jaxpr(flat)(*(leaf for leaf, dyn in zip(leaves, is_array, strict=True) if dyn))
 
     def make() -> Traced:
+        program = flatten(closed.jaxpr, keep_checkpoints=keep_checkpoints)
+        # Inside another trace they are values like any other.
+        is_inside = any(isinstance(const, Tracer) for const in closed.consts)
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
         return Traced(
-            program=flatten(closed.jaxpr, keep_checkpoints=keep_checkpoints),
+            program=replace(program, closed_over=() if is_inside else tuple(closed.consts)),
             consts=tuple(closed.consts),
             in_tree=in_tree,
             is_array=is_array,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxckpt import apply
 from jaxckpt.compilation.measure import Measurement, compiled_bytes, lowered_for
-from jaxckpt.compilation.objective import Objective, cotangent_specs, input_specs
+from jaxckpt.compilation.objective import Objective, measured_specs
 from jaxckpt.compilation.pool import side_by_side
 from jaxckpt.kinds.base import is_alone, registered
 from jaxckpt.model.blocks import Blocks
@@ -153,7 +153,8 @@ class Analysis:
             for v, sharding in zip(program.inputs, program.shardings, strict=True):
                 sizes[v] = local_bytes(program.avals[v], sharding)
         read = {v for eqn in program.equations for v in eqn.reads} | set(program.outputs)
-        arguments = sum(sizes[v] for v in program.inputs if v in read)
+        # What it closes over are constants of the user's own program.
+        arguments = sum(sizes[v] for v in program.inputs[len(program.closed_over) :] if v in read)
         results = sum(sizes[x] for x in program.outputs if isinstance(x, int))
         gradients = sum(sizes[program.inputs[i]] for i in self.objective.inputs)
         cotangents = (
@@ -196,20 +197,22 @@ class Analysis:
         """Compile the differentiated program under a candidate, or without a plan; each is compiled once."""
         digest = None if candidate is None else candidate.digest
         if digest not in self._measured:
-            self._measured[digest] = compiled_bytes(*self._differentiated(candidate))
+            fun, specs, target = self._differentiated(candidate)
+            self._measured[digest] = compiled_bytes(fun, specs, target, closed_over=self.program.closed_over)
         return self._measured[digest]
 
     def measure_all(self, candidates: Iterable[Candidate]) -> None:
         """Compile several candidates side by side; `measure` has them then."""
         new = {c.digest: c for c in candidates if c.digest not in self._measured}
         if len(new) > 1:
-            found = side_by_side(lowered_for(*self._differentiated(c)) for c in new.values())
+            constants = self.program.closed_over
+            lowered = (lowered_for(*self._differentiated(c), closed_over=constants) for c in new.values())
+            found = side_by_side(lowered)
             self._measured |= dict(zip(new, found, strict=True))
 
     def _differentiated(self, candidate: Candidate | None) -> tuple[Callable, list[Any], str | None]:
         fun = functools.partial(run, self.program) if candidate is None else self.planned(candidate)
-        specs = [*input_specs(self.program), *cotangent_specs(self.program, self.objective)]
-        return self.objective.differentiated(fun), specs, self.target
+        return self.objective.differentiated(fun), measured_specs(self.program, self.objective), self.target
 
 
 _ANALYSES: dict[tuple, Analysis] = {}
@@ -222,7 +225,7 @@ def find_analysis(
     """The analysis of this program, kept for the next budget; what was compiled for one budget serves the others."""
     chip = find_target(target)  # a user's chip and its compiler may be defined anew under their names
     key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
-    key += (chip.compiler, registered(), is_profiled)
+    key += (chip.compiler, registered(), is_profiled, *map(id, program.closed_over))
     analysis = _ANALYSES.pop(key, None) or Analysis(program, goal, cost, solver, target, is_profiled=is_profiled)
     _ANALYSES[key] = analysis
     while len(_ANALYSES) > _MAX_ANALYSES:

@@ -78,7 +78,7 @@ def trace_placed(fun: Callable, args: Sequence[Any], *, keep_checkpoints: bool =
     leaves = [x for x, dyn in zip(jax.tree.leaves((tuple(args), {})), traced.is_array, strict=True) if dyn]
     names = [*(f"closed-over array {i}" for i in range(len(traced.consts))), *traced.arg_names]
     found = completed([*map(_replicable, traced.consts), *leaves], names)
-    return replace(traced, program=replace(traced.program, shardings=found)) if any(found) else traced
+    return replace(traced, program=replace(traced.program, shardings=found, closed_over=())) if any(found) else traced
 
 
 def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
