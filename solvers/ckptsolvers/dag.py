@@ -6,13 +6,14 @@ time. A schedule is any list of computes and drops; the training graph's backwar
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import networkx as nx
+from typing import TYPE_CHECKING, Literal
 
 from ckptsolvers.errors import InvalidProblemError, InvalidScheduleError
 from ckptsolvers.problem import check_numbers
 from ckptsolvers.proof import Proof
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 _LARGEST = 2**60
 
@@ -173,7 +174,7 @@ def steps_of_computes(dag: Dag, computes: Sequence[int]) -> tuple[DagStep, ...]:
     return tuple(steps)
 
 
-def from_networkx(graph: nx.DiGraph) -> tuple[Dag, list]:
+def from_networkx(graph: "nx.DiGraph") -> tuple[Dag, list]:
     """Read a graph whose nodes carry `size_bytes` and `time`, edges going from maker to reader.
 
     Returns:
@@ -183,6 +184,8 @@ def from_networkx(graph: nx.DiGraph) -> tuple[Dag, list]:
     Raises:
         InvalidProblemError: a cycle, which it shows, or a node without one of the two numbers.
     """
+    import networkx as nx  # noqa: PLC0415 - importing ckptsolvers brings neither SciPy nor networkx
+
     place = {name: i for i, name in enumerate(graph.nodes)}
     try:
         order = list(nx.lexicographical_topological_sort(graph, key=place.__getitem__))

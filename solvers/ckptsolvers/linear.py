@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +66,9 @@ class LinearProgram:
             gap: stop at this relative gap.
             relax: let binaries be fractions.
         """
+        from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415 - importing ckptsolvers brings neither SciPy nor networkx
+        from scipy.sparse import csr_array  # noqa: PLC0415 - importing ckptsolvers brings neither SciPy nor networkx
+
         shape = (len(self._row_upper), len(self._costs))
         matrix = csr_array((self._entries, (self._rows, self._columns)), shape=shape)
         lower: Any = np.array(self._row_lower)

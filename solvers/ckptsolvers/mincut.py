@@ -14,8 +14,6 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
 
 # Of all prices of a network together, and of an edge that no minimum cut cuts: both fit in 32 bits.
 _LARGEST_SUM, _UNCUT = 2**30, 2**31 - 1
@@ -138,6 +136,9 @@ class _Network:
         return self._cut(self.bytes + np.where((self.time > 0) & ~self.is_unavoidable, np.inf, 0.0))
 
     def _cut(self, prices: np.ndarray) -> frozenset[int]:
+        from scipy.sparse import csr_array  # noqa: PLC0415 - importing ckptsolvers brings neither SciPy nor networkx
+        from scipy.sparse.csgraph import maximum_flow  # noqa: PLC0415 - importing ckptsolvers brings neither SciPy nor networkx
+
         # SciPy's flows are 32-bit integers. What is rounded away is less than a billionth of the whole.
         is_finite = np.isfinite(prices)
         scale = _LARGEST_SUM / max(1.0, float(prices[is_finite].sum()))
