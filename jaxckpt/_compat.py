@@ -152,6 +152,14 @@ def is_callback_effect(effect: Any) -> bool:
     return isinstance(effect, tuple(c for c in classes if c is not None))
 
 
+def is_callback(primitive: Any) -> bool:
+    """Whether a primitive calls Python, as its parameter `callback` says."""
+    from jax._src import callback, debugging
+
+    names = ((callback, "pure_callback_p"), (callback, "io_callback_p"), (debugging, "debug_callback_p"))
+    return any(primitive is getattr(module, name, None) for module, name in names)
+
+
 def held_jaxpr(primitive: Any) -> Any:
     """What a primitive of the new kind stands for: under `JAX_REMAT3=1` checkpoints and names are such ones."""
     held = getattr(primitive, "jaxpr", None)
