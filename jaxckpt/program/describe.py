@@ -17,6 +17,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.core import AbstractValue, ShapedArray
 from jax.extend.core import primitives as prims
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -107,7 +108,7 @@ class Writer:
 
     def _aval(self, aval: Any) -> str:
         kind = type(aval)
-        text = "" if kind is jax.core.ShapedArray else _name(kind)
+        text = "" if kind is ShapedArray else _name(kind)
         if not hasattr(aval, "dtype"):
             return text
         text += show_aval(aval) + ("*" if getattr(aval, "weak_type", False) else "")
@@ -248,7 +249,7 @@ class Writer:
                 return write(self, value)
         if isinstance(own := getattr(value, "description", None), Description):
             self.opaque += own.opaque
-            self.is_exact &= own.is_exact
+            self.is_exact = False
             return f"program:{own.digest}"
         kind = type(value)
         if hasattr(value, "eqns"):
@@ -374,7 +375,7 @@ _KINDS: tuple[tuple[Any, Callable[[Writer, Any], str]], ...] = (
     (Enum, lambda _, value: f"{_name(type(value))}.{value.name}"),
     (np.dtype, lambda _, value: str(value)),
     (np.ndarray | np.generic | jax.Array, Writer._typed_array),
-    (jax.core.AbstractValue, Writer.aval),
+    (AbstractValue, Writer.aval),
     (jex.Primitive, lambda _, value: value.name),
     (Mesh | AbstractMesh, Writer._mesh),
     (PartitionSpec, lambda writer, value: f"P({writer._many((tuple(value), value.unreduced, value.reduced))})"),
