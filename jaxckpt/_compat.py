@@ -14,6 +14,7 @@ import jax
 import jaxlib.version
 from jax._src import source_info_util  # no public way to read or restore an equation's source
 from jax._src.lax.control_flow import conditionals
+from jax.extend.core import jaxprs_in_params
 from jax.extend.core.primitives import jit_p
 from jax.interpreters import ad, partial_eval
 
@@ -61,6 +62,15 @@ def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> 
         stack = stack + part
     with source_info_util.user_context(source_info.traceback, name_stack=stack), ctx.manager:
         yield
+
+
+def contexts(equations: Any) -> set[Any]:
+    """The contexts that equations were traced in, those of nested jaxprs too; JAX makes each but once."""
+    found = {eqn.ctx for eqn in equations}
+    for eqn in equations:
+        for jaxpr in jaxprs_in_params(eqn.params):
+            found |= contexts(jaxpr.eqns)
+    return found
 
 
 def dce(jaxpr: Any) -> Any:
@@ -150,6 +160,14 @@ def is_callback_effect(effect: Any) -> bool:
         )
     ]
     return isinstance(effect, tuple(c for c in classes if c is not None))
+
+
+def is_callback(primitive: Any) -> bool:
+    """Whether a primitive calls Python, as its parameter `callback` says."""
+    from jax._src import callback, debugging
+
+    names = ((callback, "pure_callback_p"), (callback, "io_callback_p"), (debugging, "debug_callback_p"))
+    return any(primitive is getattr(module, name, None) for module, name in names)
 
 
 def held_jaxpr(primitive: Any) -> Any:

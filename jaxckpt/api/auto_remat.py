@@ -27,10 +27,12 @@ from jaxckpt.compilation import cache
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, PlanMismatchError
 from jaxckpt.kinds.base import registered
+from jaxckpt.program.describe import Description
 from jaxckpt.program.flatten import PROGRAM_CALLS
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, is_differentiable, refuse_effects
-from jaxckpt.program.trace import Memory, is_settled, trace
+from jaxckpt.program.same_call import Recent
+from jaxckpt.program.trace import Memory, trace
 from jaxckpt.result.plan import SCHEMA, Plan
 from jaxckpt.search.request import Request
 from jaxckpt.search.step import FITTING
@@ -62,7 +64,8 @@ def auto_remat(
     none, unless one makes loops stack so much less that the step is modelled to be 5 % faster.
 
     Args:
-        fun: a function of pytrees; leaves that are not arrays are static. Left out, a decorator is returned.
+        fun: a function of pytrees. Arrays and numbers among their leaves are traced; True and False, and all that is
+            neither, are static, as is what is no array in an Equinox module. Left out, a decorator is returned.
         budget: device bytes of its value and gradient: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
             None leaves the plan to `fit`, and outside of it runs the function unchanged.
         cost: what is minimised: "time", modelled for the target, or "flops".
@@ -77,9 +80,10 @@ def auto_remat(
             the plan alone decides what is recomputed.
 
     Returns:
-        A function with the same arguments and results. As under `jax.jit`, equal calls are traced once: what `fun`
-        reads besides its arguments is fixed then. Calls with an object that is no array and no constant among their
-        leaves, such as the `self` of a method, are traced each time.
+        A function with the same arguments and results. As under `jax.jit`, the same call is traced once: what `fun`
+        reads besides its arguments is fixed then. Static values are the same by type and value, functions by identity.
+        Calls with an object that may change among their static values, such as the `self` of a method, are traced each
+        time.
 
     Raises:
         BudgetError: a budget or a reserve that cannot be read, at once.
@@ -121,8 +125,7 @@ def auto_remat(
             _warn_no_budget()
             return fun(*args, **kwargs)
         inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, positions, names)
-        shared = memory if all(map(is_settled, fixed)) else None
-        traced = trace(inner, args, kwargs, shared, fixed, keep_checkpoints=keep_checkpoints)
+        traced = trace(inner, args, kwargs, memory, (fun, fixed), keep_checkpoints=keep_checkpoints)
         refuse_effects(traced.program, label)
         leaves = [leaf for leaf, dyn in zip(jax.tree.leaves((args, kwargs)), traced.is_array, strict=True) if dyn]
         results = auto_remat_p.bind(*traced.consts, *leaves, call=call_of(traced.program))
@@ -147,22 +150,33 @@ class _Call:
     request: Request | None
     label: str
     cache_dir: str | None
-    _known: dict[Any, Any] = field(default_factory=dict, init=False)
+    _known: Recent[Any] = field(default_factory=lambda: Recent(64), init=False)
 
     def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """What was made for this call before. In `fit` it depends on what is tried, so nothing is kept."""
         if self.request is None:
             return make()
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
+        return self._known.get(key, make)
 
     def __repr__(self) -> str:
         return f"{self.label}:{self.program.fingerprint()[:8]}"
 
+    @property
+    def description(self) -> Description:
+        """Where it is a parameter of another program, in a loop's body, it stands for its own."""
+        return self.program.description
+
     def plain(self, *inputs: Any) -> list[Any]:
         """Run the program without a plan."""
         return run(self.program, *inputs)
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., list[Any]]:
+        """The program without a plan, shared with others only where they cannot be told apart."""
+        contexts = _compat.contexts(self.program.equations)
+        if not self.program.description.is_exact or len(contexts) > 1:
+            return jax.jit(self.plain)
+        return _RUNS.get((self.program.fingerprint(), *contexts), lambda: jax.jit(self.plain))
 
     def planned(self, active: tuple[int, ...], *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the program with the plan for these differentiated inputs."""
@@ -186,13 +200,14 @@ auto_remat_p.multiple_results = True
 PROGRAM_CALLS.add(auto_remat_p)
 
 
-_RUNS: dict[str, Callable[..., list[Any]]] = {}
+# Compiled programs whose fingerprint says all that they do: no function is called, no device named.
+_RUNS: Recent[Callable[..., list[Any]]] = Recent(256)
 
 
 @auto_remat_p.def_impl
 def _impl(*args: Any, call: _Call) -> list[Any]:
-    # Without a derivative there is nothing to plan. One compiled program per fingerprint, whoever calls.
-    return _RUNS.setdefault(call.program.fingerprint(), jax.jit(call.plain))(*args)
+    # Without a derivative there is nothing to plan.
+    return call.compiled(*args)
 
 
 @auto_remat_p.def_effectful_abstract_eval
@@ -260,7 +275,8 @@ ad.primitive_jvps[auto_remat_p] = _jvp
 if not _compat.set_linearize_rule(auto_remat_p, _linearize):
     _LOG.debug("this JAX has no linearize rules; recomputation is lost under JAX_REMAT3=1")
 
-_PLANS: dict[str, Plan] = {}
+# By fingerprint: a plan is applied to the program of whoever asks.
+_PLANS: Recent[Plan] = Recent(1024)
 
 
 def _objective(program: Program, active: tuple[int, ...]) -> Objective:
@@ -275,13 +291,15 @@ def _find_plan(call: _Call, goal: Objective, request: Request) -> Plan:
     """The plan of this program for these inputs: from memory, process 0, disk, or made now."""
     program = call.program
     key = _key(program, goal, request)
-    if key not in _PLANS:
-        _PLANS[key] = agreed(call.label, program, lambda: _kept_or_made(call, goal, request, key))
-    return _PLANS[key]
+    make = lambda: agreed(call.label, program, lambda: _kept_or_made(call, goal, request, key))  # noqa: E731
+    if program.description.opaque:  # another program may have this fingerprint
+        return call.remembered(("plan", goal), make)
+    return _PLANS.get(key, make)
 
 
 def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> Plan:
-    path = _path(call.cache_dir, key) if isinstance(request.solver, str) else None
+    is_kept = isinstance(request.solver, str) and not call.program.description.opaque
+    path = _path(call.cache_dir, key) if is_kept else None
     found = _read(path, call.program)
     if found is None:
         found = plan_program(call.program, goal, request, call.cache_dir)
@@ -298,12 +316,11 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
 
 
 def _key(program: Program, goal: Any, request: Request) -> str:
+    program_key = program.fingerprint(), program.keeps_checkpoints, len(program.closed_over)
     versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
     chip = find_target(request.target)
     place = (device_label(None), os.environ.get("XLA_FLAGS", ""), chip, chip.compiler, registered())
-    return hashlib.sha256(
-        repr((program.fingerprint(), program.keeps_checkpoints, goal, request, versions, place)).encode()
-    ).hexdigest()[:32]
+    return hashlib.sha256(repr((*program_key, goal, request, versions, place)).encode()).hexdigest()[:32]
 
 
 def _path(cache_dir: str | None, key: str) -> Path:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.errors import NotDifferentiableError
-from jaxckpt.program.ir import Program, is_differentiable, show_aval, spec_of
+from jaxckpt.program.describe import show_aval
+from jaxckpt.program.ir import Program, is_differentiable, spec_of
 from jaxckpt.program.trace import Traced
 
 

@@ -1,10 +1,8 @@
-"""The flat program: equations over numbered values, printable, with a fingerprint."""
+"""The flat program: equations over numbered values, with a fingerprint."""
 
 import functools
-import hashlib
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +13,7 @@ from jax.sharding import AxisType
 
 from jaxckpt import _compat
 from jaxckpt.errors import UnsupportedProgramError
-
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
+from jaxckpt.program.describe import Description, describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,23 +94,27 @@ class Program:
     shardings: tuple[Any, ...] = ()
     closed_over: tuple[Any, ...] = ()
     keeps_checkpoints: bool = True
-    _lines: tuple[str, ...] | None = field(default=None, init=False, repr=False)
+
+    @functools.cached_property
+    def description(self) -> Description:
+        """Its structure as text; stable across traces, processes, terminals and printing options."""
+        return describe(self.avals, self.inputs, self.equations, self.outputs)
 
     def lines(self) -> tuple[str, ...]:
-        """The program as text, a line per input, equation and output; stable across traces and processes."""
-        if self._lines is None:
-            rename: dict[int, int] = {}
-            number = lambda v: rename.setdefault(v, len(rename))  # noqa: E731
-            lines = [f"input {number(v)}:{_show_aval(self.avals[v])}" for v in self.inputs]
-            lines += [_show_equation(eqn, self.avals, number) for eqn in self.equations]
-            lines.append("output " + " ".join(_show_atom(x, number) for x in self.outputs))
-            object.__setattr__(self, "_lines", tuple(lines))
-        assert self._lines is not None
-        return self._lines
+        """A line per input, equation and output."""
+        return self.description.lines
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return self.description.digest
 
     def fingerprint(self) -> str:
-        """A digest of the program: equal programs have equal ones."""
-        return hashlib.sha256("\n".join(self.lines()).encode()).hexdigest()[:32]
+        """A digest of the program: equal programs have equal ones.
+
+        Functions among its parameters, such as callbacks, count by their names and code. Two programs with one
+        fingerprint may share a plan, which is applied to each of them, and never a run.
+        """
+        return self._digest
 
 
 def live_equations(equations: Sequence[Equation], outputs: Iterable[Atom]) -> list[Equation]:
@@ -173,31 +174,3 @@ def is_differentiable(aval: Any) -> bool:
     """Whether a tangent can be other than zero: floating point or complex."""
     dtype = getattr(aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, np.inexact)
-
-
-def show_aval(aval: Any) -> str:
-    """`float32[8,512]`."""
-    dtype = getattr(aval, "dtype", None)
-    if dtype is None:
-        return str(aval)
-    return f"{dtype}[{','.join(map(str, aval.shape))}]"
-
-
-def _show_aval(aval: Any) -> str:
-    return show_aval(aval) + ("*" if getattr(aval, "weak_type", False) else "")
-
-
-def _show_atom(atom: Atom, number: Callable[[int], int]) -> str:
-    if isinstance(atom, int):
-        return str(number(atom))
-    value = np.asarray(atom.value) if np.ndim(atom.value) else atom.value
-    if np.ndim(value):
-        return f"const:{hashlib.sha256(value.tobytes()).hexdigest()[:12]}:{_show_aval(atom.aval)}"
-    return f"{value}:{_show_aval(atom.aval)}"
-
-
-def _show_equation(eqn: Equation, avals: Sequence[Any], number: Callable[[int], int]) -> str:
-    params = " ".join(f"{k}={_ADDRESS.sub('', str(v))}" for k, v in sorted(eqn.params.items()))
-    reads = " ".join(_show_atom(x, number) for x in eqn.inputs)
-    made = " ".join(f"{number(v)}:{_show_aval(avals[v])}" for v in eqn.outputs)
-    return f"{made} = {eqn.primitive.name} {reads} [{params}]"

@@ -1,10 +1,9 @@
 """A function of pytrees, traced to a flat program, with the trees that lead there and back."""
 
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
-from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.core import Tracer
 
 from jaxckpt.program.flatten import flatten
 from jaxckpt.program.ir import Program
+from jaxckpt.program.same_call import ChangingError, Itself, Recent, key_of, tree_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,59 +38,56 @@ class Traced:
     arg_names: tuple[str, ...]
 
 
-def is_array_like(leaf: Any) -> bool:
-    """Whether a leaf is traced: arrays, their specs, tracers and Python numbers. All else, booleans too, is static."""
-    if isinstance(leaf, bool):
-        return False  # a flag that decides what the function does, not data
-    if isinstance(leaf, int | float | complex | np.ndarray | np.generic | jax.Array):
+def traced_leaves(tree: Any) -> tuple[bool, ...]:
+    """Which leaves of a call's arguments are traced, in order; the others are static, part of what the function is.
+
+    Arrays, their specs, NumPy's scalars and tracers are traced, and so are Python's numbers wherever `jax.jit` would
+    find them: as arguments and in dicts, tuples and training states. Static are True and False, whatever is no number
+    (strings, functions, objects), and in an Equinox module every field that is no array, as `equinox.filter_jit` has
+    it. The step of `fit` is under `jax.jit` itself, where True and False are traced too.
+    """
+    equinox = sys.modules.get("equinox")
+    if equinox is None:
+        return tuple(map(_is_data, jax.tree.leaves(tree)))
+    module = equinox.Module
+    found: list[bool] = []
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, module)):
+        found += map(_is_array, jax.tree.leaves(node)) if isinstance(node, module) else [_is_data(node)]
+    return tuple(found)
+
+
+def _is_data(leaf: Any) -> bool:
+    return (isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)) or _is_array(leaf)
+
+
+def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray | np.generic | jax.Array):
         return True
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 class Memory:
-    """What a function was traced to, so that equal calls are traced once, as under `jax.jit`.
+    """What a function was traced to, so that the same call is traced once, as under `jax.jit`.
 
-    JAX's own cache decides what equal calls are, given the same function object for them: that object is kept here.
-    A call with static leaves whose state may change, such as instances of a class, is traced each time.
+    JAX's own cache decides which shapes are the same, given one function object for them: that object is kept here. A
+    call with anything that may have changed since, such as an object with state, is traced each time.
     """
 
-    _MOST = 64
-
     def __init__(self) -> None:
-        self._functions: dict[Any, _Flat] = {}
-        self._traced: dict[int, tuple[Any, Traced]] = {}  # by identity of the jaxpr, which is kept alive
+        self._functions: Recent[_Flat] = Recent(64)
+        # By the jaxpr, which is kept alive, and the result's tree, which the jaxpr does not tell.
+        self._traced: Recent[Traced] = Recent(64)
 
-    def function(self, key: Any, static: Sequence[Any], flat: "_Flat") -> "_Flat":
-        """The first flat function of equal calls."""
-        try:
-            return self._keep(self._functions, key, flat) if all(map(is_settled, static)) else flat
-        except TypeError:  # equal by values that cannot be hashed
-            return flat
+    def function(self, key: Hashable, make: "Callable[[], _Flat]") -> "_Flat":
+        """The one flat function of the same calls."""
+        return self._functions.get(key, make)
 
-    def traced(self, closed: Any, make: Callable[[], Traced]) -> Traced:
+    def traced(self, closed: Any, out_tree: Any, make: Callable[[], Traced]) -> Traced:
         """What a jaxpr was made into before."""
         if any(isinstance(const, Tracer) for const in closed.consts):
             return make()  # it ends with the trace that is under way
-        if id(closed) not in self._traced:
-            self._keep(self._traced, id(closed), (closed, make()))
-        return self._traced[id(closed)][1]
-
-    def _keep(self, kept: dict, key: Any, value: Any) -> Any:
-        value = kept.setdefault(key, value)
-        while len(kept) > self._MOST:
-            kept.pop(next(iter(kept)))
-        return value
-
-
-_SETTLED = (NoneType, str, bytes, bool, type, Enum, FunctionType, BuiltinFunctionType, np.ufunc, np.dtype)
-_SETTLED += (jax.custom_jvp, jax.custom_vjp, type(jax.jit(len)))
-
-
-def is_settled(leaf: Any) -> bool:
-    """Whether a static value is the same as long as it is equal: a constant or a function, not an object with state."""
-    if isinstance(leaf, _SETTLED):
-        return True
-    return not isinstance(leaf, MethodType) and type(leaf).__hash__ not in (None, object.__hash__)
+        found = self._traced.get(Itself(closed), make)
+        return found if found.out_tree == out_tree else make()
 
 
 def trace(
@@ -106,10 +103,10 @@ def trace(
 
     Args:
         fun: a function of pytrees.
-        args: arrays, `ShapeDtypeStruct`s or pytrees of them; leaves that are not arrays are static.
+        args: arrays, `ShapeDtypeStruct`s or pytrees of them; `traced_leaves` says which leaves are static.
         kwargs: likewise.
-        memory: of earlier calls; equal ones give the same object.
-        key: stands for `fun` among the functions that share the memory.
+        memory: of earlier calls; the same ones give the same object.
+        key: stands for `fun` among the functions that share the memory; None is the function itself.
         keep_checkpoints: leave the user's own checkpoints as they are; otherwise their insides are inlined.
 
     Returns:
@@ -117,11 +114,20 @@ def trace(
     """
     whole = (tuple(args), dict(kwargs or {}))
     leaves, in_tree = jax.tree.flatten(whole)
-    is_array = tuple(map(is_array_like, leaves))
+    is_array = traced_leaves(whole)
     static = tuple(None if dyn else leaf for leaf, dyn in zip(leaves, is_array, strict=True))
-    memory = memory or Memory()
-    flat = memory.function((key, in_tree, static, is_array), static, _Flat(fun, in_tree, static, is_array))
-    closed = jax.make_jaxpr(flat)(*(leaf for leaf, dyn in zip(leaves, is_array, strict=True) if dyn))
+    flat = _Flat(fun, in_tree, static, is_array)
+    if memory is not None:
+        try:
+            same = key_of((fun if key is None else key, static, is_array)), tree_key(in_tree)
+        except ChangingError:
+            memory = None
+        else:
+            flat = memory.function(same, lambda: flat)
+    dynamic = [leaf for leaf, dyn in zip(leaves, is_array, strict=True) if dyn]
+    # The result's tree comes with the trace, whichever call and thread made it.
+    closed, results = jax.make_jaxpr(flat, return_shape=True)(*dynamic)
+    out_tree = jax.tree.structure(results)
 
     def make() -> Traced:
         program = flatten(closed.jaxpr, keep_checkpoints=keep_checkpoints)
@@ -134,24 +140,22 @@ def trace(
             in_tree=in_tree,
             is_array=is_array,
             static_leaves=static,
-            out_tree=flat.out_tree,
+            out_tree=out_tree,
             arg_names=tuple(_show_path(path) for path, dyn in zip(paths, is_array, strict=True) if dyn),
         )
 
-    return memory.traced(closed, make)
+    return make() if memory is None else memory.traced(closed, out_tree, make)
 
 
 class _Flat:
-    """A function of its traced leaves, which remembers the tree of its latest result."""
+    """A function of its traced leaves."""
 
     def __init__(self, fun: Callable, in_tree: Any, static: Sequence[Any], is_array: Sequence[bool]):
         self._call = functools.partial(call_with_leaves, fun, in_tree, static, is_array)
-        self.out_tree: Any = None
         self.__name__ = getattr(fun, "__name__", "fun")
 
-    def __call__(self, *dynamic: Any) -> list[Any]:
-        leaves, self.out_tree = jax.tree.flatten(self._call(dynamic))
-        return leaves
+    def __call__(self, *dynamic: Any) -> Any:
+        return self._call(dynamic)
 
 
 def call_with_leaves(fun: Callable, in_tree: Any, static: Sequence[Any], is_array: Sequence[bool], dynamic: Any) -> Any:

@@ -9,7 +9,8 @@ from ckptsolvers import Keep
 from jaxckpt import _compat
 from jaxckpt.kinds.base import kind_of
 from jaxckpt.model.schedules import Candidate
-from jaxckpt.program.ir import show_aval, size_bytes
+from jaxckpt.program.describe import show_aval
+from jaxckpt.program.ir import size_bytes
 from jaxckpt.result.fitted import Fitted
 from jaxckpt.result.plan import Plan, SavedGroup, line_digests
 from jaxckpt.search.analysis import Analysis

@@ -12,13 +12,14 @@ from jaxckpt.compilation.objective import Objective, measured_specs
 from jaxckpt.compilation.pool import side_by_side
 from jaxckpt.kinds.base import is_alone, registered
 from jaxckpt.model.blocks import Blocks
-from jaxckpt.model.cut import Span, cut_program, merged_spans
+from jaxckpt.model.cut import Span, cut_program, merged_spans, spans_at
 from jaxckpt.model.option import Save
 from jaxckpt.model.schedules import Candidate, keep_all
 from jaxckpt.model.time import timer
 from jaxckpt.program import dataflow
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, refuse_effects, size_bytes
+from jaxckpt.program.same_call import Recent
 from jaxckpt.search.candidates import candidates, check_solver
 from jaxckpt.search.profile import Profiler
 from jaxckpt.search.space import BlockAnalyser
@@ -188,10 +189,23 @@ class Analysis:
         blocks = self.blocks_of(candidate)
         return blocks.flops(candidate.schedule, candidate.judgement) - blocks.forward_flops
 
-    def planned(self, candidate: Candidate, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
-        """The program under a candidate, as a function of flat inputs."""
+    def planned(
+        self, candidate: Candidate, program: Program | None = None, *, is_forward_mode: bool = False
+    ) -> Callable[..., list[Any]]:
+        """A program under a candidate, as a function of flat inputs.
+
+        Args:
+            candidate: one of this analysis.
+            program: one with the same fingerprint; None is the analysed one.
+            is_forward_mode: it must have a derivative in forward mode too.
+        """
         spans, saved = self.blocks_of(candidate).spans, self.saved(candidate)
-        return apply.planned(self.program, spans, candidate.schedule, saved, is_forward_mode=is_forward_mode)
+        if program is not None and program is not self.program:
+            # Values are numbered in the order of another trace.
+            spans = spans_at(program, [span.positions for span in spans])
+        else:
+            program = self.program
+        return apply.planned(program, spans, candidate.schedule, saved, is_forward_mode=is_forward_mode)
 
     def measure(self, candidate: Candidate | None) -> Measurement:
         """Compile the differentiated program under a candidate, or without a plan; each is compiled once."""
@@ -215,8 +229,7 @@ class Analysis:
         return self.objective.differentiated(fun), measured_specs(self.program, self.objective), self.target
 
 
-_ANALYSES: dict[tuple, Analysis] = {}
-_MAX_ANALYSES = 4
+_ANALYSES: Recent[Analysis] = Recent(4)
 
 
 def find_analysis(
@@ -226,8 +239,7 @@ def find_analysis(
     chip = find_target(target)  # a user's chip and its compiler may be defined anew under their names
     key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
     key += (chip.compiler, registered(), is_profiled, *map(id, program.closed_over))
-    analysis = _ANALYSES.pop(key, None) or Analysis(program, goal, cost, solver, target, is_profiled=is_profiled)
-    _ANALYSES[key] = analysis
-    while len(_ANALYSES) > _MAX_ANALYSES:
-        _ANALYSES.pop(next(iter(_ANALYSES)))
-    return analysis
+    make = lambda: Analysis(program, goal, cost, solver, target, is_profiled=is_profiled)  # noqa: E731
+    if program.description.opaque:  # another program may have this fingerprint
+        return make()
+    return _ANALYSES.get(key, make)

@@ -1,7 +1,8 @@
 """What an infeasible budget is refused with: the values that stand at the least peak."""
 
 from jaxckpt.model.schedules import Candidate
-from jaxckpt.program.ir import show_aval, size_bytes
+from jaxckpt.program.describe import show_aval
+from jaxckpt.program.ir import size_bytes
 from jaxckpt.search.analysis import Analysis
 
 

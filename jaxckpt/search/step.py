@@ -43,7 +43,8 @@ class Choice:
             self.analyses[key] = Analysis(program, goal, self.cost, "auto", self.target, split)
         if key not in self.chosen:
             return functools.partial(run, program)
-        return self.analyses[key].planned(self.chosen[key], is_forward_mode=is_forward_mode)
+        # Equal fingerprints share a plan, and each runs its own program under it.
+        return self.analyses[key].planned(self.chosen[key], program, is_forward_mode=is_forward_mode)
 
 
 class Step:

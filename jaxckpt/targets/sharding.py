@@ -10,7 +10,8 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxckpt.errors import ShardingError
-from jaxckpt.program.ir import Program, show_aval, size_bytes
+from jaxckpt.program.describe import show_aval
+from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.program.trace import Traced, trace
 from jaxckpt.targets.chip import find_chip, find_target, topology_of
 from jaxckpt.targets.topology import devices_for
