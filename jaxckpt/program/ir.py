@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 
 from jaxckpt import _compat
 from jaxckpt.errors import UnsupportedProgramError
+from jaxckpt.program.source import relative_source
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|0x[0-9a-f]{6,}")
 
@@ -65,8 +66,9 @@ class Equation:
 
     @property
     def source(self) -> str:
-        """`file:line (function)` of the user's code."""
-        return next(filter(None, map(_compat.source_line, (self.source_info, *self.call_infos))), "")
+        """`file:line (function)` of the user's code, the file relative to its project or package."""
+        lines = map(_compat.source_line, (self.source_info, *self.call_infos))
+        return relative_source(next(filter(None, lines), ""))
 
     @property
     def scope(self) -> str:
