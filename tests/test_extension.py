@@ -17,6 +17,8 @@ from jax.extend.core import primitives as prims
 from zoo.models import chain_args, chain_loss
 
 import jaxckpt
+from jaxckpt.compilation.files import with_digest
+from jaxckpt.compilation.records import Record
 from jaxckpt.kinds import base
 from jaxckpt.kinds.plain import analyse_block
 from jaxckpt.model.option import BlockAnalysis, Save, Work
@@ -44,10 +46,17 @@ class SortAgain(Save):
     reason: str
 
 
+class SortRecord(Record):
+    """What a plan file says of a sort."""
+
+    reason: str
+
+
 class Sort:
     """Blocks that end with a sort."""
 
     name = SortAgain.kind
+    schema = SortRecord
 
     def matches(self, eqn: Any, is_active: bool) -> bool:
         return is_active and eqn.primitive is prims.sort_p
@@ -66,7 +75,11 @@ class Sort:
         return {"reason": save.reason}
 
     def from_json(self, data: dict[str, Any]) -> SortAgain:
-        return SortAgain(str(data["reason"]))
+        return SortAgain(data["reason"])
+
+    def check(self, save: SortAgain, equations: Any, where: str) -> None:
+        if equations[-1].primitive is not prims.sort_p:
+            raise ValueError(f"{where}: the block ends with no sort")
 
     def describe(self, save: SortAgain) -> Iterator[str]:
         yield f"sorts again, since {save.reason}"
@@ -109,6 +122,20 @@ def test_a_plan_with_a_kind_that_is_not_there_is_refused_by_its_name(tmp_path, m
     monkeypatch.setattr(base, "_REGISTERED", [])
     with pytest.raises(jaxckpt.PlanFileError, match=r"plan\.json has a block of kind 'sort', .*register_kind"):
         jaxckpt.Plan.load(tmp_path / "plan.json")
+
+
+def test_a_kinds_own_schema_and_meaning_are_checked():
+    jaxckpt.register_kind(Sort())
+    plan = jaxckpt.plan(sorting_loss, *SORTED, budget="70%", cost="flops", verify=False)
+    k = next(k for k, save in enumerate(plan.block_saves) if save.kind == "sort")
+    data = plan.to_json()
+    data["block_saves"][k]["reason"] = 3
+    with pytest.raises(jaxckpt.PlanFileError, match=rf"block_saves\[{k}\]\.reason: input should be a valid string"):
+        jaxckpt.Plan.from_json(with_digest(data))
+    other = next(k for k, save in enumerate(plan.block_saves) if save.kind != "sort")
+    saves = tuple(plan.block_saves[k] if i == other else save for i, save in enumerate(plan.block_saves))
+    with pytest.raises(jaxckpt.PlanFileError, match=rf"block_saves\[{other}\]: the block ends with no sort"):
+        replace(plan, block_saves=saves).apply(sorting_loss)(*SORTED)
 
 
 def test_a_kind_is_registered_once():

@@ -24,6 +24,7 @@ from jaxckpt._version import __version__
 from jaxckpt.api.plan import make_request, plan_program
 from jaxckpt.api.processes import agreed
 from jaxckpt.compilation import cache
+from jaxckpt.compilation.files import keep_text
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, PlanMismatchError
 from jaxckpt.kinds.base import registered
@@ -328,11 +329,13 @@ def _path(cache_dir: str | None, key: str) -> Path:
 
 
 def _read(path: Path | None, program: Program) -> Plan | None:
-    if path is None or not path.exists():
+    if path is None:
         return None
     try:
-        found = Plan.load(path)
+        found = Plan.load_kept(path, path.parent)
         found.check(program)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (PlanFileError, OSError, PlanMismatchError) as error:
         _LOG.warning("the kept plan %s cannot be used and is made again: %s", path, error)
         return None
@@ -343,8 +346,7 @@ def _write(path: Path | None, found: Plan) -> None:
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found.save(path)
+        keep_text(path, found.to_text())
     except OSError as error:
         _LOG.warning("the plan could not be kept at %s: %s", path, error)
 

@@ -4,19 +4,22 @@ JAX's own cache of compiled programs cannot be read back for a chip that is not 
 are all that is needed of such a program, and they are a function of its text, the compiler and its options.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from jaxckpt.compilation.files import check_digest, keep_text, read_object, with_digest
+from jaxckpt.compilation.records import check_record, record_of
+from jaxckpt.errors import PlanFileError
 
 _LOG = logging.getLogger("jaxckpt")
 # Set to anything, measured sizes are neither read from disk nor written to it.
 SWITCH = "JAXCKPT_NO_CACHE"
+_T = TypeVar("_T")
 
 
 def folder(given: str | os.PathLike | None = None) -> Path:
@@ -30,13 +33,30 @@ def digest(parts: Sequence[Any]) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
-def read(name: str) -> dict[str, Any] | None:
-    """The sizes kept under a name, None if there are none that can be read."""
-    try:
-        found = json.loads(_path(name).read_text()) if SWITCH not in os.environ else None
-    except (OSError, ValueError):
+def read(name: str, shape: type[_T]) -> _T | None:
+    """What is kept under a name.
+
+    Args:
+        name: as `digest` makes them.
+        shape: the dataclass it is one of.
+
+    Returns:
+        None where there is nothing; what cannot be used is skipped with a warning.
+    """
+    if SWITCH in os.environ:
         return None
-    return found if isinstance(found, dict) else None
+    path = _path(name)
+    try:
+        data = read_object(path, "kept measurement", folder())
+        check_digest(data, str(path))
+        del data["digest"]
+        check_record(record_of(shape), data, str(path))
+        return shape(**data)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (PlanFileError, OSError) as error:
+        _LOG.warning("a kept measurement cannot be used and is made again: %s", error)
+        return None
 
 
 def write(name: str, sizes: dict[str, Any]) -> None:
@@ -45,24 +65,10 @@ def write(name: str, sizes: dict[str, Any]) -> None:
         return
     path = _path(name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(sizes))
+        keep_text(path, json.dumps(with_digest(sizes)))
     except OSError as error:
         _LOG.debug("a measurement could not be kept at %s: %s", path, error)
 
 
 def _path(name: str) -> Path:
     return folder() / "measured" / f"{name}.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that others see the old one or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise

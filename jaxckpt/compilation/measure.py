@@ -108,9 +108,9 @@ def lowered_for(
     lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
     options = chip.compiler.compile_options
     name = cache.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
-    kept = cache.read(name)
+    kept = cache.read(name, Measurement)
     if kept is not None:
-        found = Measurement(**{**kept, "target": label})
+        found = replace(kept, target=label)
         return lambda: found
     if target is not None and process.SWITCH in os.environ:
         compiled = process.sizes_later(fun, placed, donate_argnums, target, options)

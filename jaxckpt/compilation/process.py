@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxckpt import _compat
-from jaxckpt.compilation.cache import write_text
+from jaxckpt.compilation.files import write_text
 from jaxckpt.errors import CompilerError
 from jaxckpt.targets.chip import Target, find_chip, topology_of
 from jaxckpt.targets.registry import register_compiler
@@ -147,7 +147,7 @@ def main(question: str, answer: str) -> None:
         found["peak_memory_in_bytes"] = getattr(stats, "peak_memory_in_bytes", 0)
     except Exception as error:  # every backend raises its own kind
         found = {"error": str(error) or type(error).__name__}
-    write_text(Path(answer), json.dumps(found))
+    write_text(answer, json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ block is.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Protocol
 
 import networkx as nx
 from ckptsolvers import Schedule
+from pydantic import BaseModel
 
 from jaxckpt.errors import OptionError
 from jaxckpt.model.block import Model
@@ -153,9 +155,11 @@ class Kind(Protocol):
 
     Attributes:
         name: of the kind, in plan files; saves have it as their `kind`.
+        schema: of what `to_json` makes, a pydantic model; `jaxckpt.compilation.records.Record` is a strict one.
     """
 
     name: str
+    schema: type[BaseModel]
 
     def matches(self, eqn: Equation, is_active: bool) -> bool:
         """Whether an operation is treated as a block of this kind; it is then the last one of a block of its own.
@@ -179,15 +183,28 @@ class Kind(Protocol):
         """Run a block as its save says, and add what it makes to the values."""
         ...
 
-    def to_json(self, save: Any) -> dict[str, Any]:
-        """A save of this kind as plain data, the kind's name left out."""
+    def to_json(self, save: Any) -> Any:
+        """A save of this kind as plain data, the kind's name left out: a dict, but for kinds of jaxckpt's own."""
         ...
 
-    def from_json(self, data: dict[str, Any]) -> Save:
-        """Read what `to_json` made.
+    def from_json(self, data: Any) -> Save:
+        """Read what `to_json` made; the schema has been checked.
 
         Raises:
-            ValueError, TypeError, KeyError: it is something else.
+            ValueError, TypeError, KeyError: it cannot be.
+        """
+        ...
+
+    def check(self, save: Any, equations: Sequence[Equation], where: str) -> None:
+        """Refuse a save that is not one of this block, before anything is run.
+
+        Args:
+            save: from a file, perhaps.
+            equations: the block's, in order.
+            where: the path of the save in the file.
+
+        Raises:
+            ValueError: with the path of what is wrong.
         """
         ...
 
@@ -200,7 +217,7 @@ class Kind(Protocol):
         ...
 
 
-class UnknownKindError(ValueError):
+class UnknownKindError(LookupError):
     """A plan has a block of a kind that is not registered."""
 
 
@@ -266,18 +283,39 @@ def kind_named(name: str) -> Kind:
     return found
 
 
-def save_to_json(save: Save) -> dict[str, Any]:
-    """What a block saves as plain data."""
-    return {"kind": save.kind, **kind_named(save.kind).to_json(save)}
+# Kinds whose data is no object and stands for itself.
+_BARE = {NoneType: "jax", list: "plain"}
+
+
+def save_to_json(save: Save) -> Any:
+    """What a block saves as plain data: an object with the kind's name, but for the two kinds that most blocks are."""
+    data = kind_named(save.kind).to_json(save)
+    return {"kind": save.kind, **data} if isinstance(data, dict) else data
 
 
 def save_from_json(data: Any) -> Save:
     """Read what `save_to_json` made.
 
     Raises:
-        ValueError, TypeError, KeyError: it is something else, or of a kind that is not there.
+        ValueError, TypeError, KeyError: it is something else.
+        UnknownKindError: it is of a kind that is not there.
     """
-    return kind_named(data["kind"]).from_json({name: value for name, value in data.items() if name != "kind"})
+    kind, rest = split_save(data)
+    return kind.from_json(rest)
+
+
+def split_save(data: Any) -> tuple[Kind, Any]:
+    """The kind of a save that `save_to_json` made, and the kind's own data.
+
+    Raises:
+        ValueError: it is something else.
+        UnknownKindError: the kind is not there.
+    """
+    if type(data) in _BARE:
+        return kind_named(_BARE[type(data)]), data
+    if not isinstance(data, dict) or not isinstance(data.get("kind"), str) or data["kind"] in _BARE.values():
+        raise ValueError("it is neither null, a list of values, nor an object with the name of a kind")
+    return kind_named(data["kind"]), {name: x for name, x in data.items() if name != "kind"}
 
 
 def tree_to_json(tree: Tree) -> dict[str, Any]:

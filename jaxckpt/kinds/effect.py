@@ -1,7 +1,9 @@
 """Blocks with side effects: they run once, where they stand, and no region covers them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from pydantic import BaseModel, RootModel
 
 from jaxckpt.kinds.base import Analyser, KeptBlock
 from jaxckpt.kinds.plain import analyse_block
@@ -15,6 +17,7 @@ class Effect:
     """A block that ends with an operation that has an effect. What it saves is left to JAX, as any block may be."""
 
     name = LeftToJax.kind
+    schema: type[BaseModel] = RootModel[None]
 
     def matches(self, eqn: Equation, is_active: bool) -> bool:
         """Whether a block that ends with this equation is of this kind."""
@@ -29,15 +32,18 @@ class Effect:
         """Run the block as it is."""
         evaluate(block.equations, block.values)
 
-    def to_json(self, save: LeftToJax) -> dict[str, Any]:
-        """What is saved as plain data."""
+    def to_json(self, save: LeftToJax) -> Any:
+        """Nothing is to be said."""
         del save
-        return {}
 
-    def from_json(self, data: dict[str, Any]) -> LeftToJax:
+    def from_json(self, data: Any) -> LeftToJax:
         """Read what `to_json` made."""
         del data
         return LEFT_TO_JAX
+
+    def check(self, save: LeftToJax, equations: Sequence[Equation], where: str) -> None:
+        """Any block can be left to JAX."""
+        del save, equations, where
 
     def describe(self, save: LeftToJax) -> Iterator[str]:
         """There is nothing to say."""

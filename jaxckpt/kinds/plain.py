@@ -12,7 +12,9 @@ from typing import Any
 
 from ckptsolvers.mincut import Operation
 from ckptsolvers.mincut import save_sets as minimum_cuts
+from pydantic import BaseModel, ConfigDict, RootModel
 
+from jaxckpt.compilation.records import Index
 from jaxckpt.kinds.base import Analyser, KeptBlock
 from jaxckpt.model.block import Model
 from jaxckpt.model.joint import LocalBlock, differentiate
@@ -30,10 +32,17 @@ _COSTLY, _MAX_BETWEEN = 0.01, 256
 _SAME_BYTES, _SAME_TIME = 64, 2000
 
 
+class ValuesRecord(RootModel[list[Index]]):
+    """What a plain block saves, in a file."""
+
+    model_config = ConfigDict(strict=True)
+
+
 class Plain:
     """A block of operations that are run as they are, inside a checkpoint that saves some values by name."""
 
     name = SavedValues.kind
+    schema: type[BaseModel] = ValuesRecord
 
     def matches(self, eqn: Equation, is_active: bool) -> bool:
         """Whether a block that ends with this equation is of this kind: any is."""
@@ -54,13 +63,23 @@ class Plain:
         places = dict.fromkeys(names.values(), Place.DEVICE)
         block.checkpointed(functools.partial(evaluate, block.equations, names=names), places)
 
-    def to_json(self, save: SavedValues) -> dict[str, Any]:
-        """What is saved as plain data."""
-        return {"values": save.values}
+    def to_json(self, save: SavedValues) -> Any:
+        """The values' numbers."""
+        return list(save.values)
 
-    def from_json(self, data: dict[str, Any]) -> SavedValues:
+    def from_json(self, data: Any) -> SavedValues:
         """Read what `to_json` made."""
-        return SavedValues(tuple(map(int, data["values"])))
+        return SavedValues(tuple(data))
+
+    def check(self, save: SavedValues, equations: Sequence[Equation], where: str) -> None:
+        """Refuse values that the block does not make."""
+        made = {v for eqn in equations for v in eqn.outputs}
+        for i, v in enumerate(save.values):
+            if v not in made:
+                raise ValueError(f"{where}[{i}] is {v}, which the block does not make, or is named twice")
+            made.remove(v)
+        if any(eqn.effects for eqn in equations):
+            raise ValueError(f"{where}: a block with a side effect cannot save by name")
 
     def describe(self, save: SavedValues) -> Iterator[str]:
         """Nothing beyond what reports list of every value."""

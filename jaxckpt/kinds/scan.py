@@ -1,22 +1,44 @@
 """Loops of known length: a `lax.scan` that tangents flow through is a block of its own."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field
+
+from jaxckpt.compilation.records import Positive, Record
 from jaxckpt.kinds.base import Analyser, KeptBlock, describe_tree, tree_from_json, tree_to_json
+from jaxckpt.kinds.check import check_tree
 from jaxckpt.kinds.scan_options import analyse_loop
 from jaxckpt.kinds.scan_run import LoopPart, LoopPlan, run_planned
+from jaxckpt.kinds.schema import TreeRecord
 from jaxckpt.model.joint import LocalBlock
 from jaxckpt.model.option import BlockAnalysis
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.ir import Equation
+
+# No division of a loop has so many levels: each has two iterations at least.
+_MAX_LEVELS = 64
+
+
+class PartRecord(TreeRecord):
+    """A part of a loop, in a file: the plan of its body, and how often that is run."""
+
+    lengths: Annotated[list[Positive], Field(min_length=1, max_length=_MAX_LEVELS)]
+    num_states: Positive | None
+
+
+class PartsRecord(Record):
+    """The plan of a loop, in a file."""
+
+    parts: Annotated[list[PartRecord], Field(min_length=1)]
 
 
 class Scan:
     """A loop of two iterations or more, whose body is planned and which is run in parts."""
 
     name = LoopPlan.kind
+    schema: type[BaseModel] = PartsRecord
 
     def matches(self, eqn: Equation, is_active: bool) -> bool:
         """Whether a block that ends with this equation is of this kind."""
@@ -39,6 +61,21 @@ class Scan:
         """Read what `to_json` made."""
         return LoopPlan(parts=tuple(map(_part_from_json, data["parts"])))
 
+    def check(self, save: LoopPlan, equations: Sequence[Equation], where: str) -> None:
+        """Refuse parts that do not make up the loop, and plans that are not of its body."""
+        loop = loop_of(equations[-1])
+        if loop is None:
+            raise ValueError(f"{where} is the plan of a loop, and the block ends with {equations[-1].primitive.name}")
+        length = sum(math.prod(part.lengths) for part in save.parts)
+        if length != loop.length:
+            raise ValueError(f"{where}.parts: lengths make {length} iterations, and the loop has {loop.length}")
+        for i, part in enumerate(save.parts):
+            at = f"{where}.parts[{i}]"
+            most = math.prod(part.lengths)
+            if part.num_states is not None and (len(part.lengths) > 1 or part.num_states > most):
+                raise ValueError(f"{at}.num_states is {part.num_states} for {part.lengths} iterations")
+            check_tree(loop.body, part.body, f"{at}.")
+
     def describe(self, save: LoopPlan) -> Iterator[str]:
         """How the loop's iterations are run, a line for each part."""
         for part in save.parts:
@@ -59,6 +96,4 @@ def _part_to_json(part: LoopPart) -> dict[str, Any]:
 def _part_from_json(data: dict[str, Any]) -> LoopPart:
     lengths = tuple(map(int, data["lengths"]))
     num_states = None if data["num_states"] is None else int(data["num_states"])
-    if not lengths or min(lengths) < 1 or (num_states is not None and (num_states < 1 or len(lengths) > 1)):
-        raise ValueError(f"a loop's lengths are {lengths}, {math.prod(lengths)} iterations, its states {num_states}")
     return LoopPart(lengths=lengths, body=tree_from_json(data), num_states=num_states)

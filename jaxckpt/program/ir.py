@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from jaxckpt import _compat
 from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.program.describe import Description, describe
+from jaxckpt.program.source import relative_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,9 @@ class Equation:
 
     @property
     def source(self) -> str:
-        """`file:line (function)` of the user's code."""
-        return next(filter(None, map(_compat.source_line, (self.source_info, *self.call_infos))), "")
+        """`file:line (function)` of the user's code, the file relative to its project or package."""
+        lines = map(_compat.source_line, (self.source_info, *self.call_infos))
+        return relative_source(next(filter(None, lines), ""))
 
     @property
     def scope(self) -> str:

@@ -12,7 +12,7 @@ from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.result.fitted import Fitted
-from jaxckpt.result.plan import Plan, SavedGroup, line_digests
+from jaxckpt.result.plan import Plan, SavedGroup, digest_schedule, line_digests
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.found import Found
 from jaxckpt.search.step_search import FoundStep
@@ -35,7 +35,9 @@ def build(found: Found) -> Plan:
             "block_labels": tuple(map(_label, blocks.spans)),
         }
     )
+    applied = [chosen[name] for name in ("schedule", "blocks", "block_saves")]
     return Plan(
+        schedule_digest=digest_schedule(program.fingerprint(), program.keeps_checkpoints, *applied),
         forward_flops=analysis.forward_flops,
         recompute_flops=0 if candidate is None else analysis.recompute_flops(candidate),
         recompute_cost=0 if candidate is None else analysis.extra_cost(candidate),

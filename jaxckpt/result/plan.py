@@ -4,30 +4,32 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import networkx as nx
-from ckptsolvers import InvalidScheduleError, Keep, Schedule
+from ckptsolvers import Keep, Schedule
 
 from jaxckpt import _compat
 from jaxckpt.apply import planned
-from jaxckpt.compilation.cache import write_text
+from jaxckpt.compilation.files import check_digest, read_object, with_digest, write_text
+from jaxckpt.compilation.records import Signed, check_record, record_of
 from jaxckpt.errors import PlanFileError, PlanMismatchError
 from jaxckpt.kinds.base import UnknownKindError, save_from_json, save_to_json
+from jaxckpt.kinds.check import check_tree
+from jaxckpt.kinds.schema import BlockRecords, SaveRecords, ScheduleRecord
 from jaxckpt.model.cut import spans_at
 from jaxckpt.model.option import Save
-from jaxckpt.model.tree import blocks_from_json, check_cover
+from jaxckpt.model.tree import Tree, blocks_from_json, check_cover
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
 from jaxckpt.program.trace import trace
 from jaxckpt.result.report import show_plan
 
-SCHEMA = 4
+SCHEMA = 5
 _FORMAT = "jaxckpt plan"
 
 
@@ -88,6 +90,8 @@ class Plan:
         lines: digests of the program's lines, to say what changed.
         unknown: primitives counted by their bytes, for want of a rule.
         is_profiled: whether its blocks were compiled one by one before, and not modelled.
+        schedule_digest: of what is applied: the program, the schedule, the blocks and what they save. The peaks were
+            predicted or measured of that.
     """
 
     budget_bytes: int | None
@@ -119,7 +123,8 @@ class Plan:
     block_labels: tuple[str, ...]
     lines: tuple[str, ...]
     unknown: tuple[str, ...]
-    is_profiled: bool = False
+    is_profiled: bool
+    schedule_digest: str
 
     @property
     def peak_bytes(self) -> int:
@@ -141,6 +146,7 @@ class Plan:
 
         Raises:
             PlanMismatchError: when called, if the function or its shapes are not those of the plan.
+            PlanFileError: when called, if the plan came from a file and is none of this program.
         """
 
         @functools.wraps(fun)
@@ -151,7 +157,7 @@ class Plan:
                 return fun(*args, **kwargs)
             leaves = jax.tree.leaves((args, kwargs))
             dynamic = [leaf for leaf, dyn in zip(leaves, traced.is_array, strict=True) if dyn]
-            return jax.tree.unflatten(traced.out_tree, self.flat(traced.program)(*traced.consts, *dynamic))
+            return jax.tree.unflatten(traced.out_tree, self._planned(traced.program)(*traced.consts, *dynamic))
 
         return with_plan
 
@@ -163,24 +169,36 @@ class Plan:
             is_forward_mode: it is differentiated in forward mode, which binomial loops do not support.
 
         Raises:
-            PlanFileError: the plan's blocks are not the program's equations.
+            PlanFileError: the plan is not one of this program, with the path of what is wrong.
         """
+        self._check_blocks(program)
+        return self._planned(program, is_forward_mode=is_forward_mode)
+
+    def _planned(self, program: Program, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         if self.schedule is None:
             return functools.partial(run, program)
-        if {i for block in self.blocks for i in block} != set(range(len(program.equations))):
-            raise PlanFileError("the plan is damaged: its blocks are not the program's equations; plan again")
         spans = spans_at(program, self.blocks)
         prefix = f"jaxckpt.{self.fingerprint[:8]}"
         return planned(program, spans, self.schedule, self.block_saves, prefix, is_forward_mode=is_forward_mode)
+
+    def _check_blocks(self, program: Program) -> None:
+        if self.schedule is None:
+            return
+        tree = Tree(blocks=self.blocks, schedule=self.schedule, saved=self.block_saves)
+        try:
+            check_tree(program, tree, saves="block_saves")
+        except (ValueError, LookupError, TypeError) as error:
+            raise PlanFileError(f"the plan is damaged: {error}; plan again") from error
 
     def check(self, program: Program) -> None:
         """Refuse a program that is not the plan's.
 
         Raises:
             PlanMismatchError: with the first thing that differs.
+            PlanFileError: the program is the plan's, but the plan is damaged, with the path of what is wrong.
         """
         if program.fingerprint() == self.fingerprint:
-            return
+            return self._check_blocks(program)
         lines = program.lines()
         ours = self.lines
         for i, (line, digest) in enumerate(zip(lines, ours, strict=False)):
@@ -197,64 +215,72 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data, under the names of its attributes."""
+        """The plan as plain data, under the names of its attributes, with a digest of its content."""
         data: dict[str, Any] = {"format": _FORMAT, "schema": SCHEMA}
         for f in fields(self):
             data[f.name] = getattr(self, f.name)
         data["saved"] = [{g.name: getattr(group, g.name) for g in fields(group)} for group in self.saved]
         data["schedule"] = None if self.schedule is None else self.schedule.to_json()
         data["block_saves"] = [save_to_json(save) for save in self.block_saves]
-        return json.loads(json.dumps(data))
+        return with_digest(data)
 
     @classmethod
     def from_json(cls, data: Any, where: str = "this") -> "Plan":
         """Read what `to_json` made.
 
         Raises:
-            PlanFileError: anything else, or a newer schema.
+            PlanFileError: anything else, or another schema; with the path of every violation.
         """
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise PlanFileError(f"{where} is not a jaxckpt plan")
-        if data.get("schema") != SCHEMA:
-            raise PlanFileError(
-                f"{where} has plan schema {data.get('schema')!r} and this jaxckpt reads {SCHEMA}; upgrade or plan again"
-            )
-        names = {f.name for f in fields(cls) if f.default is MISSING or f.name in data}
-        if missing := names - set(data):
-            raise PlanFileError(f"{where} is damaged: it lacks {', '.join(sorted(missing))}")
+        _check_schema(data.get("schema"), where)
+        values = {name: value for name, value in data.items() if name not in ("format", "schema", "digest")}
         try:
-            values = {name: data[name] for name in names}
+            check_record(_RECORD, values, where)
+            check_digest(data, where)
             values["saved"] = tuple(SavedGroup(**group) for group in data["saved"])
             values["schedule"] = None if data["schedule"] is None else Schedule.from_json(data["schedule"])
             values["blocks"] = blocks_from_json(data["blocks"])
             values["block_saves"] = tuple(map(save_from_json, data["block_saves"]))
             for name in ("block_labels", "lines", "unknown"):
-                values[name] = tuple(map(str, data[name]))
+                values[name] = tuple(data[name])
             plan = cls(**values)
-            _check_types(plan)
             _check_shape(plan)
         except UnknownKindError as error:
             raise PlanFileError(f"{where} {error}") from error
-        except (TypeError, ValueError, KeyError, InvalidScheduleError) as error:
+        except PlanFileError:
+            raise
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
             raise PlanFileError(f"{where} is damaged: {error}") from error
         return plan
 
+    def to_text(self) -> str:
+        """The plan as the text of a file."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON; the file is there whole or not at all."""
-        write_text(Path(path), json.dumps(self.to_json(), indent=1))
+        """Write the plan as JSON; the file is there whole or not at all, and a link to a file stays one.
+
+        Raises:
+            PlanFileError: the path is no regular file's, or its folder is not there.
+            OSError: it cannot be written; an old file is as it was.
+        """
+        write_text(path, self.to_text())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
-        """Read a plan.
+        """Read a plan. Whatever the file's bytes are, that takes less than a second and 100 MiB.
 
         Raises:
-            PlanFileError: a file that is no plan, is truncated, or is of another schema.
+            PlanFileError: a file that is no plan, is damaged, or is of another schema.
+            OSError: a file that is not there or cannot be read.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanFileError(f"{path} is not a jaxckpt plan, or is truncated: {error}") from error
-        return cls.from_json(data, str(path))
+        return cls.from_json(read_object(path, _FORMAT), str(path))
+
+    @classmethod
+    def load_kept(cls, path: Path, folder: Path) -> "Plan":
+        """Read a plan of a cache's folder, as `load` does; files of others and links out of it are refused too."""
+        return cls.from_json(read_object(path, _FORMAT, folder), str(path))
 
     def to_networkx(self) -> nx.DiGraph:
         """The tree of regions as a graph: nodes `keep`, `recompute` and the root, edges from parent to child."""
@@ -280,17 +306,48 @@ def _digest(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()[:8]
 
 
-def _check_types(plan: Plan) -> None:
-    scalars = {int, float, bool, str, NoneType}
-    for f in fields(plan):
-        value, allowed = getattr(plan, f.name), set(get_args(f.type) or (f.type,))
-        if allowed <= scalars and type(value) not in allowed:
-            raise ValueError(f"{f.name} is {value!r}, which is {type(value).__name__}")
+def digest_schedule(
+    program_digest: str,
+    keeps_checkpoints: bool,
+    schedule: Schedule | None,
+    blocks: Sequence[Sequence[int]],
+    block_saves: Sequence[Save],
+) -> str:
+    """A digest of what is applied, to which a plan's peaks belong."""
+    tree = None if schedule is None else schedule.to_json()
+    saves = [save_to_json(save) for save in block_saves]
+    text = json.dumps([program_digest, keeps_checkpoints, tree, blocks, saves], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+_RECORD = record_of(
+    Plan,
+    recompute_cost=Signed,
+    saved=list[record_of(SavedGroup)],
+    schedule=ScheduleRecord | None,
+    blocks=BlockRecords,
+    block_saves=SaveRecords,
+)
+
+
+def _check_schema(schema: Any, where: str) -> None:
+    if schema == SCHEMA and type(schema) is int:
+        return
+    if type(schema) is not int:
+        raise PlanFileError(f"{where} is damaged: its schema is {str(schema)[:40]!r}; plan again")
+    what = "was written by an older jaxckpt; plan again" if schema < SCHEMA else "is of a newer one; upgrade jaxckpt"
+    raise PlanFileError(f"{where} has plan schema {schema}, this jaxckpt reads {SCHEMA}: it {what}")
 
 
 def _check_shape(plan: Plan) -> None:
-    if plan.schedule is None:
-        return
-    check_cover(plan.schedule, len(plan.blocks))
     if not len(plan.blocks) == len(plan.block_saves) == len(plan.block_labels):
-        raise ValueError(f"it has {len(plan.blocks)} blocks and {len(plan.block_saves)} saves")
+        raise ValueError(f"block_saves has {len(plan.block_saves)} entries for {len(plan.blocks)} blocks")
+    if plan.schedule is None and plan.blocks:
+        raise ValueError(f"schedule is null, and there are {len(plan.blocks)} blocks")
+    if plan.schedule is not None:
+        check_cover(plan.schedule, len(plan.blocks))
+    applied = plan.fingerprint, plan.keeps_checkpoints, plan.schedule, plan.blocks, plan.block_saves
+    if digest_schedule(*applied) != plan.schedule_digest:
+        raise ValueError(
+            "its schedule, blocks and saves are not those that its peaks are of (schedule_digest); plan again"
+        )

@@ -14,12 +14,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from jaxckpt import _compat
 from jaxckpt._version import __version__
 from jaxckpt.compilation import cache
-from jaxckpt.compilation.cache import write_text
+from jaxckpt.compilation.files import check_digest, keep_text, read_object, with_digest, write_text
+from jaxckpt.compilation.records import check_record, record_of
 from jaxckpt.errors import PlanFileError
 from jaxckpt.program.ir import Program
 from jaxckpt.search.surrogate import offset_at
@@ -27,7 +30,7 @@ from jaxckpt.targets.chip import device_label
 
 _LOG = logging.getLogger("jaxckpt")
 _FORMAT = "jaxckpt calibration"
-_SCHEMA = 1
+_SCHEMA = 2
 # Samples of one program closer than this are the same place on its curve; the later one stands.
 _SAME = 0.005
 # Other programs' ratios say more about plans that save a like share: weights fall off over this many e-folds.
@@ -76,7 +79,7 @@ class Calibration:
     @property
     def hash(self) -> str:
         """A name for the record's contents that is the same everywhere."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()[:16]
 
     def ratio(self, program: str, fraction: float) -> float:
         """Return the measured over predicted temporaries to expect.
@@ -121,12 +124,24 @@ class Calibration:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain data."""
-        return json.loads(json.dumps({"format": _FORMAT, "schema": _SCHEMA, **asdict(self)}))
+        """The record as plain data, with its hash and a digest of it all."""
+        return with_digest({**self._content(), "hash": self.hash})
+
+    def _content(self) -> dict[str, Any]:
+        return {"format": _FORMAT, "schema": _SCHEMA, **asdict(self)}
+
+    def to_text(self) -> str:
+        """The record as the text of a file."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the record as JSON; the file is there whole or not at all."""
-        write_text(Path(path), json.dumps(self.to_json(), indent=1))
+        """Write the record as JSON; the file is there whole or not at all, and a link to a file stays one.
+
+        Raises:
+            PlanFileError: the path is no regular file's.
+            OSError: it cannot be written.
+        """
+        write_text(path, self.to_text())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Calibration":
@@ -134,17 +149,36 @@ class Calibration:
 
         Raises:
             PlanFileError: a file that is no record, is damaged, or is of another schema.
+            OSError: a file that is not there or cannot be read.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-            if data.pop("format") != _FORMAT or data.pop("schema") != _SCHEMA:
-                raise ValueError("another format or schema")
-            samples = tuple(Sample(**s) for s in data.pop("samples"))
-            if not all(s.fraction > 0 and 0 < s.ratio < math.inf and isinstance(s.program, str) for s in samples):
-                raise ValueError("a sample that cannot be")
-            return cls(**data, samples=samples)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PlanFileError(f"{path} is not a jaxckpt calibration record, or is damaged: {error}") from error
+        return cls._from_json(read_object(path, _FORMAT + " record"), str(path))
+
+    @classmethod
+    def load_kept(cls, path: Path, folder: Path) -> "Calibration":
+        """Read a record of a cache's folder, as `load` does; files of others and links out of it are refused too."""
+        return cls._from_json(read_object(path, _FORMAT + " record", folder), str(path))
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any], where: str) -> "Calibration":
+        if data.get("format") != _FORMAT:
+            raise PlanFileError(f"{where} is not a {_FORMAT} record")
+        if type(data.get("schema")) is not int or data["schema"] != _SCHEMA:
+            raise PlanFileError(
+                f"{where} is a {_FORMAT} record of another schema than {_SCHEMA}; plan without it to make another"
+            )
+        values = {name: value for name, value in data.items() if name not in ("format", "schema", "digest", "hash")}
+        where = f"the {_FORMAT} record {where}"
+        check_record(_RECORD, values, where)
+        check_digest(data, where)
+        found = cls(**{**values, "samples": tuple(Sample(**sample) for sample in values["samples"])})
+        if data.get("hash") != found.hash:
+            raise PlanFileError(f"{where} is damaged: its content does not match its hash")
+        return found
+
+
+_Ratio = Annotated[float, Field(gt=_LEAST_RATIO, le=1e6)]
+_SAMPLES = list[record_of(Sample, fraction=Annotated[float, Field(gt=0, le=1e6)], ratio=_Ratio)]
+_RECORD = record_of(Calibration, samples=Annotated[_SAMPLES, Field(max_length=_MAX_SAMPLES)])
 
 
 def short(fingerprint: str) -> str:
@@ -182,10 +216,10 @@ def remembered_of(programs: Sequence[Program], target: str | None) -> Calibratio
 def _read(family: str, target: str | None, cache_dir: str | os.PathLike | None) -> Calibration:
     empty = Calibration(target=device_label(target), jaxlib_version=_compat.JAXLIB_VERSION, family=family)
     path = _path(empty, cache_dir)
-    if not path.exists():
-        return empty
     try:
-        found = Calibration.load(path)
+        found = Calibration.load_kept(path, cache.folder(cache_dir))
+    except (FileNotFoundError, NotADirectoryError):
+        return empty
     except (PlanFileError, OSError) as error:
         _LOG.warning("the calibration record cannot be used and is begun again: %s", error)
         return empty
@@ -217,8 +251,7 @@ def remember(record: Calibration, cache_dir: str | os.PathLike | None = None) ->
     """Keep a record for the next plan; one that cannot be written is not kept."""
     path = _path(record, cache_dir)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record.save(path)
+        keep_text(path, record.to_text())
     except OSError as error:
         _LOG.warning("the calibration record could not be kept at %s: %s", path, error)
 
