@@ -147,9 +147,10 @@ def test_a_training_state_is_one_trace():
     params = model.init(jax.random.key(0), W)
     fun, traces = counted(lambda state, x: jnp.sum(jnp.tanh(state.apply_fn(state.params, x))))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(1e-3))
-    for _ in range(3):
-        state = state.apply_gradients(grads=jax.grad(fun, allow_int=True)(state, W).params)
-    assert len(traces) == 2  # the step is a Python number at first
+    for step in range(3):
+        jax.eval_shape(fun, state.replace(step=step), W)
+        jax.grad(lambda params: fun(state.replace(params=params), W))(params)
+    assert len(traces) == 1
 
 
 def test_what_may_change_has_no_key():
@@ -209,28 +210,31 @@ def calls_python(callback):
     return fun
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.lists(st.integers(-5, 5), min_size=2, max_size=5), st.booleans())
+@settings(max_examples=4, deadline=None)
+@given(st.lists(st.integers(-5, 5), min_size=2, max_size=4), st.booleans())
 def test_each_function_calls_its_own_callback(scales, are_objects):
     make = Scaled if are_objects else lambda scale: lambda v: np.asarray(v) * np.float32(scale)
     plain = [calls_python(make(scale)) for scale in scales]
-    for fun, planned in zip(plain, map(remat, plain), strict=True):
-        assert_close(planned(W), fun(W), 1e-5)
-        assert_close(jax.jit(planned)(W), fun(W), 1e-5)
-        assert_close(jax.grad(planned)(W), jax.grad(fun)(W), 1e-5)
+    for scale, planned in zip(scales, map(remat, plain), strict=True):
+        # Not against the undecorated functions: JAX itself takes callbacks that are equal for one where none is jitted.
+        wanted = jnp.float32(np.sum(np.tanh(W) * W * scale))
+        assert_close(planned(W), wanted, 1e-5)
+        assert_close(jax.jit(planned)(W), wanted, 1e-5)
+        assert_close(jax.grad(planned)(W), jnp.asarray((1 - np.tanh(W) ** 2) * W * scale), 1e-5)
 
 
 def test_a_step_runs_the_callback_of_each_of_its_functions():
     def chain(scale):
         def loss(w, x):
-            for _ in range(6):
+            for _ in range(12):
                 x = jnp.tanh(x @ w)
-            spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
-            return jnp.sum(x * jax.pure_callback(lambda v: np.asarray(v) * np.float32(scale), spec, x * 0 + 1))
+            total = jnp.mean(x**2)
+            called = jax.pure_callback(lambda v: np.full_like(v, scale), total, jax.lax.stop_gradient(total))
+            return total * called
 
         return loss
 
-    x = np.ones((256, 8), np.float32)
+    x = np.ones((2048, 8), np.float32)
     make_step = lambda wrap: lambda w, x: [jax.grad(wrap(chain(scale)))(w, x) for scale in (1, 10)]  # noqa: E731
     with jax.numpy_rank_promotion("allow"):
         fitted = jaxckpt.fit(make_step(jaxckpt.auto_remat), W, x, budget="80%")
