@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import count
+from helpers import assert_close, count
 
 import jaxckpt
 from jaxckpt.search.shared_budget import apart, together
@@ -227,3 +227,33 @@ def test_a_step_far_above_a_budget_in_bytes_is_not_compiled_without_plans():
 def test_state_and_gradients_that_are_too_large_are_named():
     with pytest.raises(jaxckpt.InfeasibleBudgetError, match=r"gradients .* more than the budget"):
         jaxckpt.fit(make_step(jaxckpt.auto_remat(chain)), WS, WS, X, budget=1_000_000)
+
+
+def test_a_fitted_step_refuses_what_it_was_not_planned_for():
+    @jaxckpt.auto_remat
+    def inner(ws, batch):
+        x = batch["x"]
+        for w in ws:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2) * batch["scale"]
+
+    def step(ws, batch):
+        return [w - g for w, g in zip(ws, jax.grad(inner)(ws, batch), strict=True)]
+
+    def args(rows=256, dtype="float32", layers=4, **more):
+        spec = jax.ShapeDtypeStruct
+        return [spec((32, 32), dtype)] * layers, {"x": spec((rows, 32), dtype), "scale": spec((), dtype), **more}
+
+    fitted = jaxckpt.fit(step, *args(), budget="90%")
+    fitted.step.lower(*args())
+    for other, what in [
+        (args(rows=255), r"args\[1\]\['x'\] is float32\[255,32\], and it was planned for float32\[256,32\]"),
+        (args(dtype="bfloat16"), "is bfloat16"),
+        (args(layers=5), "its arguments are"),
+        (args(more=jax.ShapeDtypeStruct((), "float32")), "its arguments are"),
+    ]:
+        with pytest.raises(jaxckpt.PlanMismatchError, match=f"{what}.*call jaxckpt.fit again"):
+            fitted.step.lower(*other)
+    # Another weak type is the same plan.
+    ws, x = [jnp.eye(32)] * 4, jnp.ones((256, 32))
+    assert_close(fitted.step(ws, {"x": x, "scale": 2.0}), fitted.step(ws, {"x": x, "scale": jnp.float32(2)}), 1e-6)

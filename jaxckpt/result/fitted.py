@@ -12,7 +12,7 @@ class Fitted:
     """A step whose plans fit.
 
     Attributes:
-        step: jitted, with the plans inside.
+        step: jitted, with the plans inside. At other trees, shapes or dtypes it raises `PlanMismatchError`.
         plans: of the decorated functions, in the order they are differentiated. Their peaks are predicted: it is the
             step that was measured.
         measurement: of the whole step.

@@ -12,8 +12,9 @@ from jaxckpt import _compat
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.measure import Measurement, compiled_bytes, donated_leaves
 from jaxckpt.compilation.objective import Objective
-from jaxckpt.errors import OptionError
+from jaxckpt.errors import OptionError, PlanMismatchError
 from jaxckpt.model.schedules import Candidate
+from jaxckpt.program.describe import show_aval
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.search.analysis import Analysis
@@ -162,9 +163,35 @@ class Step:
         return sum(map(min, self.costs))
 
     def jitted(self, picks: Picks) -> Callable:
-        """The step with these plans inside."""
-        fun = _under(self.choice(picks), self.fun)
-        return jax.jit(fun, donate_argnums=self.donate_argnums, compiler_options=_compat.here_options() or None)
+        """The step with these plans inside; it refuses arguments that it was not planned for."""
+        planned = _under(self.choice(picks), self.fun)
+
+        @functools.wraps(self.fun)
+        def fitted(*args: Any) -> Any:
+            self._check(args)
+            return planned(*args)
+
+        return jax.jit(fitted, donate_argnums=self.donate_argnums, compiler_options=_compat.here_options() or None)
+
+    def _check(self, args: tuple[Any, ...]) -> None:
+        """Refuse another tree, shape or dtype: at those nothing was planned or measured. Weak types are no difference.
+
+        Raises:
+            PlanMismatchError: with the first argument that differs.
+        """
+        (ours, our_tree), (theirs, their_tree) = map(jax.tree_util.tree_flatten_with_path, (self.args, args))
+        what = None if our_tree == their_tree else f"its arguments are {their_tree}, and it was planned for {our_tree}"
+        if what is None:
+            for (path, mine), (_, given) in zip(ours, theirs, strict=True):
+                if _spec(mine) != _spec(jax.typeof(given)):
+                    shown = show_aval(jax.typeof(given)), show_aval(_spec(mine))
+                    what = f"args{jax.tree_util.keystr(path)} is {shown[0]}, and it was planned for {shown[1]}"
+                    break
+        if what is not None:
+            raise PlanMismatchError(
+                f"the fitted step is called at other arguments than it was planned and measured for: {what[:600]}; "
+                "call jaxckpt.fit again with these"
+            )
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
