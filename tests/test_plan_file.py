@@ -1,5 +1,6 @@
 """Plans on disk: they come back as they were, or are refused by name."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -392,9 +393,9 @@ def special(request, tmp_path):
     if request.param == "pipe":
         os.mkfifo(path)
     elif request.param == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(os.path.relpath(path))
-            yield path
+        with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path):
+            server.bind(path.name)
+        yield path
         return
     elif request.param == "device":
         path.symlink_to("/dev/zero")

@@ -29,7 +29,7 @@ Signed = Annotated[int, Field(ge=-(10**30), le=10**30)]
 
 _TYPES: dict[Any, Any] = {
     int: Size,
-    int | None: Size | None,
+    int | None: Annotated[int | None, Field(ge=0, le=10**30)],
     float: float,
     float | None: float | None,
     bool: bool,
@@ -47,8 +47,8 @@ def record_of(shape: type, **own: Any) -> type[Record]:
         own: types of fields for which that does not say all.
     """
     hints = get_type_hints(shape)
-    types = {f.name: own.get(f.name) or _TYPES[hints[f.name]] for f in fields(shape)}
-    return create_model(shape.__name__, __base__=Record, **{name: (kind, ...) for name, kind in types.items()})
+    types: dict[str, Any] = {f.name: (own.get(f.name) or _TYPES[hints[f.name]], ...) for f in fields(shape)}
+    return create_model(shape.__name__, __base__=Record, **types)
 
 
 def check_record(shape: type[Record], data: Any, where: str) -> None:
