@@ -17,7 +17,7 @@ TAG = "<"
 class Record(BaseModel):
     """An object of a file: no value is converted, and no name is there but the record's own."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 # A position or a number of a value, a count that is at least 1, and bytes or FLOPs.
