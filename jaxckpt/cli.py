@@ -160,7 +160,10 @@ def _number_or_text(text: str) -> int | str:
 
 def _plan(options: argparse.Namespace) -> int:
     import jaxckpt
+    from jaxckpt.compilation.files import check_writable
 
+    if options.output:
+        check_writable(options.output)  # known before planning, which takes long
     fun, args = _function_and_args(options)
     found = jaxckpt.plan(
         fun,

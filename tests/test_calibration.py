@@ -4,8 +4,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import random
+import time
 
 import jax
+import mutations
 import pytest
 from helpers import analysed
 from zoo.models import chain_args, chain_loss, residual_args, residual_loss, unet_args, unet_loss
@@ -132,6 +135,31 @@ def test_a_record_survives_a_file_and_damage_is_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(PlanFileError, match="calibration record"):
             Calibration.load(path)
+
+
+def ratio_damaged(data, rng):
+    one = rng.choice(data["samples"])
+    name = rng.choice(["ratio", "fraction", "kind", "program"])
+    one[name] = {"program": "0" * 16, "kind": 3}.get(name, one["ratio"] * rng.choice([0.5, 1.1, 10.0]))
+    return data
+
+
+@pytest.mark.parametrize("num", [100, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_mutated_record_is_refused_or_the_same(tmp_path, num):
+    rng, path = random.Random(1931), tmp_path / "record.json"
+    found = record(*(sample(0.1 * i, 1 + 0.01 * i) for i in range(1, 9)))
+    refused, slowest = 0, 0.0
+    for i in range(num):
+        path.write_bytes(mutations.damaged(found.to_text().encode(), rng, ratio_damaged))
+        started = time.perf_counter()
+        try:
+            assert Calibration.load(path) == found, f"mutation {i} is another record"
+        except PlanFileError as error:
+            assert str(path) in str(error)
+            refused += 1
+        slowest = max(slowest, time.perf_counter() - started)
+    print(f"{num} mutated records: {refused} refused, {num - refused} the same, slowest {slowest:.3f} s")
+    assert slowest < 1 and num / 2 < refused <= num
 
 
 def test_a_damaged_record_on_disk_is_begun_again(tmp_path, caplog):

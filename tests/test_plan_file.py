@@ -1,5 +1,6 @@
 """Plans on disk: they come back as they were, or are refused by name."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +26,7 @@ from jaxckpt import Plan, PlanFileError, PlanMismatchError
 from jaxckpt.compilation import files
 from jaxckpt.kinds.scan_run import LoopPlan
 from jaxckpt.model.option import SavedValues
+from jaxckpt.program.source import relative_source
 
 ARGS = chain_args(layers=6)
 
@@ -392,9 +394,9 @@ def special(request, tmp_path):
     if request.param == "pipe":
         os.mkfifo(path)
     elif request.param == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(os.path.relpath(path))
-            yield path
+        with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path):
+            server.bind(path.name)
+        yield path
         return
     elif request.param == "device":
         path.symlink_to("/dev/zero")
@@ -439,3 +441,18 @@ def test_a_full_disk_leaves_the_old_file(plan, path, monkeypatch):
 def test_sources_are_those_of_the_project(plan):
     assert {group.source.split(":")[0] for group in plan.saved} == {"tests/zoo/models.py"}
     assert str(files.__file__).split("jaxckpt/compilation")[0] not in plan.to_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "wanted"),
+    [
+        ("home/me/model/src/net.py", "src/net.py"),
+        ("home/me/model/.venv/lib/python3.11/site-packages/flax/nnx/nn.py", "flax/nnx/nn.py"),
+        ("elsewhere/script.py", "script.py"),
+    ],
+)
+def test_a_source_is_the_same_on_every_machine(tmp_path, file, wanted):
+    (tmp_path / "home/me/model").mkdir(parents=True)
+    (tmp_path / "home/me/model/pyproject.toml").write_text("")
+    assert relative_source(f"{tmp_path / file}:4:9 (loss)") == f"{wanted}:4:9 (loss)"
+    assert relative_source("") == ""

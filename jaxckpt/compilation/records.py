@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Optional, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -17,7 +17,7 @@ TAG = "<"
 class Record(BaseModel):
     """An object of a file: no value is converted, and no name is there but the record's own."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 # A position or a number of a value, a count that is at least 1, and bytes or FLOPs.
@@ -29,7 +29,7 @@ Signed = Annotated[int, Field(ge=-(10**30), le=10**30)]
 
 _TYPES: dict[Any, Any] = {
     int: Size,
-    int | None: Optional[Size],  # noqa: UP045 - Annotated has no | for type checkers
+    int | None: Annotated[int | None, Field(ge=0, le=10**30)],
     float: float,
     float | None: float | None,
     bool: bool,

@@ -35,7 +35,7 @@ _SAME_BYTES, _SAME_TIME = 64, 2000
 class ValuesRecord(RootModel[list[Index]]):
     """What a plain block saves, in a file."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, defer_build=True)
 
 
 class Plain:

@@ -71,8 +71,7 @@ class Scan:
             raise ValueError(f"{where}.parts: lengths make {length} iterations, and the loop has {loop.length}")
         for i, part in enumerate(save.parts):
             at = f"{where}.parts[{i}]"
-            most = math.prod(part.lengths)
-            if part.num_states is not None and (len(part.lengths) > 1 or part.num_states > most):
+            if part.num_states is not None and (len(part.lengths) > 1 or part.num_states > max(part.lengths)):
                 raise ValueError(f"{at}.num_states is {part.num_states} for {part.lengths} iterations")
             check_tree(loop.body, part.body, f"{at}.")
 

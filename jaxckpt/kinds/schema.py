@@ -44,6 +44,3 @@ class TreeRecord(Record):
     blocks: BlockRecords
     schedule: ScheduleRecord
     saved: SaveRecords
-
-
-RegionRecord.model_rebuild()
