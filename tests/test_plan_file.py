@@ -24,9 +24,11 @@ from zoo.models import chain_args, chain_loss
 import jaxckpt
 from jaxckpt import Plan, PlanFileError, PlanMismatchError
 from jaxckpt.compilation import files
+from jaxckpt.kinds.base import save_from_json
 from jaxckpt.kinds.scan_run import LoopPlan
 from jaxckpt.model.option import SavedValues
 from jaxckpt.program.source import relative_source
+from jaxckpt.result.plan import digest_schedule
 
 ARGS = chain_args(layers=6)
 
@@ -456,3 +458,34 @@ def test_a_source_is_the_same_on_every_machine(tmp_path, file, wanted):
     (tmp_path / "home/me/model/pyproject.toml").write_text("")
     assert relative_source(f"{tmp_path / file}:4:9 (loss)") == f"{wanted}:4:9 (loss)"
     assert relative_source("") == ""
+
+
+def redigested(data):
+    """As if the digest of the schedule had been made right too."""
+    try:
+        schedule = None if data["schedule"] is None else Schedule.from_json(data["schedule"])
+        saves = [save_from_json(save) for save in data["block_saves"]]
+    except (ValueError, TypeError, LookupError):
+        return data
+    digest = digest_schedule(data["fingerprint"], data["keeps_checkpoints"], schedule, data["blocks"], saves)
+    return mutations.signed({**data, "schedule_digest": digest})
+
+
+@pytest.mark.parametrize("num", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_a_plan_that_somebody_changed_is_refused_or_a_plan_of_the_same_function(originals, num):
+    rng, taken = random.Random(1962), 0
+    for i in range(num):
+        content, fun, args, _ = rng.choice(originals)
+        try:
+            changed = Plan.from_json(redigested(mutations.meaning_damaged(json.loads(content), rng)))
+            planned = changed.apply(fun)
+            jax.eval_shape(planned, *args)
+        except (PlanFileError, PlanMismatchError):
+            continue
+        taken += 1
+        if i % 10 == 0:
+            wanted, got = (jax.grad(f)(*args) for f in (fun, planned))
+            jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), got, wanted)
+        else:
+            jax.eval_shape(jax.grad(planned), *args)
+    assert 0 < taken < num

@@ -1,5 +1,7 @@
 """Whether a plan means the program it is applied to: its blocks, their order, and what each of them saves."""
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 from ckptsolvers import Keep
@@ -46,13 +48,20 @@ def _equations(program: Program, block: Sequence[int], where: str) -> list[Equat
 
 def _check_order(program: Program, tree: Tree, blocks: Sequence[Sequence[Equation]], where: str) -> None:
     """What an equation reads was made before it, and every equation stands in a block."""
+    num_blocks = Counter(itertools.chain.from_iterable(tree.blocks))
+    # Cheap equations may stand in several blocks, in each that reads what they make.
+    copied = {v for i, num in num_blocks.items() if num > 1 for v in program.equations[i].outputs}
+    if not copied.isdisjoint(x for x in program.outputs if isinstance(x, int)):
+        raise ValueError(f"{where}blocks: an equation that makes a result stands in several blocks")
     made = set(program.inputs)
     for k, block in enumerate(blocks):
+        own: set[int] = set()
         for i, eqn in enumerate(block):
-            if not made.issuperset(eqn.reads):
+            if any(v not in made and v not in own for v in eqn.reads):
                 raise ValueError(f"{where}blocks[{k}][{i}] reads what no equation before it makes")
-            made.update(eqn.outputs)
-    if missing := set(range(len(program.equations))).difference(*tree.blocks):
+            own.update(eqn.outputs)
+        made |= own - copied
+    if missing := set(range(len(program.equations))) - num_blocks.keys():
         raise ValueError(f"{where}blocks: no block has equation {min(missing)} of the program")
 
 
