@@ -183,8 +183,10 @@ class Step:
         what = None if our_tree == their_tree else f"its arguments are {their_tree}, and it was planned for {our_tree}"
         if what is None:
             for (path, mine), (_, given) in zip(ours, theirs, strict=True):
-                if _spec(mine) != _spec(jax.typeof(given)):
-                    shown = show_aval(jax.typeof(given)), show_aval(_spec(mine))
+                # Python numbers among the arguments have a shape and a dtype once they are traced.
+                wanted = _spec(mine if hasattr(mine, "shape") else jax.typeof(mine))
+                if wanted != _spec(jax.typeof(given)):
+                    shown = show_aval(jax.typeof(given)), show_aval(wanted)
                     what = f"args{jax.tree_util.keystr(path)} is {shown[0]}, and it was planned for {shown[1]}"
                     break
         if what is not None:
