@@ -19,7 +19,7 @@ from jaxckpt.kinds.body import Body, Iteration
 from jaxckpt.kinds.cond_run import BranchPlan, run_conditional
 from jaxckpt.model.blocks import Blocks
 from jaxckpt.model.joint import Joint, LocalBlock, differentiate, differentiated_ends, outside
-from jaxckpt.model.option import LEFT_TO_JAX, BlockAnalysis, Option, Save, Work, dominates, on_device
+from jaxckpt.model.option import LEFT_NAME, LEFT_TO_JAX, BlockAnalysis, Option, Save, Work, dominates, on_device
 from jaxckpt.model.pareto import pareto
 from jaxckpt.model.tree import Tree
 from jaxckpt.program import dataflow
@@ -169,7 +169,7 @@ class _Model:
 
     def left_to_jax(self) -> Option:
         """The option that leaves the conditional to JAX."""
-        return self._option("everything", LEFT_TO_JAX, [arm.left for arm in self.arms], differentiate(self.local))
+        return self._option(LEFT_NAME, LEFT_TO_JAX, [arm.left for arm in self.arms], differentiate(self.local))
 
     def _option(self, name: str, save: Save, picks: Sequence[Iteration], joint: Joint) -> Option:
         size = lambda v: size_bytes(joint.avals[v])  # noqa: E731

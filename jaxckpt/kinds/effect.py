@@ -8,7 +8,7 @@ from pydantic import BaseModel, RootModel
 from jaxckpt.kinds.base import Analyser, KeptBlock
 from jaxckpt.kinds.plain import analyse_block
 from jaxckpt.model.joint import LocalBlock
-from jaxckpt.model.option import LEFT_TO_JAX, BlockAnalysis, LeftToJax, Option, Work, kept_only, on_device
+from jaxckpt.model.option import LEFT_NAME, LEFT_TO_JAX, BlockAnalysis, LeftToJax, Option, Work, kept_only, on_device
 from jaxckpt.program.interpret import evaluate
 from jaxckpt.program.ir import Equation, size_bytes
 
@@ -61,7 +61,7 @@ def _without_tangents(local: LocalBlock) -> BlockAnalysis:
     size = sum(size_bytes(local.program.avals[v]) for v in local.outputs if v not in local.results)
     nothing = (Work(),) * (len(local.outputs) + 1)
     option = Option(
-        name="everything",
+        name=LEFT_NAME,
         save=LEFT_TO_JAX,
         saved=on_device(0),
         recompute=Work(),

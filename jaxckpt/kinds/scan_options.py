@@ -18,7 +18,7 @@ from jaxckpt.kinds.body import Body
 from jaxckpt.kinds.scan_divisions import Part, binomial_divisions, levels, mixes
 from jaxckpt.kinds.scan_run import LoopPlan
 from jaxckpt.model.joint import LocalBlock, differentiated_ends, outside
-from jaxckpt.model.option import LEFT_TO_JAX, BlockAnalysis, Option, Save, Work, on_device
+from jaxckpt.model.option import LEFT_NAME, LEFT_TO_JAX, BlockAnalysis, Option, Save, Work, on_device
 from jaxckpt.model.pareto import pareto
 from jaxckpt.model.time import Timer, count_flops, stacking_time
 from jaxckpt.program import dataflow
@@ -164,7 +164,7 @@ class _LoopModel:
 
     def left_to_jax(self) -> Option:
         """The option that leaves the loop to JAX."""
-        option = self.option([Part((self.loop.length,), self.body.left_to_jax())], "everything", LEFT_TO_JAX)
+        option = self.option([Part((self.loop.length,), self.body.left_to_jax())], LEFT_NAME, LEFT_TO_JAX)
         return replace(option, transient_bytes=option.backward_peak_bytes - option.saved_bytes)
 
     def forward(self) -> tuple[Work, ...]:

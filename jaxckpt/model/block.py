@@ -13,16 +13,13 @@ from jaxckpt.memory.across import Across, held_across
 from jaxckpt.memory.fusion import Copy
 from jaxckpt.memory.peak import peak_bytes
 from jaxckpt.model.joint import Joint, LocalBlock
-from jaxckpt.model.option import LEFT_TO_JAX, Option, Save, SavedValues, Work, on_device
+from jaxckpt.model.option import LEFT_NAME, LEFT_TO_JAX, Option, Save, SavedValues, Work, on_device
 from jaxckpt.model.time import Timer, count_flops
 from jaxckpt.program import primitives
 from jaxckpt.program.flops import equation_cost
 from jaxckpt.program.ir import Equation, elements, is_differentiable
 from jaxckpt.targets.chip import Target
 from jaxckpt.targets.rules import FusionRules
-
-# What options without a checkpoint are called.
-_LEFT = "everything"
 
 
 class Model:
@@ -64,7 +61,7 @@ class Model:
         backward = [*(e for e in fused if id(e) not in late), *self._backward_alone]
         indices = sum(map(self.rules.index_bytes, backward))
         peak = indices + self._backward_peak(backward, held, self._mixing_rules, across.copies)
-        option = self._option(_LEFT, LEFT_TO_JAX, held)
+        option = self._option(LEFT_NAME, LEFT_TO_JAX, held)
         scratch = self._scratch_bytes()
         copied = sum(copy.bytes(self.size) for copy in across.copies)
         inputs = (self.joint.value[v] for v in self.local.span.inputs)
@@ -99,7 +96,7 @@ class Model:
             rules=self.rules,
         )
         return Option(
-            name=_LEFT,
+            name=LEFT_NAME,
             save=LEFT_TO_JAX,
             saved=on_device(waiting),
             recompute=Work(),

@@ -88,6 +88,8 @@ class LeftToJax(Save):
 
 
 LEFT_TO_JAX = LeftToJax()
+# What options that leave a block to JAX are called.
+LEFT_NAME = "everything"
 # More than any budget: what a block needs that must not run without being kept.
 NO_ROOM = 2**50
 
