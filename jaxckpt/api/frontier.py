@@ -154,14 +154,14 @@ def _plan_point(
     expected: Expected,
     calibration: str | None,
 ) -> Point:
-    measured = analysis.measure(candidate).device_bytes if verify else None
+    measurement = analysis.measure(candidate) if verify else None
     plan = build(
         Found(
             analysis=analysis,
             candidate=candidate,
             unplanned_peak_bytes=unplanned.peak_bytes,
             predicted_peak_bytes=expected(candidate.judgement.peak_bytes),
-            measured_peak_bytes=measured,
+            measurement=measurement,
             least_peak_bytes=expected(analysis.candidates[0].judgement.peak_bytes),
             is_unplanned_measured=verify,
             num_compiles=int(verify),
@@ -171,7 +171,7 @@ def _plan_point(
     return Point(
         name=PLAN,
         predicted_peak_bytes=plan.predicted_peak_bytes,
-        measured_peak_bytes=measured,
+        measured_peak_bytes=plan.measured_peak_bytes,
         recompute_flops=plan.recompute_flops,
         cost_ratio=1 + plan.recompute_cost / max(1, plan.unplanned_cost),
         plan=plan,

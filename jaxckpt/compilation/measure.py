@@ -19,6 +19,8 @@ import jax
 
 from jaxckpt import _compat
 from jaxckpt.compilation import cache, process
+from jaxckpt.compilation.compiled import Compiled, read
+from jaxckpt.compilation.compiled import num_asked as num_asked_of
 from jaxckpt.errors import CompilerError
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.targets import install
@@ -47,6 +49,11 @@ class Measurement:
         code_bytes: of the program itself; not counted.
         target: for which chip.
         compile_s: how long the compiler took, when it did: what took more than a second is kept on disk.
+        is_at_most: whether the compiler says no more than that the bytes are not above this.
+        num_rematerialized: instructions that XLA's own rematerialization made again; None where that is not known.
+        num_recomputed: products and convolutions that checkpoints make again in the compiled program; None where that
+            is not known.
+        num_asked: the same in the program that the compiler was given.
     """
 
     device_bytes: int
@@ -57,10 +64,15 @@ class Measurement:
     code_bytes: int
     target: str
     compile_s: float
+    is_at_most: bool = False
+    num_rematerialized: int | None = None
+    num_recomputed: int | None = None
+    num_asked: int | None = None
 
     def __str__(self) -> str:
         """One line a person reads."""
-        return f"{show_bytes(self.device_bytes)} measured for {self.target}"
+        at_most = "at most " if self.is_at_most else ""
+        return f"{at_most}{show_bytes(self.device_bytes)} measured for {self.target}"
 
 
 def compiled_bytes(
@@ -115,14 +127,15 @@ def lowered_for(
     if target is not None and process.SWITCH in os.environ:
         compiled = process.sizes_later(fun, placed, donate_argnums, target, options)
     else:
-        compiled = lambda: lowered.compile(compiler_options=options).memory_analysis()  # noqa: E731
+        compiled = lambda: read(lowered.compile(compiler_options=options))  # noqa: E731
     refusal = functools.partial(_refusal, fun, placed, donate_argnums, label)
     lowering_s = time.perf_counter() - started
 
     def asked() -> Measurement:
         started = time.perf_counter()
         found = _compiled(compiled, chip, label, refusal)
-        return replace(found, compile_s=lowering_s + time.perf_counter() - started)
+        num_asked = None if found.num_recomputed is None else num_asked_of(lowered.as_text(debug_info=True))
+        return replace(found, num_asked=num_asked, compile_s=lowering_s + time.perf_counter() - started)
 
     def finished() -> Measurement:
         found = _DOOR.get()(name, asked)
@@ -189,13 +202,13 @@ def _versions(chip: Target) -> tuple[Any, ...]:
 
 
 def _compiled(
-    compiled: Callable[[], Any], chip: Target, label: str, refusal: Callable[[int], Measurement]
+    compiled: Callable[[], Compiled], chip: Target, label: str, refusal: Callable[[int], Measurement]
 ) -> Measurement:
     """Compile and read the sizes; a refusal that says how much the program takes is a measurement too."""
     started = time.perf_counter()
     try:
         with watched(label):
-            stats = compiled()
+            found = compiled()
     except CompilerError:
         raise
     except Exception as error:  # every backend raises its own kind
@@ -208,16 +221,22 @@ def _compiled(
         return refusal(needed)
     if time.perf_counter() - started > _SLOW_S:
         _log_slow(label)
+    stats = found.stats
     assert stats is not None, "every backend that jaxckpt plans for reports its memory"
+    device_bytes = chip.compiler.device_bytes(stats)
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Measurement(
-        device_bytes=chip.compiler.device_bytes(stats),
+        device_bytes=device_bytes,
         argument_bytes=stats.argument_size_in_bytes,
         output_bytes=stats.output_size_in_bytes,
         alias_bytes=stats.alias_size_in_bytes,
-        temp_bytes=stats.temp_size_in_bytes,
+        temp_bytes=max(0, device_bytes - held),
         code_bytes=stats.generated_code_size_in_bytes,
         target=label,
         compile_s=0.0,
+        is_at_most=chip.compiler.says_at_most(stats),
+        num_rematerialized=found.num_rematerialized,
+        num_recomputed=found.num_recomputed,
     )
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxckpt import _compat
+from jaxckpt.compilation.compiled import Compiled, read
 from jaxckpt.compilation.files import write_text
 from jaxckpt.errors import CompilerError
 from jaxckpt.targets.chip import Target, find_chip, topology_of
@@ -27,12 +29,14 @@ from jaxckpt.targets.topology import devices_for
 # Set to anything, compiles for a named target run here.
 SWITCH = "JAXCKPT_ISOLATE"
 _COMMAND = (sys.executable, "-m", "jaxckpt.compilation.process")
-_SIZES = ("argument", "output", "alias", "temp", "generated_code")
+_SIZES = tuple(f"{name}_size_in_bytes" for name in ("argument", "output", "alias", "temp", "generated_code"))
+# Not every JAX has these.
+_MORE_SIZES = ("peak_memory_in_bytes", "total_allocation_bytes")
 
 
 def sizes_later(
     fun: Callable, specs: Sequence[Any], donate_argnums: int | Sequence[int], target: str, options: Any
-) -> Callable[[], SimpleNamespace]:
+) -> Callable[[], Compiled]:
     """Export a function; what is returned compiles it in another process, and may be called in any thread.
 
     Args:
@@ -43,8 +47,8 @@ def sizes_later(
         options: the compiler's.
 
     Returns:
-        A function to what `memory_analysis` says. It raises `CompilerError`, with how, where the process ended without
-        an answer, and `RuntimeError` with the compiler's own error.
+        A function to what is read of the compiled program. It raises `CompilerError`, with how, where the process ended
+        without an answer, and `RuntimeError` with the compiler's own error.
     """
     chip = find_chip(target)
     given = {donate_argnums} if isinstance(donate_argnums, int) else set(donate_argnums)
@@ -62,11 +66,12 @@ def sizes_later(
         "places": [_described(leaf.sharding) for leaf in leaves],
     }
 
-    def sizes() -> SimpleNamespace:
+    def sizes() -> Compiled:
         found = _answer(asked, target)
         if "error" in found:
             raise RuntimeError(found["error"])
-        return SimpleNamespace(**found)
+        stats = SimpleNamespace(**found.pop("stats"))
+        return Compiled(stats=stats, **found)
 
     return sizes
 
@@ -141,10 +146,11 @@ def main(question: str, answer: str) -> None:
     traced = jax.jit(exported.call, donate_argnums=asked["donated"]).trace(*specs)
     lowered = traced.lower(lowering_platforms=(asked["chip"].platform,))
     try:
-        stats = lowered.compile(compiler_options=asked["options"]).memory_analysis()
-        assert stats is not None
-        found: dict[str, Any] = {f"{name}_size_in_bytes": getattr(stats, f"{name}_size_in_bytes") for name in _SIZES}
-        found["peak_memory_in_bytes"] = getattr(stats, "peak_memory_in_bytes", 0)
+        compiled = read(lowered.compile(compiler_options=asked["options"]))
+        assert compiled.stats is not None
+        names = [*_SIZES, *(name for name in _MORE_SIZES if hasattr(compiled.stats, name))]
+        stats = {name: getattr(compiled.stats, name) for name in names}
+        found: dict[str, Any] = {f.name: getattr(compiled, f.name) for f in fields(compiled)} | {"stats": stats}
     except Exception as error:  # every backend raises its own kind
         found = {"error": str(error) or type(error).__name__}
     write_text(answer, json.dumps(found))

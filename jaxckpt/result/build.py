@@ -1,5 +1,6 @@
 """What a user gets, put together from what a search found."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from ckptsolvers import Keep
 
 from jaxckpt import _compat
+from jaxckpt.compilation.compiled import flags
 from jaxckpt.kinds.base import kind_of
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.describe import show_aval
@@ -21,7 +23,7 @@ from jaxckpt.targets.chip import device_label
 
 def build(found: Found) -> Plan:
     """Put a plan together from what a search found."""
-    analysis, candidate = found.analysis, found.candidate
+    analysis, candidate, measured = found.analysis, found.candidate, found.measurement
     program = analysis.program
     blocks = None if candidate is None else analysis.blocks_of(candidate)
     chosen = (
@@ -56,7 +58,12 @@ def build(found: Found) -> Plan:
         max_cost=found.max_cost,
         unplanned_peak_bytes=found.unplanned_peak_bytes,
         predicted_peak_bytes=found.predicted_peak_bytes,
-        measured_peak_bytes=found.measured_peak_bytes,
+        measured_peak_bytes=None if measured is None else measured.device_bytes,
+        is_at_most=measured is not None and measured.is_at_most,
+        num_rematerialized=None if measured is None else measured.num_rematerialized,
+        num_recomputed=None if measured is None else measured.num_recomputed,
+        num_asked=None if measured is None else measured.num_asked,
+        flags=() if measured is None else flags(os.environ),
         next_peak_bytes=found.next_peak_bytes,
         least_peak_bytes=found.least_peak_bytes,
         is_unplanned_measured=found.is_unplanned_measured,

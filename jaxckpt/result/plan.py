@@ -29,7 +29,7 @@ from jaxckpt.program.ir import Program
 from jaxckpt.program.trace import trace
 from jaxckpt.result.report import show_plan
 
-SCHEMA = 5
+SCHEMA = 6
 _FORMAT = "jaxckpt plan"
 
 
@@ -64,6 +64,12 @@ class Plan:
         unplanned_peak_bytes: device bytes without a plan.
         predicted_peak_bytes: device bytes under the plan, from the model.
         measured_peak_bytes: device bytes under the plan, from the compiler; None if it was not compiled.
+        is_at_most: whether the compiler says no more of `measured_peak_bytes` than that they are not more.
+        num_rematerialized: instructions that XLA's own rematerialization made again; None if it was not compiled.
+        num_recomputed: products and convolutions that checkpoints make again in the compiled program; None if it was
+            not compiled.
+        num_asked: the same in the program that the compiler was given.
+        flags: compiler flags of the environment under which it was compiled that change what is recomputed.
         next_peak_bytes: measured device bytes of the next cheaper plan, which does not fit; None if not measured.
         least_peak_bytes: device bytes of the plan that takes least.
         is_unplanned_measured: whether `unplanned_peak_bytes` was measured.
@@ -99,6 +105,11 @@ class Plan:
     unplanned_peak_bytes: int
     predicted_peak_bytes: int
     measured_peak_bytes: int | None
+    is_at_most: bool
+    num_rematerialized: int | None
+    num_recomputed: int | None
+    num_asked: int | None
+    flags: tuple[str, ...]
     next_peak_bytes: int | None
     least_peak_bytes: int
     is_unplanned_measured: bool
@@ -242,7 +253,7 @@ class Plan:
             values["schedule"] = None if data["schedule"] is None else Schedule.from_json(data["schedule"])
             values["blocks"] = blocks_from_json(data["blocks"])
             values["block_saves"] = tuple(map(save_from_json, data["block_saves"]))
-            for name in ("block_labels", "lines", "unknown"):
+            for name in ("block_labels", "lines", "unknown", "flags"):
                 values[name] = tuple(data[name])
             plan = cls(**values)
             _check_shape(plan)

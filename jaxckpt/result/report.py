@@ -147,7 +147,8 @@ def _sizes(plan: PlanLike) -> Table:
         table.add_row("max cost", f"{plan.max_cost:g} x unplanned", "given")
     table.add_row("unplanned peak", show_bytes(plan.unplanned_peak_bytes), _label(plan.is_unplanned_measured))
     if plan.measured_peak_bytes is not None:
-        table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), "measured")
+        said = "measured, at most" if plan.is_at_most else "measured"
+        table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), said)
     table.add_row(
         "planned peak", show_bytes(plan.predicted_peak_bytes), "profiled" if plan.is_profiled else "predicted"
     )
@@ -235,8 +236,25 @@ def _notes(plan: PlanLike) -> Iterator[str]:
         )
     if plan.unknown:
         yield f"Counted by their bytes, for want of a rule: {', '.join(plan.unknown)}."
+    yield from _of_the_compiler(plan)
     if plan.measured_peak_bytes is None and is_part:
         yield "Sizes are predicted, of the value and gradient alone; where fit(...) chose it, the step was measured."
     elif plan.measured_peak_bytes is None:
         margin = "" if plan.max_cost is not None else " and a margin is left"
         yield f"Nothing was compiled: sizes are predicted{margin}. verify=True measures."
+
+
+def _of_the_compiler(plan: PlanLike) -> Iterator[str]:
+    """What the compiler did by itself."""
+    if plan.num_recomputed is not None and plan.num_asked is not None and plan.num_recomputed < plan.num_asked:
+        yield (
+            f"The compiler undid a part of the recomputation: of {plan.num_asked} products to be made again its "
+            f"program makes {plan.num_recomputed}. The measured bytes are those of its program."
+        )
+    if plan.num_rematerialized:
+        yield (
+            f"XLA's own rematerialization made {plan.num_rematerialized} instructions again, so that the program fits "
+            "the chip; that takes time which is not in the cost, and that it compiles does not yet say that it fits."
+        )
+    if plan.flags:
+        yield f"Compiled under flags that change what is recomputed: {', '.join(plan.flags)}."

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from jaxckpt.compilation.measure import Measurement
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.search.analysis import Analysis
 
@@ -17,7 +18,7 @@ class Found:
         max_cost: the limit on cost, as a fraction of the unplanned cost; None without one.
         unplanned_peak_bytes: device bytes without a plan.
         predicted_peak_bytes: device bytes of the candidate, from the model.
-        measured_peak_bytes: the same from the compiler; None if it was not compiled.
+        measurement: of the program under it; None if it was not compiled.
         next_peak_bytes: measured device bytes of the next cheaper candidate; None if it was not compiled.
         least_peak_bytes: device bytes of the candidate that takes least.
         is_unplanned_measured: whether `unplanned_peak_bytes` was measured.
@@ -33,7 +34,7 @@ class Found:
     least_peak_bytes: int
     budget_bytes: int | None = None
     max_cost: float | None = None
-    measured_peak_bytes: int | None = None
+    measurement: Measurement | None = None
     next_peak_bytes: int | None = None
     is_unplanned_measured: bool = False
     is_least_measured: bool = False

@@ -227,16 +227,17 @@ class _Search:
         known = self.search.known
         # The candidate with the least predicted bytes may have been measured on the way.
         least = math.ceil(self.search.corrected(0)) if self.candidates else unplanned
-        measured = self.unplanned
+        candidate = None if chosen is None else self.candidates[chosen]
+        is_measured = self.unplanned is not None if candidate is None else chosen in known
         following = None if chosen is None else self.search.following(chosen)
         return Found(
             analysis=self.analysis,
-            candidate=None if chosen is None else self.candidates[chosen],
+            candidate=candidate,
             budget_bytes=budget,
             max_cost=self.request.max_cost,
             unplanned_peak_bytes=unplanned,
             predicted_peak_bytes=unplanned if chosen is None else self.modelled[chosen],
-            measured_peak_bytes=measured if chosen is None else known.get(chosen),
+            measurement=self.analysis.measure(candidate) if is_measured else None,
             next_peak_bytes=None if following is None else known.get(following),
             least_peak_bytes=min(unplanned, known.get(0, least), *known.values()),
             is_unplanned_measured=self.unplanned is not None,

@@ -159,6 +159,15 @@ class Compiler:
         results = stats.output_size_in_bytes - stats.alias_size_in_bytes
         return stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
 
+    def says_at_most(self, stats: Any) -> bool:
+        """Whether `device_bytes` may be more than the program takes; by default it is what the program takes.
+
+        Args:
+            stats: what `memory_analysis` says.
+        """
+        del stats
+        return False
+
     def refused_bytes(self, error: Exception) -> int | None:
         """Bytes that it said a program needs when it refused it; None where the error says something else."""
         text = str(error)

@@ -110,8 +110,19 @@ class TpuCompiler(Compiler):
         return lambda eqn: eqn.primitive is last.primitive and shapes(eqn) == shapes(last)
 
     def device_bytes(self, stats: Any) -> int:
-        """Device bytes: the peak of what is live and what the runtime reserves differ, and the larger has to fit."""
+        """Device bytes: the allocations, or where JAX does not tell them, the larger of two bounds.
+
+        Temporaries are not the heap here: gaps between buffers are counted twice in them, which is 0.6 % of GPT-2's and
+        up to 17 % of small programs' bytes. A program whose arguments, results and temporaries are 15.99 GiB and whose
+        allocations are 15.73 compiles for a chip of 15.75.
+        """
+        if total := getattr(stats, "total_allocation_bytes", 0):
+            return total
         return max(super().device_bytes(stats), getattr(stats, "peak_memory_in_bytes", 0))
+
+    def says_at_most(self, stats: Any) -> bool:
+        """Where JAX does not tell the allocations, the bytes are a bound."""
+        return not getattr(stats, "total_allocation_bytes", 0)
 
     def devices(self, target: Chip, topology: str | None) -> tuple[Any, ...]:
         """Described devices of a layout, or the first one of a layout that every version has."""
