@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests run in so many processes.
+JOBS ?= 2
 
 export JAX_PLATFORMS ?= cpu
 
@@ -28,10 +30,10 @@ plan: $(STAMP)
 	$(BIN)/jaxckpt plan examples.gpt2:loss --budget 4GB
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m 'not targets'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not targets'
 
 # The compilers go into an environment of their own: those who have them pay a second at every start of JAX.
 TARGETS_VENV ?= .venv-targets

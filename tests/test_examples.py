@@ -9,6 +9,7 @@ import jaxckpt
 from examples import gpt2, llama_fsdp, mlp_revolve
 
 
+@pytest.mark.slow
 def test_gpt2_trains_along_the_same_curve_with_a_plan():
     config = gpt2.SIZES["toy"]
     loss = gpt2.make_loss(config)

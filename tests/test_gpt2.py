@@ -69,7 +69,7 @@ def check(config, found):
 
 
 SHARES = [pytest.param(25, marks=pytest.mark.slow), 40, pytest.param(55, marks=pytest.mark.slow)]
-SHARES += [70, pytest.param(90, marks=pytest.mark.slow)]
+SHARES += [pytest.param(70, marks=pytest.mark.slow), pytest.param(90, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("share", SHARES)

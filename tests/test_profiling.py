@@ -88,6 +88,7 @@ def test_a_body_that_reads_its_saved_values_from_stacks_is_profiled_so():
     assert plain and all(peaks[0][size] != peaks[1].get(size) for size in plain)
 
 
+@pytest.mark.slow
 def test_a_block_that_reads_a_key_keeps_its_modelled_times():
     def dropped(ws, x, key):
         for w in ws:

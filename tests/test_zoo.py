@@ -20,11 +20,17 @@ def _as_users_write():
         yield
 
 
-# Compiling one of each framework and of each kind of loop is quick enough for every run.
-QUICK = {"llama", "vit", "unet", "lstm", "ode", "tanh-64"}
+# One of each framework and of each kind of loop is quick enough for every run.
+QUICK = {"vit", "lstm", "ode", "tanh-64"}
 
 
-@pytest.fixture(params=[n for n in ALL if ALL[n].size == "base"])
+def named(quick: set[str]) -> list:
+    """The models of base size; those that are not quick are slow tests."""
+    names = [n for n in ALL if ALL[n].size == "base"]
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(params=named(QUICK | {"llama", "moe", "unet", "resnet50"}))
 def name(request) -> str:
     pytest.importorskip("flax")
     if request.param == "ode":
@@ -36,9 +42,7 @@ def flops(fun, *specs):
     return gradient_cost(jax.value_and_grad(fun), *specs).flops
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALL if ALL[n].size == "base"]
-)
+@pytest.mark.parametrize("name", named(QUICK))
 def test_a_plan_gives_the_same_gradients(name):
     pytest.importorskip("equinox" if name == "ode" else "flax")
     case = ALL[name].case("tiny")
