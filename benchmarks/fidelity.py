@@ -69,8 +69,8 @@ def _budgets(loss: Any, args: Any, vocab: int, solver: str, cost: str, quick: bo
     try:
         jaxckpt.plan(loss, *args, budget="1%", solver=solver, cost=cost)
     except jaxckpt.InfeasibleBudgetError as error:
-        low, high = 1.05 * error.least_peak_bytes, 0.9 * error.unplanned_peak_bytes
-        return [error.least_peak_bytes, *(int(low + (high - low) * i / 4) for i in range(5))]
+        low, high = 1.05 * error.expected_least_bytes, 0.9 * error.unplanned_peak_bytes
+        return [error.expected_least_bytes, *(int(low + (high - low) * i / 4) for i in range(5))]
     raise AssertionError("a budget of 1 % was feasible")
 
 

@@ -205,7 +205,7 @@ def _planned(*args: Any, **options: Any) -> str:
     try:
         return _plan(jaxckpt.plan(*args, **options))
     except jaxckpt.InfeasibleBudgetError as error:
-        return f"least {error.least_peak_bytes} of {error.unplanned_peak_bytes}"
+        return f"least {error.expected_least_bytes} of {error.unplanned_peak_bytes}"
     except ValueError as error:
         return type(error).__name__
 
@@ -252,7 +252,7 @@ def _plan(plan: Any) -> str:
         plan.unplanned_peak_bytes,
         plan.predicted_peak_bytes,
         plan.measured_peak_bytes,
-        plan.least_peak_bytes,
+        plan.expected_least_bytes,
         plan.recompute_cost,
         plan.recompute_flops,
         plan.unplanned_cost,

@@ -65,7 +65,7 @@ def _row(target: str, share: int, size: str) -> dict[str, Any]:
     except jaxckpt.InfeasibleBudgetError as error:
         return row | {
             "budget_bytes": error.budget_bytes,
-            "least_bytes": error.least_peak_bytes,
+            "least_bytes": error.expected_least_bytes,
             "plan_s": time.perf_counter() - started,
             "ok": error.measured,
         }

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 plan = jaxckpt.plan(loss, *shapes, budget=budget, solver=solver, cost="flops")
             except jaxckpt.InfeasibleBudgetError as error:
-                _row(budget, _mib(error.budget_bytes), solver, "-", f"needs {_mib(error.least_peak_bytes)} MiB")
+                _row(budget, _mib(error.budget_bytes), solver, "-", f"needs {_mib(error.expected_least_bytes)} MiB")
                 continue
             what, formula = textbook(plan)
             scheduled = n if plan.schedule is None else matmuls_of_schedule(plan.schedule)

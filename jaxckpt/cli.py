@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--reserve", type=_number_or_text, default=0, help="bytes to leave for optimizer state")
     plan.add_argument("--no-verify", action="store_true", help="predict, do not compile")
+    plan.add_argument("--max-compiles", type=int, help="stop with the best plan that fits after so many compiles")
+    plan.add_argument(
+        "--least", action="store_true", help="where nothing fits take the plan with the least bytes, with a warning"
+    )
     _takes_checkpoints(plan)
     plan.add_argument("--profile", action="store_true", help="compile each distinct block on its own first")
     plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
@@ -179,6 +183,8 @@ def _plan(options: argparse.Namespace) -> int:
         has_aux=options.has_aux,
         keep_checkpoints=not options.inline_checkpoints,
         profile=options.profile,
+        max_compiles=options.max_compiles,
+        on_infeasible="least" if options.least else "raise",
     )
     if options.output:
         found.save(options.output)
@@ -332,8 +338,7 @@ def _print_plan(found: Any, as_json: bool) -> None:
 
 
 def _infeasible(error: Any) -> dict[str, Any]:
-    names = ("budget_bytes", "least_peak_bytes", "unplanned_peak_bytes", "measured", "forced_by")
-    return {"feasible": False, **{name: getattr(error, name) for name in names}}
+    return {"feasible": False, **{name: value for name, value in vars(error).items() if not name.startswith("_")}}
 
 
 def _argnums(options: argparse.Namespace) -> int | tuple[int, ...]:

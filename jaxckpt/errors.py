@@ -22,9 +22,12 @@ class InfeasibleBudgetError(JaxckptError):
 
     Attributes:
         budget_bytes: what was asked for, `reserve` taken off.
-        least_peak_bytes: the least peak found.
+        least_peak_bytes: the least peak, measured: a budget of as many bytes has a plan. None where it was not
+            measured.
+        expected_least_bytes: the same, predicted where it was not measured.
         unplanned_peak_bytes: the peak without a plan.
-        measured: whether the two peaks were measured, or predicted.
+        measured: whether the unplanned peak was measured, or predicted.
+        num_compiles: how many programs were compiled to find that out.
         forced_by: what stands at the least plan's peak, largest first: (what, bytes, source line).
     """
 
@@ -33,16 +36,20 @@ class InfeasibleBudgetError(JaxckptError):
         message: str,
         *,
         budget_bytes: int,
-        least_peak_bytes: int,
+        least_peak_bytes: int | None,
+        expected_least_bytes: int,
         unplanned_peak_bytes: int,
         measured: bool,
+        num_compiles: int,
         forced_by: tuple[tuple[str, int, str], ...],
     ):
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.least_peak_bytes = least_peak_bytes
+        self.expected_least_bytes = expected_least_bytes
         self.unplanned_peak_bytes = unplanned_peak_bytes
         self.measured = measured
+        self.num_compiles = num_compiles
         self.forced_by = forced_by
 
 

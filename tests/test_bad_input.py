@@ -66,9 +66,9 @@ def test_an_infeasible_budget_says_what_is_feasible_and_what_forces_it(verify):
         jaxckpt.plan(chain_loss, *ARGS, budget="100KB", verify=verify)
     error = caught.value
     assert error.budget_bytes == 100_000 and error.measured is verify
-    assert error.budget_bytes < error.least_peak_bytes < error.unplanned_peak_bytes
+    assert error.budget_bytes < error.expected_least_bytes < error.unplanned_peak_bytes
     label = "measured" if verify else "predicted"
-    for part in ("100,000", f"{error.least_peak_bytes:,}", f"{error.unplanned_peak_bytes:,}", label, "models.py:"):
+    for part in ("100,000", f"{error.expected_least_bytes:,}", f"{error.unplanned_peak_bytes:,}", label, "models.py:"):
         assert part in str(error)
     assert any("float32[256,32]" in what and "models.py:" in line for what, _, line in error.forced_by)
 
@@ -111,7 +111,7 @@ def test_a_refusal_says_what_the_reserve_left():
     with pytest.raises(InfeasibleBudgetError, match=r"of which reserve=.* leaves") as caught:
         jaxckpt.plan(chain_loss, *ARGS, budget=100_000, reserve=99_999, verify=False)
     assert caught.value.budget_bytes == 1
-    enough = -(-caught.value.least_peak_bytes * 11 // 10) + 99_999
+    enough = -(-caught.value.expected_least_bytes * 11 // 10) + 99_999
     assert jaxckpt.plan(chain_loss, *ARGS, budget=enough, reserve=99_999, verify=False).peak_bytes < enough
 
 

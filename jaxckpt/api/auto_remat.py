@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
 from jaxckpt._version import __version__
-from jaxckpt.api.plan import make_request, plan_program
+from jaxckpt.api.plan import make_request, plan_program, warn_infeasible
 from jaxckpt.api.processes import agreed
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.files import keep_text
@@ -57,6 +57,8 @@ def auto_remat(
     static_argnames: str | Sequence[str] = (),
     cache_dir: str | os.PathLike | None = None,
     keep_checkpoints: bool = True,
+    max_compiles: int | None = None,
+    on_infeasible: str = "raise",
 ) -> Callable:
     """Give back the same function, which recomputes as a plan within the budget says when it is differentiated.
 
@@ -79,6 +81,8 @@ def auto_remat(
         cache_dir: where plans are kept; None is the user's cache directory.
         keep_checkpoints: leave the function's own `jax.checkpoint` calls as they are; otherwise they are inlined, and
             the plan alone decides what is recomputed.
+        max_compiles: as in `plan`.
+        on_infeasible: as in `plan`.
 
     Returns:
         A function with the same arguments and results. As under `jax.jit`, the same call is traced once: what `fun`
@@ -102,6 +106,7 @@ def auto_remat(
         (64, 64)
     """
     options = {"budget": budget, "cost": cost, "solver": solver, "target": target, "reserve": reserve}
+    limits: dict[str, Any] = {"max_compiles": max_compiles, "on_infeasible": on_infeasible}
     if fun is None:
         return functools.partial(
             auto_remat,
@@ -111,8 +116,9 @@ def auto_remat(
             static_argnames=static_argnames,
             cache_dir=cache_dir,
             keep_checkpoints=keep_checkpoints,
+            **limits,
         )
-    request = None if budget is None else make_request(budget, None, cost, solver, target, reserve, verify)
+    request = None if budget is None else make_request(budget, None, cost, solver, target, reserve, verify, **limits)
     positions = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     label = getattr(fun, "__name__", type(fun).__name__)
@@ -313,6 +319,8 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
         )
         if found.measured_peak_bytes is not None or not request.verify:
             _write(path, found)  # a prediction for want of a compiler is made again once there is one
+    elif found.budget_bytes is not None and found.peak_bytes > found.budget_bytes:
+        warn_infeasible(found.budget_bytes, found.peak_bytes)
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxckpt.api.plan import check_limits, warn_infeasible
 from jaxckpt.result.build import build_step
 from jaxckpt.result.fitted import Fitted
 from jaxckpt.search.budget_search import FAR
@@ -18,6 +19,8 @@ def fit(
     cost: str = "time",
     target: str | None = None,
     donate_argnums: int | Sequence[int] = (),
+    max_compiles: int | None = None,
+    on_infeasible: str = "raise",
 ) -> Fitted:
     """Choose the plans of the decorated functions inside a step so that the whole step fits the budget.
 
@@ -30,6 +33,8 @@ def fit(
         cost: what is minimised: "time" or "flops".
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
+        max_compiles: as in `plan`.
+        on_infeasible: as in `plan`.
 
     Returns:
         The jitted step with its plans and what it measured. A step that fits gets plans only where they make it 5 %
@@ -58,12 +63,16 @@ def fit(
         1
     """
     wanted = parse_budget(budget)
+    check_limits(max_compiles, on_infeasible)
     whole = Step(step, args, cost, target, donate_argnums)
     if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes):
         budget_bytes = wanted.resolve(whole.measure(whole.without).device_bytes)
     else:
         budget_bytes = wanted.size_bytes
-    return build_step(search_step(whole, budget_bytes))
+    found = search_step(whole, budget_bytes, max_compiles=max_compiles, on_infeasible=on_infeasible)
+    if found.measurement.device_bytes > budget_bytes:
+        warn_infeasible(budget_bytes, found.measurement.device_bytes)
+    return build_step(found)
 
 
 def _may_wait(step: Step, budget_bytes: int) -> bool:

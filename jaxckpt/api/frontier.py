@@ -162,7 +162,7 @@ def _plan_point(
             unplanned_peak_bytes=unplanned.peak_bytes,
             predicted_peak_bytes=expected(candidate.judgement.peak_bytes),
             measurement=measurement,
-            least_peak_bytes=expected(analysis.candidates[0].judgement.peak_bytes),
+            expected_least_bytes=expected(analysis.candidates[0].judgement.peak_bytes),
             is_unplanned_measured=verify,
             num_compiles=int(verify),
             calibration=calibration,

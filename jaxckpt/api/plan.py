@@ -1,11 +1,14 @@
 """From a function and a budget to a plan."""
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jaxckpt.api.measure import measure
+from jaxckpt.compilation.measure import Measurement
 from jaxckpt.compilation.objective import Objective, objective
 from jaxckpt.errors import BudgetError, CompilerError, JaxckptWarning, OptionError
 from jaxckpt.model.time import check_cost
@@ -18,7 +21,7 @@ from jaxckpt.search.candidates import check_solver
 from jaxckpt.search.planner import search
 from jaxckpt.search.request import Request
 from jaxckpt.targets.sharding import trace_placed
-from jaxckpt.units import parse_budget, parse_bytes
+from jaxckpt.units import parse_budget, parse_bytes, show_bytes
 
 
 def plan(
@@ -36,6 +39,8 @@ def plan(
     calibration: Calibration | str | None = "auto",
     keep_checkpoints: bool = True,
     profile: bool = False,
+    max_compiles: int | None = None,
+    on_infeasible: str = "raise",
 ) -> Plan:
     """Find the cheapest recomputation plan of a function's value and gradient within a budget.
 
@@ -59,6 +64,8 @@ def plan(
             the plan alone decides what is recomputed.
         profile: compile each distinct block and option for the target on its own first, and time it where the target is
             the device that is here, instead of modelling it. That takes a small compile for each.
+        max_compiles: after so many compiles the best plan that was measured to fit is used; None is no such limit.
+        on_infeasible: "raise", or "least" to take the plan with the least bytes, with a warning, where none fits.
 
     Returns:
         The plan. Its `str` is the report. Where everything fits its schedule is None, unless a plan makes loops stack
@@ -87,9 +94,38 @@ def plan(
         >>> plan(loss, w, x, budget="80%").measured_peak_bytes is not None
         True
     """
-    request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration, profile)
+    request = make_request(
+        budget,
+        max_cost,
+        cost,
+        solver,
+        target,
+        reserve,
+        verify,
+        calibration,
+        profile,
+        max_compiles=max_compiles,
+        on_infeasible=on_infeasible,
+    )
     traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-    return plan_program(traced.program, objective(traced, argnums, has_aux), request)
+    made = plan_program(traced.program, objective(traced, argnums, has_aux), request)
+    is_share = request.budget is not None and request.budget.size_bytes is None
+    if keep_checkpoints or not is_share or made.measured_peak_bytes is None:
+        return made
+    return _beside_as_written(made, lambda: measure(fun, *args, target=target, argnums=argnums, has_aux=has_aux))
+
+
+def _beside_as_written(made: Plan, measured: Callable[[], Measurement]) -> Plan:
+    """Say what the function takes as it is written: a share was given of the bytes without its own checkpoints."""
+    written = measured().device_bytes
+    if made.peak_bytes > written:
+        warnings.warn(
+            f"the budget is a share of what the function takes without its own checkpoints, {made.unplanned_peak_bytes:,} "
+            f"bytes; as it is written it takes {show_bytes(written)}, less than the plan's {show_bytes(made.peak_bytes)}",
+            JaxckptWarning,
+            stacklevel=3,
+        )
+    return replace(made, written_peak_bytes=written)
 
 
 def make_request(
@@ -102,15 +138,19 @@ def make_request(
     verify: bool,
     calibration: Any = "auto",
     profile: bool = False,
+    *,
+    max_compiles: int | None = None,
+    on_infeasible: str = "raise",
 ) -> Request:
     """Check the arguments that do not depend on the program.
 
     Raises:
         BudgetError: with what is accepted.
-        OptionError: a cost, a solver or a calibration that is none.
+        OptionError: a cost, a solver or a calibration that is none, or another option that makes no sense.
     """
     check_cost(cost)
     check_solver(solver)
+    check_limits(max_compiles, on_infeasible)
     if not (calibration is None or calibration == "auto" or isinstance(calibration, Calibration)):
         raise OptionError(
             f'calibration={calibration!r} is not accepted; write "auto", None, or a record: Calibration.load(path)'
@@ -134,7 +174,25 @@ def make_request(
         verify=verify,
         calibration=calibration,
         profile=profile,
+        max_compiles=max_compiles,
+        on_infeasible=on_infeasible,
     )
+
+
+def check_limits(max_compiles: Any, on_infeasible: Any) -> None:
+    """Refuse limits of a search that make no sense.
+
+    Raises:
+        OptionError: with what is accepted.
+    """
+    is_number = isinstance(max_compiles, numbers.Integral) and not isinstance(max_compiles, bool)
+    if max_compiles is not None and not (is_number and int(max_compiles) >= 1):
+        raise OptionError(
+            f"max_compiles={max_compiles!r} is not a number of compiles; write 1 or more, None for no limit, or "
+            "verify=False to compile nothing"
+        )
+    if on_infeasible not in ("raise", "least"):
+        raise OptionError(f'on_infeasible={on_infeasible!r} is not accepted; write "raise" or "least"')
 
 
 def plan_program(program: Program, goal: Objective, request: Request, cache_dir: str | None = None) -> Plan:
@@ -153,5 +211,17 @@ def plan_program(program: Program, goal: Objective, request: Request, cache_dir:
 
 def _planned(program: Program, goal: Objective, request: Request, cache_dir: str | None) -> Plan:
     analysis = find_analysis(program, goal, request.cost, request.solver, request.target, request.profile)
-    found = search(analysis, request, cache_dir)
-    return build(found)
+    made = build(search(analysis, request, cache_dir))
+    if made.budget_bytes is not None and made.peak_bytes > made.budget_bytes:
+        warn_infeasible(made.budget_bytes, made.peak_bytes)
+    return made
+
+
+def warn_infeasible(budget_bytes: int, peak_bytes: int) -> None:
+    """Say that the least plan is used although it is over the budget."""
+    warnings.warn(
+        f'nothing fits budget={show_bytes(budget_bytes)}: as on_infeasible="least" asks for, the plan with the least '
+        f"bytes is used, which takes {show_bytes(peak_bytes)}",
+        JaxckptWarning,
+        stacklevel=3,
+    )

@@ -4,6 +4,7 @@ Processes that compile different programs wait for each other in the first colle
 through the coordinator's key-value store, which takes no collective and may be used while a function is traced.
 """
 
+import inspect
 import json
 import zlib
 from collections import Counter
@@ -20,7 +21,7 @@ from jaxckpt.result.plan import Plan
 # Planning takes a dozen compiles of the whole program.
 _WAIT_S = 3600
 
-_ERROR_FIELDS = ("budget_bytes", "least_peak_bytes", "unplanned_peak_bytes", "measured", "forced_by")
+_ERROR_FIELDS = tuple(inspect.signature(InfeasibleBudgetError).parameters)[1:]
 _SEEN: Counter = Counter()
 
 

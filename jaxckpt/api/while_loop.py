@@ -134,14 +134,17 @@ def _within(program: Program, loop: Equation, max_steps: int, budget: Budget) ->
     chosen = search.cheapest(budget_bytes)
     if chosen is not None:
         return functions[chosen]
-    least = min(search.known.values())
+    least = search.least_bytes
+    assert least is not None, "a search that found nothing that fits has looked for the least"
     raise InfeasibleBudgetError(
         f"no number of held states of the while loop fits budget={show_bytes(budget_bytes)}. The least that was "
         f"measured is {show_bytes(least)}; with every state held it is {show_bytes(unplanned.device_bytes)}, of which "
         f"{show_bytes(fixed)} are arguments, results and gradients",
         budget_bytes=budget_bytes,
         least_peak_bytes=least,
+        expected_least_bytes=least,
         unplanned_peak_bytes=unplanned.device_bytes,
         measured=True,
+        num_compiles=len(search.known) + 1,
         forced_by=(("arguments, results and gradients of the while loop", fixed, ""),),
     )

@@ -134,7 +134,7 @@ def _without_checkpoints(eqn: Any) -> dict[str, Any]:
 
 
 def _inlined(value: Any) -> Any:
-    if not hasattr(value, "eqns") or not _has_checkpoints(_opened(value)):
+    if not hasattr(value, "eqns") or not has_checkpoints(_opened(value).eqns):
         return value
     program = flatten(_opened(value), keep_checkpoints=False)
     # Closed-over arrays come first among the inputs, and are none of the new jaxpr's.
@@ -142,8 +142,9 @@ def _inlined(value: Any) -> Any:
     return jax.make_jaxpr(fun)(*(spec_of(program.avals[v]) for v in program.inputs[len(value.consts) :]))
 
 
-def _has_checkpoints(jaxpr: Any) -> bool:
+def has_checkpoints(equations: Iterable[Any]) -> bool:
+    """Whether there is a `jax.checkpoint` among equations, inside others too."""
     return any(
-        eqn.primitive is prims.remat_p or any(map(_has_checkpoints, jex.jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
+        eqn.primitive is prims.remat_p or any(has_checkpoints(j.eqns) for j in jex.jaxprs_in_params(eqn.params))
+        for eqn in equations
     )

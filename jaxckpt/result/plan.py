@@ -62,6 +62,8 @@ class Plan:
         budget_bytes: what was asked for, `reserve` taken off; None where `max_cost` was given.
         max_cost: the limit on cost, as a fraction of the unplanned cost; None where a budget was given.
         unplanned_peak_bytes: device bytes without a plan.
+        written_peak_bytes: device bytes with the function's own checkpoints, where the plan replaces them and the
+            budget is a share; None elsewhere.
         predicted_peak_bytes: device bytes under the plan, from the model.
         measured_peak_bytes: device bytes under the plan, from the compiler; None if it was not compiled.
         is_at_most: whether the compiler says no more of `measured_peak_bytes` than that they are not more.
@@ -71,9 +73,11 @@ class Plan:
         num_asked: the same in the program that the compiler was given.
         flags: compiler flags of the environment under which it was compiled that change what is recomputed.
         next_peak_bytes: measured device bytes of the next cheaper plan, which does not fit; None if not measured.
-        least_peak_bytes: device bytes of the plan that takes least.
+        least_peak_bytes: device bytes of the plan that takes least, which are a budget that has a plan; None where they
+            were not measured.
+        expected_least_bytes: the same, predicted where they were not measured.
         is_unplanned_measured: whether `unplanned_peak_bytes` was measured.
-        is_least_measured: whether `least_peak_bytes` was measured.
+        is_stopped: whether `max_compiles` ended the search before there was nothing left that is worth a compile.
         forward_flops: of one forward pass.
         recompute_flops: beyond the unplanned value and gradient.
         recompute_cost: the same in the unit of `cost`: FLOPs, or modelled picoseconds, which are less than 0 where
@@ -111,9 +115,10 @@ class Plan:
     num_asked: int | None
     flags: tuple[str, ...]
     next_peak_bytes: int | None
-    least_peak_bytes: int
+    least_peak_bytes: int | None
+    expected_least_bytes: int
     is_unplanned_measured: bool
-    is_least_measured: bool
+    is_stopped: bool
     forward_flops: int
     recompute_flops: int
     recompute_cost: int
@@ -136,6 +141,7 @@ class Plan:
     unknown: tuple[str, ...]
     is_profiled: bool
     schedule_digest: str
+    written_peak_bytes: int | None = None
 
     @property
     def peak_bytes(self) -> int:

@@ -146,6 +146,8 @@ def _sizes(plan: PlanLike) -> Table:
     elif plan.max_cost is not None:
         table.add_row("max cost", f"{plan.max_cost:g} x unplanned", "given")
     table.add_row("unplanned peak", show_bytes(plan.unplanned_peak_bytes), _label(plan.is_unplanned_measured))
+    if plan.written_peak_bytes is not None:
+        table.add_row("as it is written", show_bytes(plan.written_peak_bytes), "measured, with its own checkpoints")
     if plan.measured_peak_bytes is not None:
         said = "measured, at most" if plan.is_at_most else "measured"
         table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), said)
@@ -155,7 +157,10 @@ def _sizes(plan: PlanLike) -> Table:
     if plan.next_peak_bytes is not None:
         said = "measured, does not fit" if plan.max_cost is None else "measured"
         table.add_row("next cheaper plan", show_bytes(plan.next_peak_bytes), said)
-    table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), _label(plan.is_least_measured))
+    if plan.least_peak_bytes is not None:
+        table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), "measured")
+    else:
+        table.add_row("least feasible peak", f"about {short_bytes(plan.expected_least_bytes)}", "predicted")
     table.add_row("forward", f"{short_count(plan.forward_flops)}FLOP", "counted")
     share = plan.recompute_flops / max(1, plan.forward_flops)
     table.add_row("recomputation", f"{short_count(plan.recompute_flops)}FLOP, {share:.2%} of the forward", "counted")
@@ -236,6 +241,8 @@ def _notes(plan: PlanLike) -> Iterator[str]:
         )
     if plan.unknown:
         yield f"Counted by their bytes, for want of a rule: {', '.join(plan.unknown)}."
+    if plan.is_stopped:
+        yield "The search stopped at max_compiles; with more of them there may be a cheaper plan."
     yield from _of_the_compiler(plan)
     if plan.measured_peak_bytes is None and is_part:
         yield "Sizes are predicted, of the value and gradient alone; where fit(...) chose it, the step was measured."

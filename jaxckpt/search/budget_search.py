@@ -19,8 +19,9 @@ FAR = 2.0
 # Medians of interleaved runs on two CPU cores, modelled and measured: scanned GPT-2 -9.5 and -12 %, scanned Llama -8.1
 # and -13 %, the neural ODE -16 and -21 %.
 FASTER = 0.05
-# How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible.
-NUM_LEAST = 4
+# How many of the candidates with the least predicted bytes are compiled before a budget is called infeasible, how many
+# more at most, and how likely one of those must be to take less.
+NUM_LEAST, _MORE_LEAST, _LESS_CHANCE = 4, 4, 0.25
 # A candidate that fits with less than this probability is not tried.
 _LEAST_CHANCE = 0.05
 
@@ -36,6 +37,12 @@ class BudgetSearch:
         kinds: `[num_candidates]`; candidates of one kind are off by like bytes. Within a kind costs descend.
         num_before: compiles that were made already, such as that of the program without a plan.
         prepare: is told of several candidates that `measure` is about to be asked for, to compile them side by side.
+        max_compiles: after so many, those before included, the search stops with what it has.
+
+    Attributes:
+        known: measured device bytes by candidate.
+        is_stopped: whether `max_compiles` ended a search that would have gone on.
+        least_bytes: the least device bytes, once `least` has found them.
     """
 
     def __init__(
@@ -48,11 +55,14 @@ class BudgetSearch:
         kinds: Sequence[int] | None = None,
         num_before: int = 0,
         prepare: Callable[[Sequence[int]], None] = lambda numbers: None,
+        max_compiles: int | None = None,
     ):
         self.surrogate, self.predicted_bytes, self.costs = surrogate, predicted_bytes, costs
         self.kinds = kinds or [0] * len(predicted_bytes)
         self.num_before = num_before
-        self.known: dict[int, int] = {}  # candidate -> measured device bytes
+        self.known: dict[int, int] = {}
+        self.max_compiles, self.is_stopped = max_compiles, False
+        self.least_bytes: int | None = None
         self._measure, self._prepare = measure, prepare
 
     def cheapest(self, budget_bytes: int) -> int | None:
@@ -65,19 +75,61 @@ class BudgetSearch:
         """
         while len(self.known) < _MAX_COMPILES:
             i = self._guess(budget_bytes)
-            if i is None:
+            if i is None and self._best(budget_bytes) is None and self.least_bytes is None and not self.is_stopped:
+                # Where that is infeasible it is known now; where not, there may be something cheaper.
+                self.least()
+            elif i is None or not self._may_compile():
                 break
-            self.measured(i)
-        best = self._best(budget_bytes)
-        if best is None:
-            best = self.least()
-        return best if self.known[best] <= budget_bytes else None
+            else:
+                self.measured(i)
+        if self._best(budget_bytes) is None and self.least_bytes is None:
+            self.least()
+        return self._best(budget_bytes)
 
-    def least(self) -> int:
-        """Of the candidates with the least predicted bytes, the one measured least; the same ones every time."""
-        least = range(min(NUM_LEAST, len(self.predicted_bytes)))
-        self._prepare([i for i in least if i not in self.known])
-        return min(least, key=lambda i: (self.measured(i), i))
+    def least(self) -> int | None:
+        """Of the candidates with the least predicted bytes, the one measured least; the same ones every time.
+
+        More are compiled as long as one is not unlikely to take less. That depends on what is measured here and on
+        nothing else, so that the least has the same bytes whatever was asked for before. None where nothing is known
+        because `max_compiles` forbids it.
+        """
+        own = self.surrogate.fresh()
+        first = range(min(NUM_LEAST, len(self.predicted_bytes)))
+        self._prepare([i for i in first if i not in self.known][: self._num_left()])
+        numbers: list[int] = []
+        following: int | None = 0
+        while following is not None:
+            if following not in self.known and not self._may_compile():
+                return min(self.known, key=lambda i: (self.known[i], i), default=None)
+            own.observe(self.predicted_bytes[following], self.kinds[following], self.measured(following))
+            numbers.append(following)
+            following = len(numbers) if len(numbers) < len(first) else self._may_be_less(numbers, own)
+        found = min(numbers, key=lambda i: (self.known[i], i))
+        self.least_bytes = self.known[found]
+        return found
+
+    def _may_be_less(self, numbers: Sequence[int], own: Surrogate) -> int | None:
+        """The candidate that is most likely to take less than these; None where none is likely enough."""
+        if len(numbers) >= NUM_LEAST + _MORE_LEAST:
+            return None
+        least = min(self.known[i] for i in numbers)
+        chances = {
+            i: own.chance(size, self.kinds[i], least - 1)
+            for i, size in enumerate(self.predicted_bytes)
+            if i not in numbers
+        }
+        found = max(chances, key=lambda i: chances[i], default=None)
+        return None if found is None or chances[found] < _LESS_CHANCE else found
+
+    def _num_left(self) -> int:
+        """How many may still be compiled."""
+        if self.max_compiles is None:
+            return len(self.predicted_bytes)
+        return max(0, self.max_compiles - self.num_before - len(self.known))
+
+    def _may_compile(self) -> bool:
+        self.is_stopped = self.is_stopped or not self._num_left()
+        return not self.is_stopped
 
     def measured(self, i: int) -> int:
         """Device bytes of a candidate; each is compiled once."""
@@ -120,8 +172,9 @@ class BudgetSearch:
         likely = {i: chance for i, chance in chances.items() if chance >= _LEAST_CHANCE}
         if best is None:
             found = self._expected_to_fit(likely)
-            found = max(likely, key=lambda i: likely[i], default=0) if found is None else found
-            return found if found in chances else None
+            if found is None and not self.known:
+                found = max(likely, key=lambda i: likely[i], default=None)
+            return found
         improvement = {i: chance * (self.costs[best] - self.costs[i]) for i, chance in likely.items()}
         found = max(improvement, key=lambda i: improvement[i], default=None)
         if found is not None and improvement[found] >= _WORTH[min(len(self.known) + self.num_before, len(_WORTH) - 1)]:

@@ -20,9 +20,10 @@ class Found:
         predicted_peak_bytes: device bytes of the candidate, from the model.
         measurement: of the program under it; None if it was not compiled.
         next_peak_bytes: measured device bytes of the next cheaper candidate; None if it was not compiled.
-        least_peak_bytes: device bytes of the candidate that takes least.
+        expected_least_bytes: device bytes of the candidate that takes least, predicted where not measured.
+        least_peak_bytes: the same, None where it was not measured.
         is_unplanned_measured: whether `unplanned_peak_bytes` was measured.
-        is_least_measured: whether `least_peak_bytes` was measured.
+        is_stopped: whether `max_compiles` ended the search.
         num_compiles: how many programs were compiled.
         calibration: hash of the calibration record; None without one.
     """
@@ -31,12 +32,13 @@ class Found:
     candidate: Candidate | None
     unplanned_peak_bytes: int
     predicted_peak_bytes: int
-    least_peak_bytes: int
+    expected_least_bytes: int
     budget_bytes: int | None = None
     max_cost: float | None = None
     measurement: Measurement | None = None
     next_peak_bytes: int | None = None
     is_unplanned_measured: bool = False
-    is_least_measured: bool = False
+    least_peak_bytes: int | None = None
+    is_stopped: bool = False
     num_compiles: int = 0
     calibration: str | None = None

@@ -2,18 +2,16 @@
 
 import functools
 import math
-from typing import NoReturn
 
-from jaxckpt.errors import BudgetError, InfeasibleBudgetError
-from jaxckpt.model.schedules import Candidate
+from jaxckpt.errors import BudgetError
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.budget_search import FAR, FASTER, BudgetSearch
 from jaxckpt.search.calibration import Calibration, add_samples, remembered
 from jaxckpt.search.found import Found
-from jaxckpt.search.refusal import forced_by
+from jaxckpt.search.refusal import Refusal, refuse
 from jaxckpt.search.request import Request
 from jaxckpt.search.surrogate import Surrogate
-from jaxckpt.units import Budget, show_bytes
+from jaxckpt.units import Budget
 
 # Room left below the budget when nothing is compiled.
 _UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
@@ -61,6 +59,7 @@ class _Search:
             self._measure,
             kinds=[analysis.kind(c) for c in self.candidates],
             prepare=lambda numbers: analysis.measure_all(self.candidates[i] for i in numbers),
+            max_compiles=request.max_compiles,
         )
         self.modelled = [math.ceil(self.search.corrected(i)) for i in range(len(self.candidates))]
 
@@ -73,6 +72,8 @@ class _Search:
         return found
 
     def _within_budget(self, wanted: Budget) -> Found:
+        if wanted.size_bytes is not None and self._is_hopeless(wanted.size_bytes - self.request.reserve_bytes):
+            return self._least(wanted.size_bytes - self.request.reserve_bytes, self._expected_unplanned())
         certain = self.request.verify and not self._may_wait(wanted)
         unplanned = self._unplanned_bytes() if certain else self._expected_unplanned()
         budget = wanted.resolve(unplanned) - self.request.reserve_bytes
@@ -83,8 +84,8 @@ class _Search:
         needed = (unplanned - self.analysis.fixed_bytes) * (self._margin if is_guess else 1)
         if self.analysis.fixed_bytes + needed <= budget:
             return self._found(self._faster(budget), budget, unplanned)
-        if not self.candidates:
-            self._refuse(budget, unplanned, unplanned, None)
+        if not self.candidates or self._is_hopeless(budget):
+            return self._least(budget, unplanned)
         return self._verified(budget) if self.request.verify else self._predicted(budget, unplanned)
 
     def _record(self) -> Calibration | None:
@@ -134,16 +135,24 @@ class _Search:
             self.unplanned = self.analysis.measure(None).device_bytes
         return self.unplanned
 
+    def _is_hopeless(self, budget: int) -> bool:
+        """Whether arguments, results and gradients alone are more, which no compile need say.
+
+        What each of several devices holds of them is known after a compile only.
+        """
+        return not self.analysis.program.shardings and budget < self.analysis.fixed_bytes
+
     def _verified(self, budget: int) -> Found:
         self.search.num_before = int(self.unplanned is not None)
         chosen = self.search.cheapest(budget)
         # The model may have been too high by so much that no plan is needed.
+        may_compile = not self.search.is_stopped
         is_in_doubt = self.unplanned is None and (chosen is None or self._expected_unplanned() <= _NEAR * budget)
+        is_in_doubt = is_in_doubt and may_compile
         if is_in_doubt and self._unplanned_bytes() <= budget:
             return self._found(self._faster(budget), budget, self._unplanned_bytes())
         if chosen is None:
-            least = self.search.least()
-            self._refuse(budget, self._unplanned_bytes(), self.search.known[least], self.candidates[least])
+            return self._least(budget, self._unplanned_bytes())
         return self._found(chosen, budget, self.unplanned or self._expected_unplanned())
 
     def _measure(self, i: int) -> int:
@@ -159,11 +168,7 @@ class _Search:
 
     def _predicted(self, budget: int, unplanned: int) -> Found:
         chosen = self._expected_best(budget)
-        if chosen is None:
-            at = min(range(len(self.candidates)), key=self.search.corrected)
-            least = self.analysis.fixed_bytes + math.ceil(self._needed(at))
-            self._refuse(budget, unplanned, least, self.candidates[at])
-        return self._found(chosen, budget, unplanned)
+        return self._least(budget, unplanned) if chosen is None else self._found(chosen, budget, unplanned)
 
     def _expected_best(self, budget: int) -> int | None:
         """The cheapest candidate that is expected to fit, a margin left."""
@@ -205,28 +210,65 @@ class _Search:
             best = min(best, lower[-1], key=self.search.measured)
         return self._found(None if self.search.measured(best) >= unplanned else best, None, unplanned)
 
-    def _refuse(self, budget: int, unplanned: int, least: int, candidate: Candidate | None) -> NoReturn:
+    def _least(self, budget: int, unplanned: int) -> Found:
+        """Refuse a budget, or take the least plan that there is, if that is asked for."""
         self._remember()
-        reserve = self.request.reserve_bytes
-        left = f", of which reserve={show_bytes(reserve)} leaves {show_bytes(budget)}" if reserve else ""
-        forced = forced_by(self.analysis, candidate) if candidate else ()
-        label = "measured" if self.request.verify else "predicted"
-        least = min(least, unplanned)
-        at = "".join(f"\n  {what}: {show_bytes(size)}{' at ' + line if line else ''}" for what, size, line in forced)
-        raise InfeasibleBudgetError(
-            f"no plan fits budget={show_bytes(budget + reserve)}{left}. The least feasible peak is {show_bytes(least)} "
-            f"({label}); without a plan it is {show_bytes(unplanned)} ({label}). What stands at the least peak:{at}",
+        if self.request.on_infeasible == "raise":
+            refuse(self._refusal(budget, unplanned))
+        if not self.candidates:
+            return self._found(None, budget, unplanned)
+        if self.request.verify:
+            chosen = self.search.least()
+            unplanned = self._unplanned_bytes() if self.search.least_bytes is not None else unplanned
+        else:
+            chosen = self._expected_least()
+        is_less = chosen is not None and self._bytes_of(chosen) < unplanned
+        return self._found(chosen if is_less else None, budget, unplanned)
+
+    def _bytes_of(self, i: int) -> int:
+        """Device bytes of a candidate: measured, else expected."""
+        return self.search.known.get(i, math.ceil(self.search.corrected(i)))
+
+    def _expected_least(self) -> int:
+        return min(range(len(self.candidates)), key=self.search.corrected)
+
+    def _refusal(self, budget: int, unplanned: int) -> Refusal:
+        """What to say of a budget that nothing is known to fit into."""
+        search, least, candidate, expected = self.search, None, None, unplanned
+        if self.candidates:
+            at = min(search.known, key=lambda i: search.known[i], default=self._expected_least())
+            candidate = self.candidates[at]
+            # Below this an unverified plan is refused too.
+            guess = self.analysis.fixed_bytes + math.ceil(self._needed(self._expected_least()))
+            expected = min(unplanned, search.known.get(at, guess))
+            if search.least_bytes is not None:
+                least = expected = min(unplanned, search.least_bytes)
+        elif self.unplanned is not None:
+            least = self.unplanned
+        return Refusal(
+            analysis=self.analysis,
+            candidate=candidate,
             budget_bytes=budget,
+            reserve_bytes=self.request.reserve_bytes,
             least_peak_bytes=least,
+            expected_least_bytes=expected,
             unplanned_peak_bytes=unplanned,
-            measured=self.request.verify,
-            forced_by=forced,
+            is_measured=self.unplanned is not None,
+            is_hopeless=self._is_hopeless(budget),
+            max_compiles=self.request.max_compiles if search.is_stopped else None,
+            num_compiles=self._num_compiles,
         )
+
+    @property
+    def _num_compiles(self) -> int:
+        return len(self.search.known) + (self.unplanned is not None)
 
     def _found(self, chosen: int | None, budget: int | None, unplanned: int) -> Found:
         known = self.search.known
-        # The candidate with the least predicted bytes may have been measured on the way.
-        least = math.ceil(self.search.corrected(0)) if self.candidates else unplanned
+        expected = min((self._bytes_of(i) for i in range(len(self.candidates))), default=unplanned)
+        least = self.search.least_bytes
+        if least is not None or (not self.candidates and self.unplanned is not None):
+            least = expected = min(unplanned, *filter(None, [least]))
         candidate = None if chosen is None else self.candidates[chosen]
         is_measured = self.unplanned is not None if candidate is None else chosen in known
         following = None if chosen is None else self.search.following(chosen)
@@ -239,9 +281,10 @@ class _Search:
             predicted_peak_bytes=unplanned if chosen is None else self.modelled[chosen],
             measurement=self.analysis.measure(candidate) if is_measured else None,
             next_peak_bytes=None if following is None else known.get(following),
-            least_peak_bytes=min(unplanned, known.get(0, least), *known.values()),
+            least_peak_bytes=least,
+            expected_least_bytes=min(unplanned, expected),
             is_unplanned_measured=self.unplanned is not None,
-            is_least_measured=0 in known,
-            num_compiles=len(known) + (self.unplanned is not None),
+            is_stopped=self.search.is_stopped,
+            num_compiles=self._num_compiles,
             calibration=self.record.hash if self.record else None,
         )

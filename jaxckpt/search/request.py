@@ -9,7 +9,7 @@ from jaxckpt.units import Budget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a plan is asked to do."""
+    """What a plan is asked to do; see `plan` for each."""
 
     budget: Budget | None
     max_cost: float | None
@@ -20,3 +20,5 @@ class Request:
     verify: bool = True
     calibration: Calibration | str | None = "auto"
     profile: bool = False
+    max_compiles: int | None = None
+    on_infeasible: str = "raise"

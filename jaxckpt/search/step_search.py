@@ -39,6 +39,7 @@ class FoundStep:
         measurement: of the step with the chosen options.
         unplanned: the same without plans; None if it was not compiled.
         num_compiles: how many steps were compiled.
+        is_stopped: whether `max_compiles` ended the search.
         calibration: hash of the calibration record; None without one.
     """
 
@@ -49,23 +50,36 @@ class FoundStep:
     unplanned: Measurement | None
     num_compiles: int
     calibration: str | None
+    is_stopped: bool = False
 
 
-def search_step(step: Step, budget_bytes: int) -> FoundStep:
+def search_step(
+    step: Step, budget_bytes: int, *, max_compiles: int | None = None, on_infeasible: str = "raise"
+) -> FoundStep:
     """Choose the cheapest plans that are measured to fit; whether they are needed is known if it was compiled without.
+
+    Args:
+        step: what to search.
+        budget_bytes: of the compiled step.
+        max_compiles: after so many the search stops with the best that fits.
+        on_infeasible: "least" takes the plans with the least bytes where nothing fits.
 
     Raises:
         InfeasibleBudgetError: no choice of plans fits.
     """
     unplanned = step.measured.get(step.without)
-    picks, calibration = step.without, None
+    picks, calibration, is_stopped = step.without, None, False
     is_needed = unplanned is None or unplanned.device_bytes > budget_bytes
     if is_needed or step.least_cost <= -FASTER:
         record = remembered_of(step.programs, step.target)
         calibration = record.hash if record.samples else None
-        found = _searched(step, budget_bytes, record) if step.keys else None
+        found, search = _searched(step, budget_bytes, record, max_compiles) if step.keys else (None, None)
+        is_stopped = search is not None and search.is_stopped
         if is_needed and found is None:
-            refuse(step, budget_bytes)
+            if on_infeasible == "raise":
+                refuse(step, budget_bytes, least=search.least_bytes if search else None, is_stopped=is_stopped)
+            step.measure(step.without)
+            found = min(step.measured, key=lambda picks: step.measured[picks].device_bytes)
         if found is not None and (is_needed or step.cost(found) <= -FASTER):
             picks = found
     return FoundStep(
@@ -76,11 +90,14 @@ def search_step(step: Step, budget_bytes: int) -> FoundStep:
         unplanned=unplanned,
         num_compiles=len(step.measured),
         calibration=calibration,
+        is_stopped=is_stopped,
     )
 
 
-def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | None:
-    """The cheapest picks on one path from the least bytes to the least work that fit."""
+def _searched(
+    step: Step, budget_bytes: int, record: Calibration, max_compiles: int | None
+) -> tuple[Picks | None, BudgetSearch]:
+    """The cheapest picks on one path from the least bytes to the least work that fit, and the search."""
     adds_up = _adds_up(step)
     path = (together if adds_up else apart)(step.peaks, step.costs)
     combine = sum if adds_up else max
@@ -100,6 +117,7 @@ def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | Non
         costs,
         lambda i: step.measure(path[i]).device_bytes,
         num_before=int(step.without in step.measured),
+        max_compiles=max_compiles,
     )
     for i, picks in enumerate(path):
         if picks in step.measured and picks != step.without:
@@ -107,9 +125,10 @@ def _searched(step: Step, budget_bytes: int, record: Calibration) -> Picks | Non
     chosen = search.cheapest(budget_bytes)
     found = [(predicted[i] / max(1, without), search.ratio(i), 0) for i in sorted(search.known)]
     add_samples(record, name, found)
-    if chosen is None or adds_up:
-        return None if chosen is None else path[chosen]
-    return _raised(step, path[chosen], budget_bytes)
+    if chosen is None or adds_up or search.is_stopped:
+        return None if chosen is None else path[chosen], search
+    most = len(step.measured) + _MAX_RAISES if max_compiles is None else max_compiles
+    return _raised(step, path[chosen], budget_bytes, min(_MAX_RAISES, most - len(step.measured))), search
 
 
 def _adds_up(step: Step) -> bool:
@@ -128,9 +147,9 @@ def _outside(step: Step, unplanned_bytes: int) -> tuple[int, int]:
     return state, min(max(0, measured.temp_bytes - unplanned_bytes), step.gradient_bytes)
 
 
-def _raised(step: Step, picks: Picks, budget_bytes: int) -> Picks:
+def _raised(step: Step, picks: Picks, budget_bytes: int, most_raises: int) -> Picks:
     """Give each function what the others leave: those whose own peak is not the step's recompute less."""
-    left = _MAX_RAISES if len(picks) > 1 else 0
+    left = most_raises if len(picks) > 1 else 0
     for f in sorted(range(len(picks)), key=lambda f: -step.costs[f][picks[f]]):
         # No plan at all comes last, where no plan is faster than that.
         most = len(step.options[f]) - (step.costs[f][-1] > min(step.costs[f]))
@@ -160,29 +179,46 @@ def _found(analysis: Analysis, candidate: Candidate | None) -> Found:
         candidate=candidate,
         unplanned_peak_bytes=unplanned,
         predicted_peak_bytes=peak(candidate) if candidate else unplanned,
-        least_peak_bytes=peak(analysis.candidates[0] if analysis.candidates else None),
+        expected_least_bytes=peak(analysis.candidates[0] if analysis.candidates else None),
     )
 
 
-def refuse(step: Step, budget: int, what: str = "the step") -> NoReturn:
+def refuse(
+    step: Step, budget: int, what: str = "the step", *, least: int | None = None, is_stopped: bool = False
+) -> NoReturn:
     """Say that no plans fit, with the least that was measured and what none of them changes.
+
+    Args:
+        step: what was searched.
+        budget: in bytes.
+        what: is refused.
+        least: the least device bytes; None where that was not looked for.
+        is_stopped: whether `max_compiles` ended the search.
 
     Raises:
         InfeasibleBudgetError: always.
     """
     unplanned = step.measure(step.without)
-    least = min(m.device_bytes for m in step.measured.values())
+    known = min(m.device_bytes for m in step.measured.values())
+    if not is_stopped:
+        least = known if least is None else min(least, unplanned.device_bytes)
     state = unplanned.device_bytes - unplanned.temp_bytes
     gradients = f", and the gradients {show_bytes(step.gradient_bytes)}"
     if state + step.gradient_bytes > budget:
         gradients += ": together more than the budget. Cut the arguments over more devices, or keep less state"
+    said = "no plans were found in max_compiles that fit" if is_stopped else "no plans fit"
+    named = f"The least feasible peak is {show_bytes(least or known)} (measured)"
+    if is_stopped:
+        named = f"The least that was measured is {show_bytes(known)}"
     raise InfeasibleBudgetError(
-        f"no plans fit {what} into budget={show_bytes(budget)}. The least feasible peak is {show_bytes(least)} "
-        f"(measured); without plans it is {show_bytes(unplanned.device_bytes)} (measured). Arguments and results, such "
+        f"{said} {what} into budget={show_bytes(budget)}. {named}; without plans it is "
+        f"{show_bytes(unplanned.device_bytes)} (measured, {len(step.measured)} compiles). Arguments and results, such "
         f"as parameters and optimizer state, take {show_bytes(state)} of it, which no plan changes{gradients}",
         budget_bytes=budget,
-        least_peak_bytes=least,
+        least_peak_bytes=None if is_stopped else least,
+        expected_least_bytes=least or known,
         unplanned_peak_bytes=unplanned.device_bytes,
         measured=True,
+        num_compiles=len(step.measured),
         forced_by=(("arguments and results of the step", state, ""),),
     )

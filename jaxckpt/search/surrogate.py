@@ -61,6 +61,10 @@ class Surrogate:
         self._measured: list[tuple[int, int, float]] = []  # as `before`
         self._known_offsets: dict[int | None, tuple[dict[int, float], dict[int, float]]] = {}
 
+    def fresh(self) -> "Surrogate":
+        """One that expects what is predicted, and knows of no record and no measurement."""
+        return Surrogate(self.fixed_bytes)
+
     def observe(self, predicted_bytes: int, kind: int, device_bytes: int) -> None:
         """Learn what a candidate measured."""
         self._measured.append((kind, predicted_bytes, device_bytes - self.fixed_bytes))
