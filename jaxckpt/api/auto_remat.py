@@ -32,6 +32,7 @@ from jaxckpt.program.describe import Description
 from jaxckpt.program.flatten import PROGRAM_CALLS
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, is_differentiable, refuse_effects
+from jaxckpt.program.nnx import pure
 from jaxckpt.program.same_call import Recent
 from jaxckpt.program.trace import Memory, trace
 from jaxckpt.result.plan import SCHEMA, Plan
@@ -126,11 +127,12 @@ def auto_remat(
             _warn_no_budget()
             return fun(*args, **kwargs)
         inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, positions, names)
-        traced = trace(inner, args, kwargs, memory, (fun, fixed), keep_checkpoints=keep_checkpoints)
+        call = pure(inner, args, kwargs)
+        traced = trace(call.fun, call.args, call.kwargs, memory, (fun, fixed), keep_checkpoints=keep_checkpoints)
         refuse_effects(traced.program, label)
-        leaves = [leaf for leaf, dyn in zip(jax.tree.leaves((args, kwargs)), traced.is_array, strict=True) if dyn]
+        leaves = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
         results = auto_remat_p.bind(*traced.consts, *leaves, call=call_of(traced.program))
-        return jax.tree.unflatten(traced.out_tree, results)
+        return call.finish(jax.tree.unflatten(traced.out_tree, results))
 
     return with_plan
 
