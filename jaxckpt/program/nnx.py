@@ -66,6 +66,19 @@ class Pure:
             nnx.to_tree(self.objects, ctxtag=_TAG)
             return nnx.from_tree(full, ctxtag=_TAG, is_inner=False)[1]
 
+    @property
+    def positional(self) -> tuple[Callable, tuple[Any, ...]]:
+        """The same with every argument by its place, where the caller named none."""
+        names, number = tuple(self.kwargs), len(self.args)
+        if not names:
+            return self.fun, self.args
+
+        @functools.wraps(self.fun)
+        def by_place(*args: Any) -> Any:
+            return self.fun(*args[:number], **dict(zip(names, args[number:], strict=True)))
+
+        return by_place, (*self.args, *self.kwargs.values())
+
     def variables(self) -> tuple[Any, ...] | None:
         """For each leaf, the path and the variable of a module that it is in; None where it is in none."""
         if self.objects is None:

@@ -17,6 +17,8 @@ from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
+from jaxckpt.program.nnx import Pure, pure
+from jaxckpt.program.objects import call_unchanged
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.shared_budget import Picks
 from jaxckpt.targets.sharding import local_bytes, step_split
@@ -70,9 +72,10 @@ class Step:
         target: str | None,
         donate_argnums: int | Sequence[int],
     ):
-        self.fun, self.args, self.target, self.donate_argnums = fun, args, target, donate_argnums
+        self._given, self.target, self.donate_argnums = fun, target, donate_argnums
+        self.fun, self.args = self._pure(tuple(args)).positional
         self.free = Choice(cost, target, step_split(args))
-        self.results = jax.eval_shape(_under(self.free, fun), *args)
+        self.results = jax.eval_shape(_under(self.free, self.fun), *self.args)
         if not self.free.analyses:
             raise OptionError(
                 f"{getattr(fun, '__name__', 'the step')} differentiates no function that auto_remat decorates without "
@@ -171,7 +174,21 @@ class Step:
             self._check(args)
             return planned(*args)
 
-        return jax.jit(fitted, donate_argnums=self.donate_argnums, compiler_options=_compat.here_options() or None)
+        options = _compat.here_options() or None
+        jitted = jax.jit(fitted, donate_argnums=self.donate_argnums, compiler_options=options)
+        if self.fun is self._given:
+            return jitted
+
+        @functools.wraps(self._given)
+        def with_objects(*args: Any) -> Any:
+            call = self._pure(args)
+            return call.finish(jitted(*call.positional[1]))
+
+        return with_objects
+
+    def _pure(self, args: tuple[Any, ...]) -> Pure:
+        """The step as a function of the state of its objects; what is donated comes back whatever became of it."""
+        return pure(self._given, args, {}, returns_all=self.donate_argnums not in ((), []))
 
     def _check(self, args: tuple[Any, ...]) -> None:
         """Refuse another tree, shape or dtype: at those nothing was planned or measured. Weak types are no difference.
@@ -204,6 +221,6 @@ def _under(choice: Choice, fun: Callable) -> Callable:
     @functools.wraps(fun)
     def chosen(*args: Any) -> Any:
         with FITTING(choice):
-            return fun(*args)
+            return call_unchanged(fun, args, {})
 
     return chosen
