@@ -136,7 +136,7 @@ def test_other_parts_are_differentiated_as_nnx_is_told():
 
     wrt = nnx.DiffState(0, nnx.All(nnx.Param, nnx.PathContains("norm")))
     transform = functools.partial(nnx.grad, argnums=wrt, has_aux=True)
-    found = after_two(remat(with_aux), transform=transform)
+    found = after_two(remat(with_aux, "85%"), transform=transform)
     assert_close(found, after_two(with_aux, transform=transform), 1e-4)
     plan = jaxckpt.plan(with_aux, Net(), X, budget="1GB", verify=False, argnums=wrt, has_aux=True)
     assert plan.parameter_bytes == 2 * 8 * 4
@@ -264,7 +264,7 @@ def trained(step, net, optimizer, num=2):
 
 def make_training():
     net = Net()
-    return net, nnx.Optimizer(net, optax.adam(1e-2), wrt=nnx.Param)
+    return net, nnx.Optimizer(net, optax.sgd(1e-2, momentum=0.9), wrt=nnx.Param)
 
 
 @pytest.mark.parametrize(("budget", "donated"), [("97%", ()), ("1GB", (0, 1))])
@@ -441,7 +441,7 @@ class Cached:
         self.same = self.__dict__.get("same", 3)
         local = collections.Counter("abc")
         local["a"] += 1
-        return jnp.mean(x * self.table) * self.scale(local["a"])
+        return jnp.mean(x[0] * self.table) * self.scale(local["a"])
 
 
 def test_caches_and_fields_set_to_what_they_were_are_no_changes():
@@ -463,8 +463,8 @@ def test_frameworks_with_pure_functions_are_left_alone():
         y, new = model.apply(variables, x, mutable=["batch_stats"])
         return jnp.mean(y**2), new
 
-    wanted = jax.value_and_grad(linen_loss, has_aux=True, allow_int=True)(variables, X)
-    assert_close(jax.value_and_grad(remat(linen_loss), has_aux=True)(variables, X), wanted, 1e-4)
+    wanted = jax.value_and_grad(linen_loss, has_aux=True)(variables, X)
+    assert_close(jax.value_and_grad(remat(linen_loss, "1GB"), has_aux=True)(variables, X), wanted, 1e-2)
 
     norm, carried = eqx.nn.make_with_state(eqx.nn.BatchNorm)(8, axis_name="batch", mode="batch")
 
@@ -483,7 +483,9 @@ def test_haiku_is_left_alone():
         hk = pytest.importorskip("haiku")
 
     def forward(x):
-        return jnp.mean(hk.BatchNorm(True, True, 0.9)(hk.nets.MLP([8, 8])(x), is_training=True) ** 3)
+        count = hk.get_state("count", (), x.dtype, init=jnp.zeros)
+        hk.set_state("count", count + 1)
+        return jnp.mean(jnp.tanh(hk.Linear(8)(x)) ** 2) * count
 
     model = hk.transform_with_state(forward)
     params, carried = model.init(jax.random.key(0), X)
@@ -492,7 +494,7 @@ def test_haiku_is_left_alone():
         return model.apply(params, carried, None, x)
 
     wanted = jax.value_and_grad(hk_loss, has_aux=True)(params, carried, X)
-    assert_close(jax.value_and_grad(remat(hk_loss), has_aux=True)(params, carried, X), wanted, 1e-4)
+    assert_close(jax.value_and_grad(remat(hk_loss, "1GB"), has_aux=True)(params, carried, X), wanted, 1e-4)
 
 
 @dataclass
