@@ -55,14 +55,18 @@ def attributes(value: Any) -> dict[str, Any]:
 
 def is_opaque(value: Any) -> bool:
     """Whether an object's insides are nobody's business: an array, a class, a module, an object of a library."""
-    if isinstance(value, _PLAIN) or isinstance(value, type | types.ModuleType | jax.Array | np.ndarray | np.generic):
+    if isinstance(value, (_PLAIN, type | types.ModuleType | jax.Array | np.ndarray | np.generic)):
         return True
-    root = type(value).__module__.partition(".")[0]
     if isinstance(value, types.FunctionType | types.MethodType | functools.partial | random.Random):
         return False
     if isinstance(value, np.random.Generator | np.random.RandomState):
         return False
-    return (root in _LIBRARIES and root not in _NAMESPACES) or is_a(value, "flax.linen", "Module")
+    return _is_library(type(value).__module__) or is_a(value, "flax.linen", "Module")
+
+
+def _is_library(module: str) -> bool:
+    root = module.partition(".")[0]
+    return root in _LIBRARIES and root not in _NAMESPACES
 
 
 def is_a(value: Any, module: str, *names: str) -> bool:
@@ -124,7 +128,10 @@ def _held(path: str, value: Any) -> tuple[Any, list[tuple[str, Any]]]:
         inside = {f"closure cell {name!r} of {value.__name__}": x for name, x in cells(value).items()}
         inside |= {f"{value.__name__}.{name}": x for name, x in value.__dict__.items()}
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        return inside, [*inside.items(), *((f"a default of {value.__name__}", x) for x in defaults)]
+        children = [*inside.items(), *((f"a default of {value.__name__}", x) for x in defaults)]
+        if _is_library(value.__globals__.get("__name__", "")):  # a wrapper of JAX's, say, around the user's function
+            return None, [(name, x) for name, x in children if callable(x)]
+        return inside, children
     if isinstance(value, types.MethodType):
         return None, [("self", value.__self__), ("", value.__func__)]
     if isinstance(value, functools.partial):
