@@ -1,10 +1,9 @@
-"""flax nnx: modules hold their state, so the loss is a pure function of the module's split parts.
+"""flax nnx: modules hold their state, and the decorated loss is a function of the module itself.
 
     python examples/flax_nnx.py --budget 70%
 
-`nnx.split` turns a module into its structure, its parameters and the rest of its state; the decorated function merges
-them, and returns the state that the call has changed beside its value. `nnx.value_and_grad` of the module works around
-it, as around any function.
+The averages that a call changes go into the decorated function and come out of it, as under `nnx.remat`.
+`nnx.value_and_grad` works around it, as around any function.
 """
 
 import itertools

@@ -243,9 +243,9 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
         return traced.consts, _Call(traced.program, call.request, call.label, call.cache_dir), out_axes
 
     def made() -> tuple[tuple[Any, ...], _Call, list[Any]]:
-        program = call.program
-        mapped = dependent_values(program, [v for v, dim in zip(program.inputs, in_axes, strict=True) if dim is not None])
-        out_axes = [0 if x in mapped else None for x in program.outputs]
+        pairs = zip(call.program.inputs, in_axes, strict=True)
+        mapped = dependent_values(call.program, [v for v, dim in pairs if dim is not None])
+        out_axes = [0 if x in mapped else None for x in call.program.outputs]
         try:
             return make(out_axes)
         except ValueError:  # what asks for its place on the axis is mapped too
