@@ -27,6 +27,10 @@ from jaxckpt.targets.sharding import local_bytes, step_split
 FITTING = jax.make_user_context(None)
 
 
+# Characters of a message.
+_MOST_SHOWN = 600
+
+
 @dataclass(eq=False)
 class Choice:
     """What every decorated function does: one of its candidates, or, where none is chosen, no plan at all."""
@@ -197,7 +201,7 @@ class Step:
             PlanMismatchError: with the first argument that differs.
         """
         (ours, our_tree), (theirs, their_tree) = map(jax.tree_util.tree_flatten_with_path, (self.args, args))
-        what = None if our_tree == their_tree else f"its arguments are {their_tree}, and it was planned for {our_tree}"
+        what = None if our_tree == their_tree else _tree_difference(our_tree, their_tree)
         if what is None:
             for (path, mine), (_, given) in zip(ours, theirs, strict=True):
                 # Python numbers among the arguments have a shape and a dtype once they are traced.
@@ -208,9 +212,20 @@ class Step:
                     break
         if what is not None:
             raise PlanMismatchError(
-                f"the fitted step is called at other arguments than it was planned and measured for: {what[:600]}; "
+                f"the fitted step is called at other arguments than it was planned and measured for: {what[:_MOST_SHOWN]}; "
                 "call jaxckpt.fit again with these"
             )
+
+
+def _tree_difference(ours: Any, theirs: Any) -> str:
+    shown = f"its arguments are {theirs}, and it was planned for {ours}"
+    differ = [i for i, (a, b) in enumerate(zip(ours.children(), theirs.children(), strict=False)) if a != b]
+    if len(shown) < _MOST_SHOWN or not differ:
+        return shown
+    return (
+        f"args[{differ[0]}] has another structure or another field that is no array, where objects and functions, such "
+        "as those of an optimizer that was made anew, are the same by identity"
+    )
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
