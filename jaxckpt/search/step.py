@@ -212,8 +212,8 @@ class Step:
                     break
         if what is not None:
             raise PlanMismatchError(
-                f"the fitted step is called at other arguments than it was planned and measured for: {what[:_MOST_SHOWN]}; "
-                "call jaxckpt.fit again with these"
+                f"the fitted step is called at other arguments than it was planned and measured for: "
+                f"{what[:_MOST_SHOWN]}; call jaxckpt.fit again with these"
             )
 
 
