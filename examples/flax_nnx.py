@@ -1,10 +1,9 @@
-"""flax nnx: modules hold their state, so the loss is a pure function of the module's split parts.
+"""flax nnx: modules hold their state, and the decorated loss is a function of the module itself.
 
     python examples/flax_nnx.py --budget 70%
 
-`nnx.split` turns a module into its structure, its parameters and the rest of its state; the decorated function merges
-them, and returns the state that the call has changed beside its value. `nnx.value_and_grad` of the module works around
-it, as around any function.
+The averages that a call changes go into the decorated function and come out of it, as under `nnx.remat`.
+`nnx.value_and_grad` works around it, as around any function.
 """
 
 import itertools
@@ -43,25 +42,16 @@ class Net(nnx.Module):
 def train(decorate: Callable, num_steps: int) -> list[float]:
     """Train from the same start on the same batches and return the losses."""
     model = Net(nnx.Rngs(0))
-    structure = nnx.split(model, nnx.Param, ...)[0]
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
 
     @decorate
-    def loss(params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
-        merged = nnx.merge(structure, params, rest)
-        value = optax.softmax_cross_entropy_with_integer_labels(merged(images), labels).mean()
-        return value, nnx.split(merged, nnx.Param, ...)[2]
-
-    def module_loss(model: Net, *batch: Any) -> jax.Array:
-        _, params, rest = nnx.split(model, nnx.Param, ...)
-        value, rest = loss(params, rest, *batch)
-        nnx.update(model, rest)
-        return value
+    def loss(model: Net, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
     # nnx.jit takes no compiler options: on CPU with jaxlib before 0.12, XLA_FLAGS must keep the recomputation.
     @nnx.jit
     def step(model: Net, optimizer: nnx.Optimizer, *batch: Any) -> jax.Array:
-        value, grads = nnx.value_and_grad(module_loss)(model, *batch)
+        value, grads = nnx.value_and_grad(loss)(model, *batch)
         optimizer.update(model, grads)
         return value
 

@@ -281,12 +281,13 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from jaxckpt.program.nnx import pure
     from jaxckpt.program.trace import trace
     from jaxckpt.result.plan import Plan
 
     found = Plan.load(options.plan)
-    fun, args = _function_and_args(options)
-    found.check(trace(fun, args, keep_checkpoints=found.keeps_checkpoints).program)
+    call = pure(*_function_and_args(options), {})
+    found.check(trace(call.fun, call.args, call.kwargs, keep_checkpoints=found.keeps_checkpoints).program)
     print(json.dumps({"matches": True}) if options.json else f"{options.plan} is a plan for {options.function}")
     return _YES
 

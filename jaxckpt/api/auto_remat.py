@@ -28,10 +28,13 @@ from jaxckpt.compilation.files import keep_text
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, PlanMismatchError
 from jaxckpt.kinds.base import registered
+from jaxckpt.program.dataflow import dependent_values
 from jaxckpt.program.describe import Description
 from jaxckpt.program.flatten import PROGRAM_CALLS
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, is_differentiable, refuse_effects
+from jaxckpt.program.nnx import pure
+from jaxckpt.program.objects import call_unchanged
 from jaxckpt.program.same_call import Recent
 from jaxckpt.program.trace import Memory, trace
 from jaxckpt.result.plan import SCHEMA, Plan
@@ -132,11 +135,12 @@ def auto_remat(
             _warn_no_budget()
             return fun(*args, **kwargs)
         inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, positions, names)
-        traced = trace(inner, args, kwargs, memory, (fun, fixed), keep_checkpoints=keep_checkpoints)
+        call = pure(inner, args, kwargs)
+        traced = trace(call.fun, call.args, call.kwargs, memory, (fun, fixed), keep_checkpoints=keep_checkpoints)
         refuse_effects(traced.program, label)
-        leaves = [leaf for leaf, dyn in zip(jax.tree.leaves((args, kwargs)), traced.is_array, strict=True) if dyn]
+        leaves = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
         results = auto_remat_p.bind(*traced.consts, *leaves, call=call_of(traced.program))
-        return jax.tree.unflatten(traced.out_tree, results)
+        return call.finish(jax.tree.unflatten(traced.out_tree, results))
 
     return with_plan
 
@@ -232,20 +236,29 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
     specs = [jax.ShapeDtypeStruct(jax.typeof(x).shape, jax.typeof(x).dtype) for x in args]
     in_axes = tuple(dims)  # None where not mapped
 
-    def make() -> tuple[tuple[Any, ...], _Call]:
+    def make(out_axes: list[Any]) -> tuple[tuple[Any, ...], _Call, list[Any]]:
         batched = jax.vmap(
             call.plain,
             in_axes=in_axes,
+            out_axes=out_axes,
             axis_name=axis.name,
             axis_size=axis.size,
             spmd_axis_name=axis.spmd_name or None,
         )
         traced = trace(batched, specs)
-        return traced.consts, _Call(traced.program, call.request, call.label, call.cache_dir)
+        return traced.consts, _Call(traced.program, call.request, call.label, call.cache_dir), out_axes
 
-    consts, whole = call.remembered(("vmap", axis, in_axes), make)
-    results = auto_remat_p.bind(*consts, *args, call=whole)
-    return results, [0] * len(results)
+    def made() -> tuple[tuple[Any, ...], _Call, list[Any]]:
+        pairs = zip(call.program.inputs, in_axes, strict=True)
+        mapped = dependent_values(call.program, [v for v, dim in pairs if dim is not None])
+        out_axes = [0 if x in mapped else None for x in call.program.outputs]
+        try:
+            return make(out_axes)
+        except ValueError:  # what asks for its place on the axis is mapped too
+            return make([0] * len(out_axes))
+
+    consts, whole, out_axes = call.remembered(("vmap", axis, in_axes), made)
+    return auto_remat_p.bind(*consts, *args, call=whole), out_axes
 
 
 batching.fancy_primitive_batchers[auto_remat_p] = _batch
@@ -371,7 +384,7 @@ def _bind_static(
     def inner(*rest: Any, **named: Any) -> Any:
         left = iter(rest)
         full = [fixed[i] if i in fixed else next(left) for i in range(len(args))]
-        return fun(*full, **named, **fixed_names)
+        return call_unchanged(fun, tuple(full), {**named, **fixed_names})
 
     rest = tuple(a for i, a in enumerate(args) if i not in fixed)
     left = {k: v for k, v in kwargs.items() if k not in fixed_names}

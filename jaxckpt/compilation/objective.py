@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxckpt.errors import NotDifferentiableError
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.ir import Program, is_differentiable, spec_of
+from jaxckpt.program.nnx import is_differentiated, position_of
 from jaxckpt.program.trace import Traced
 
 
@@ -47,20 +48,26 @@ class Objective:
         return value_and_gradients
 
 
-def objective(traced: Traced, argnums: int | Sequence[int], has_aux: bool) -> Objective:
+def objective(traced: Traced, argnums: Any, has_aux: bool) -> Objective:
     """Find what `jax.value_and_grad(fun, argnums, has_aux)` would differentiate; a vjp where `fun` is not scalar.
+
+    Of modules of flax NNX that is what `nnx.value_and_grad` would: their `nnx.Param`, or what a `nnx.DiffState` among
+    the argnums names.
 
     Raises:
         NotDifferentiableError: no floating-point leaf in these arguments, or none in the result.
     """
     program, num_consts = traced.program, len(traced.consts)
-    wanted = [argnums] if isinstance(argnums, int) else list(argnums)
+    given = list(argnums) if isinstance(argnums, Sequence) else [argnums]
+    wanted = list(map(position_of, given))
     args_tree = traced.in_tree.children()[0]
     num_args = args_tree.num_leaves and len(args_tree.children())
     if any(not -num_args <= a < num_args for a in wanted):
         raise NotDifferentiableError(f"argnums={argnums} names an argument that is not there; the call has {num_args}")
     # Gradients are results, and a compiler schedules them in their order, which is that of the user's own call.
+    filters = {a % num_args: one for a, one in zip(wanted, given, strict=True)}
     wanted = list(dict.fromkeys(a % num_args for a in wanted))
+    variables = traced.variables or (None,) * len(traced.arg_names)
     owner = [i for i, child in enumerate(args_tree.children()) for _ in range(child.num_leaves)]
     owner += [-1] * (len(traced.is_array) - len(owner))
     owner = [i for i, dyn in zip(owner, traced.is_array, strict=True) if dyn]
@@ -68,7 +75,9 @@ def objective(traced: Traced, argnums: int | Sequence[int], has_aux: bool) -> Ob
         num_consts + i
         for arg in wanted
         for i, owning in enumerate(owner)
-        if owning == arg and is_differentiable(program.avals[program.inputs[num_consts + i]])
+        if owning == arg
+        and is_differentiable(program.avals[program.inputs[num_consts + i]])
+        and (variables[i] is None or is_differentiated(variables[i], filters[arg]))
     ]
     if not inputs:
         shown = ", ".join(

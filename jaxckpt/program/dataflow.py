@@ -83,6 +83,15 @@ def reached_values(program: Program, inputs: Collection[int]) -> set[int]:
 Paths = tuple[frozenset[int], ...]
 
 
+def dependent_values(program: Program, inputs: Collection[int]) -> set[int]:
+    """The values that some of these ones have a say in, themselves among them."""
+    found = set(inputs)
+    for eqn in program.equations:
+        if not found.isdisjoint(eqn.reads):
+            found.update(eqn.outputs)
+    return found
+
+
 def _tangent_paths(eqn: Equation) -> Paths | None:
     """From which operands tangents flow into which results; None where they flow from all into all.
 

@@ -5,10 +5,9 @@ identity. Whatever may change between two calls is never the same, not even as i
 """
 
 import functools
-import sys
 import threading
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
@@ -17,6 +16,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec, Sharding
+
+from jaxckpt.program.objects import attributes, is_a
 
 Value = TypeVar("Value")
 
@@ -137,36 +138,21 @@ def _record_key(value: Any) -> Hashable:
     if not is_dataclass(value):
         raise ChangingError
     names = {f.name for f in fields(value)}
-    if isinstance(value, _classes("flax.linen", "Module")):
+    if is_a(value, "flax.linen", "Module"):
         # Its fields cannot be set, and only one that is bound to variables has anything beside them.
         if getattr(value, "scope", None) is not None or getattr(value, "parent", None) is not None:
             raise ChangingError
         names -= {"parent"}
-    elif not getattr(value, "__dataclass_params__").frozen or not _attributes(value) <= names:  # noqa: B009
+    elif not getattr(value, "__dataclass_params__").frozen or not attributes(value).keys() <= names:  # noqa: B009
         raise ChangingError
     return tuple((name, key_of(getattr(value, name, None))) for name in sorted(names))
 
 
-def _attributes(value: Any) -> set[str]:
-    slots = (name for base in type(value).__mro__ for name in _as_tuple(vars(base).get("__slots__", ())))
-    return {name for name in slots if hasattr(value, name)} - {"__weakref__", "__dict__"} | set(
-        getattr(value, "__dict__", ())
-    )
-
-
-def _as_tuple(slots: Any) -> Iterable[str]:
-    return (slots,) if isinstance(slots, str) else slots
-
-
-def _classes(module: str, name: str) -> tuple[type, ...]:
-    """A class of a library that may not be here; nobody has instances of it before it is imported."""
-    found = sys.modules.get(module)
-    return () if found is None else (getattr(found, name),)
-
-
 def _last_key(value: Any) -> Hashable:
-    if isinstance(value, _classes("flax.core", "FrozenDict")):
+    if is_a(value, "flax.core", "FrozenDict") or is_a(value, "flax.typing", "HashableMapping"):
         return _mapping_key(value)
+    if is_a(value, "flax.nnx", "GraphDef"):  # its lists are not changed
+        return tuple(map(key_of, value.nodes)), tuple(map(key_of, value.attributes))
     return _record_key(value)
 
 

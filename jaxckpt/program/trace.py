@@ -12,6 +12,8 @@ from jax.core import Tracer
 
 from jaxckpt.program.flatten import flatten
 from jaxckpt.program.ir import Program
+from jaxckpt.program.nnx import show_state_path
+from jaxckpt.program.objects import call_unchanged
 from jaxckpt.program.same_call import ChangingError, Itself, Recent, key_of, tree_key
 
 
@@ -27,6 +29,8 @@ class Traced:
         static_leaves: the leaves that are not traced, None in the places of those that are.
         out_tree: structure of the result.
         arg_names: for each traced leaf, how a user would write it, such as `args[0]['w']`.
+        variables: for each traced leaf, the path and the variable of a module of flax NNX that it is in, or None; None
+            where there are no modules.
     """
 
     program: Program
@@ -36,6 +40,11 @@ class Traced:
     static_leaves: tuple[Any, ...]
     out_tree: Any
     arg_names: tuple[str, ...]
+    variables: tuple[Any, ...] | None = None
+
+    def dynamic(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """The traced ones of a call's leaves, in order."""
+        return tuple(leaf for leaf, dyn in zip(leaves, self.is_array, strict=True) if dyn)
 
 
 def traced_leaves(tree: Any) -> tuple[bool, ...]:
@@ -111,6 +120,9 @@ def trace(
 
     Returns:
         The program and its trees. What `fun` raises while it is traced is raised unchanged.
+
+    Raises:
+        UnsupportedProgramError: `fun` changes an object while it is traced.
     """
     whole = (tuple(args), dict(kwargs or {}))
     leaves, in_tree = jax.tree.flatten(whole)
@@ -163,11 +175,11 @@ def call_with_leaves(fun: Callable, in_tree: Any, static: Sequence[Any], is_arra
     rest = iter(dynamic)
     leaves = [next(rest) if dyn else leaf for leaf, dyn in zip(static, is_array, strict=True)]
     args, kwargs = jax.tree.unflatten(in_tree, leaves)
-    return fun(*args, **kwargs)
+    return call_unchanged(fun, args, kwargs)
 
 
 def _show_path(path: Any) -> str:
     branch, *rest = path
     if getattr(branch, "idx", None) == 1:
-        return f"{rest[0].key}{jax.tree_util.keystr(tuple(rest[1:]))}"
-    return f"args{jax.tree_util.keystr(tuple(rest))}"
+        return f"{rest[0].key}{show_state_path(rest[1:])}"
+    return f"args{show_state_path(rest)}"

@@ -26,6 +26,7 @@ from jaxckpt.model.option import Save
 from jaxckpt.model.tree import Tree, blocks_from_json, check_cover
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
+from jaxckpt.program.nnx import pure
 from jaxckpt.program.trace import trace
 from jaxckpt.result.report import show_plan
 
@@ -168,13 +169,14 @@ class Plan:
 
         @functools.wraps(fun)
         def with_plan(*args: Any, **kwargs: Any) -> Any:
-            traced = trace(fun, args, kwargs, keep_checkpoints=self.keeps_checkpoints)
+            call = pure(fun, args, kwargs)
+            traced = trace(call.fun, call.args, call.kwargs, keep_checkpoints=self.keeps_checkpoints)
             self.check(traced.program)
             if self.schedule is None and self.keeps_checkpoints:
                 return fun(*args, **kwargs)
-            leaves = jax.tree.leaves((args, kwargs))
-            dynamic = [leaf for leaf, dyn in zip(leaves, traced.is_array, strict=True) if dyn]
-            return jax.tree.unflatten(traced.out_tree, self._planned(traced.program)(*traced.consts, *dynamic))
+            dynamic = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
+            results = self._planned(traced.program)(*traced.consts, *dynamic)
+            return call.finish(jax.tree.unflatten(traced.out_tree, results))
 
         return with_plan
 

@@ -17,12 +17,18 @@ from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
+from jaxckpt.program.nnx import Pure, pure
+from jaxckpt.program.objects import call_unchanged
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.shared_budget import Picks
 from jaxckpt.targets.sharding import local_bytes, step_split
 
 # What decorated functions ask while a step is traced; jit traces again when it changes.
 FITTING = jax.make_user_context(None)
+
+
+# Characters of a message.
+_MOST_SHOWN = 600
 
 
 @dataclass(eq=False)
@@ -70,9 +76,10 @@ class Step:
         target: str | None,
         donate_argnums: int | Sequence[int],
     ):
-        self.fun, self.args, self.target, self.donate_argnums = fun, args, target, donate_argnums
+        self._given, self.target, self.donate_argnums = fun, target, donate_argnums
+        self.fun, self.args = self._pure(tuple(args)).positional
         self.free = Choice(cost, target, step_split(args))
-        self.results = jax.eval_shape(_under(self.free, fun), *args)
+        self.results = jax.eval_shape(_under(self.free, self.fun), *self.args)
         if not self.free.analyses:
             raise OptionError(
                 f"{getattr(fun, '__name__', 'the step')} differentiates no function that auto_remat decorates without "
@@ -171,7 +178,21 @@ class Step:
             self._check(args)
             return planned(*args)
 
-        return jax.jit(fitted, donate_argnums=self.donate_argnums, compiler_options=_compat.here_options() or None)
+        options = _compat.here_options() or None
+        jitted = jax.jit(fitted, donate_argnums=self.donate_argnums, compiler_options=options)
+        if self.fun is self._given:
+            return jitted
+
+        @functools.wraps(self._given)
+        def with_objects(*args: Any) -> Any:
+            call = self._pure(args)
+            return call.finish(jitted(*call.positional[1]))
+
+        return with_objects
+
+    def _pure(self, args: tuple[Any, ...]) -> Pure:
+        """The step as a function of the state of its objects; what is donated comes back whatever became of it."""
+        return pure(self._given, args, {}, returns_all=self.donate_argnums not in ((), []))
 
     def _check(self, args: tuple[Any, ...]) -> None:
         """Refuse another tree, shape or dtype: at those nothing was planned or measured. Weak types are no difference.
@@ -180,7 +201,7 @@ class Step:
             PlanMismatchError: with the first argument that differs.
         """
         (ours, our_tree), (theirs, their_tree) = map(jax.tree_util.tree_flatten_with_path, (self.args, args))
-        what = None if our_tree == their_tree else f"its arguments are {their_tree}, and it was planned for {our_tree}"
+        what = None if our_tree == their_tree else _tree_difference(our_tree, their_tree)
         if what is None:
             for (path, mine), (_, given) in zip(ours, theirs, strict=True):
                 # Python numbers among the arguments have a shape and a dtype once they are traced.
@@ -191,9 +212,20 @@ class Step:
                     break
         if what is not None:
             raise PlanMismatchError(
-                f"the fitted step is called at other arguments than it was planned and measured for: {what[:600]}; "
-                "call jaxckpt.fit again with these"
+                f"the fitted step is called at other arguments than it was planned and measured for: "
+                f"{what[:_MOST_SHOWN]}; call jaxckpt.fit again with these"
             )
+
+
+def _tree_difference(ours: Any, theirs: Any) -> str:
+    shown = f"its arguments are {theirs}, and it was planned for {ours}"
+    differ = [i for i, (a, b) in enumerate(zip(ours.children(), theirs.children(), strict=False)) if a != b]
+    if len(shown) < _MOST_SHOWN or not differ:
+        return shown
+    return (
+        f"args[{differ[0]}] has another structure or another field that is no array, where objects and functions, such "
+        "as those of an optimizer that was made anew, are the same by identity"
+    )
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
@@ -204,6 +236,6 @@ def _under(choice: Choice, fun: Callable) -> Callable:
     @functools.wraps(fun)
     def chosen(*args: Any) -> Any:
         with FITTING(choice):
-            return fun(*args)
+            return call_unchanged(fun, args, {})
 
     return chosen

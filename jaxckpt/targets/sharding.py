@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxckpt.errors import ShardingError
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.ir import Program, size_bytes
+from jaxckpt.program.nnx import pure
 from jaxckpt.program.trace import Traced, trace
 from jaxckpt.targets.chip import find_chip, find_target, topology_of
 from jaxckpt.targets.topology import devices_for
@@ -75,8 +76,12 @@ def trace_placed(fun: Callable, args: Sequence[Any], *, keep_checkpoints: bool =
     Raises:
         ShardingError: some arguments lie on several devices, and one that is not small does not say where it does.
     """
-    traced = trace(fun, args, keep_checkpoints=keep_checkpoints)
-    leaves = [x for x, dyn in zip(jax.tree.leaves((tuple(args), {})), traced.is_array, strict=True) if dyn]
+    call = pure(fun, tuple(args), {})
+    traced = trace(call.fun, call.args, call.kwargs, keep_checkpoints=keep_checkpoints)
+    leaves = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
+    if (variables := call.variables()) is not None:
+        own_tree, _ = traced.out_tree.children()  # beside the state
+        traced = replace(traced, out_tree=own_tree, variables=traced.dynamic(variables))
     names = [*(f"closed-over array {i}" for i in range(len(traced.consts))), *traced.arg_names]
     found = completed([*map(_replicable, traced.consts), *leaves], names)
     return replace(traced, program=replace(traced.program, shardings=found, closed_over=())) if any(found) else traced
