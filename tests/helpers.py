@@ -14,6 +14,7 @@ from jax.extend.core import primitives as prims
 from zoo import gpt
 from zoo.models import MODELS
 
+import jaxckpt
 from jaxckpt import _compat
 from jaxckpt.compilation import measure
 from jaxckpt.compilation.objective import objective
@@ -99,3 +100,14 @@ def analysis_of(name: str) -> Analysis:
     """The analysis of a case, made once for all tests that only look at it."""
     fun, args, has_aux = CASES[name]
     return analysed(fun, *args, has_aux=has_aux)
+
+
+def least_budget(fun, *args, **options):
+    """The least bytes that a refusal names: measured, or predicted where nothing is compiled."""
+    fixed = 1
+    for _ in range(2):
+        # At first it is refused for what no plan changes, without a compile.
+        with pytest.raises(jaxckpt.InfeasibleBudgetError) as caught:
+            jaxckpt.plan(fun, *args, budget=fixed, **options)
+        fixed = caught.value.forced_by[0][1]
+    return caught.value.expected_least_bytes if options.get("verify") is False else caught.value.least_peak_bytes

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import no_compiles
 from zoo.models import chain_args, chain_loss
 
 import jaxckpt
@@ -67,10 +68,20 @@ def test_an_infeasible_budget_says_what_is_feasible_and_what_forces_it(verify):
     error = caught.value
     assert error.budget_bytes == 100_000 and error.measured is verify
     assert error.budget_bytes < error.expected_least_bytes < error.unplanned_peak_bytes
-    label = "measured" if verify else "predicted"
-    for part in ("100,000", f"{error.expected_least_bytes:,}", f"{error.unplanned_peak_bytes:,}", label, "models.py:"):
+    assert error.least_peak_bytes == (error.expected_least_bytes if verify else None)
+    assert (error.num_compiles > 1) is verify
+    said = f"{error.least_peak_bytes:,} bytes) (measured" if verify else "is about"
+    for part in ("100,000", said, "models.py:"):
         assert part in str(error)
     assert any("float32[256,32]" in what and "models.py:" in line for what, _, line in error.forced_by)
+
+
+def test_a_budget_below_what_no_plan_changes_is_refused_without_a_compile():
+    with no_compiles(), pytest.raises(InfeasibleBudgetError, match="which no plan changes") as caught:
+        jaxckpt.plan(chain_loss, *ARGS, budget=1000)
+    error = caught.value
+    assert error.least_peak_bytes is None and error.num_compiles == 0 and not error.measured
+    assert error.forced_by[0][1] < error.expected_least_bytes
 
 
 def test_neither_or_both_limits_are_refused():

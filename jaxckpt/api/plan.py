@@ -120,8 +120,9 @@ def _beside_as_written(made: Plan, measured: Callable[[], Measurement]) -> Plan:
     written = measured().device_bytes
     if made.peak_bytes > written:
         warnings.warn(
-            f"the budget is a share of what the function takes without its own checkpoints, {made.unplanned_peak_bytes:,} "
-            f"bytes; as it is written it takes {show_bytes(written)}, less than the plan's {show_bytes(made.peak_bytes)}",
+            "the budget is a share of what the function takes without its own checkpoints, "
+            f"{show_bytes(made.unplanned_peak_bytes)}; as it is written it takes {show_bytes(written)}, which is less "
+            f"than the plan's {show_bytes(made.peak_bytes)}",
             JaxckptWarning,
             stacklevel=3,
         )

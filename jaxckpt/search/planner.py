@@ -72,8 +72,8 @@ class _Search:
         return found
 
     def _within_budget(self, wanted: Budget) -> Found:
-        if wanted.size_bytes is not None and self._is_hopeless(wanted.size_bytes - self.request.reserve_bytes):
-            return self._least(wanted.size_bytes - self.request.reserve_bytes, self._expected_unplanned())
+        if self._is_hopeless(left := (wanted.size_bytes or 0) - self.request.reserve_bytes):
+            return self._least(left, self._expected_unplanned())
         certain = self.request.verify and not self._may_wait(wanted)
         unplanned = self._unplanned_bytes() if certain else self._expected_unplanned()
         budget = wanted.resolve(unplanned) - self.request.reserve_bytes
@@ -140,7 +140,7 @@ class _Search:
 
         What each of several devices holds of them is known after a compile only.
         """
-        return not self.analysis.program.shardings and budget < self.analysis.fixed_bytes
+        return not self.analysis.program.shardings and 0 < budget < self.analysis.fixed_bytes
 
     def _verified(self, budget: int) -> Found:
         self.search.num_before = int(self.unplanned is not None)
@@ -268,7 +268,7 @@ class _Search:
         expected = min((self._bytes_of(i) for i in range(len(self.candidates))), default=unplanned)
         least = self.search.least_bytes
         if least is not None or (not self.candidates and self.unplanned is not None):
-            least = expected = min(unplanned, *filter(None, [least]))
+            least = expected = unplanned if least is None else min(unplanned, least)
         candidate = None if chosen is None else self.candidates[chosen]
         is_measured = self.unplanned is not None if candidate is None else chosen in known
         following = None if chosen is None else self.search.following(chosen)
