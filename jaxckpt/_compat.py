@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jaxlib.version
+from jax._src import api_util, callback, checkify, core, debugging
 from jax._src import source_info_util  # no public way to read or restore an equation's source
+from jax._src.export import shape_poly
 from jax._src.lax.control_flow import conditionals
 from jax.extend.core import jaxprs_in_params
 from jax.extend.core.primitives import jit_p
@@ -146,26 +148,82 @@ def described_cpu_devices(number: int) -> tuple[Any, ...]:
     return tuple(xla_client.make_cpu_client(num_devices=number).devices())
 
 
-def is_callback_effect(effect: Any) -> bool:
-    """Whether an effect is a call of Python: a print, a debugger, `io_callback`. Others change arrays in place."""
-    from jax._src import callback, debugging
+def is_axis_effect(effect: Any) -> bool:
+    """Whether an effect only says that a mapped axis is named, as a collective does."""
+    return isinstance(effect, core.NamedAxisEffect)
 
-    classes = [
-        getattr(module, name, None)
-        for module, name in (
-            (debugging, "DebugEffect"),
-            (debugging, "OrderedDebugEffect"),
-            (callback, "IOEffect"),
-            (callback, "OrderedIOEffect"),
-        )
-    ]
-    return isinstance(effect, tuple(c for c in classes if c is not None))
+
+def is_check_effect(effect: Any) -> bool:
+    """Whether an effect is a check of `checkify`."""
+    return isinstance(effect, checkify.ErrorEffect)
+
+
+def can_stand_alone(effect: Any) -> bool:
+    """Whether an operation may run where it stands and nowhere else: calls of Python, checks, names of axes.
+
+    Others change arrays in place.
+    """
+    return isinstance(effect, _STANDING_ALONE)
+
+
+# Prints, debuggers, `io_callback`, checks of errors and of symbolic shapes.
+_STANDING_ALONE = tuple(
+    getattr(module, name)
+    for module, name in (
+        (core, "NamedAxisEffect"),
+        (debugging, "DebugEffect"),
+        (debugging, "OrderedDebugEffect"),
+        (callback, "IOEffect"),
+        (callback, "OrderedIOEffect"),
+        (checkify, "ErrorEffect"),
+        (shape_poly, "ShapeAssertionEffect"),
+    )
+    if hasattr(module, name)
+)
+
+
+def axis_sizes() -> dict[Any, int]:
+    """Sizes of the named axes that are mapped here (public JAX has one name's size at a time)."""
+    return dict(core.get_axis_env().axis_sizes)
+
+
+@contextlib.contextmanager
+def named_errors(fun: Any, *args: Any) -> Iterator[None]:
+    """Say which operation made a value that `jax_debug_nans` or `jax_debug_infs` refuses, as `jax.jit` does.
+
+    Args:
+        fun: what runs inside, operation by operation.
+        *args: its arguments.
+
+    Raises:
+        FloatingPointError: JAX's own.
+    """
+    try:
+        yield
+    except api_util.InternalFloatingPointError as error:
+        api_util.maybe_recursive_nan_check(error, fun, args, {})
+
+
+def register_check(primitive: Any, rule: Any) -> None:
+    """Register how `checkify` makes the errors inside a primitive values (no public way).
+
+    Args:
+        primitive: without a rule, its insides are not checked.
+        rule: of `(check, error, *operands, **params)` to an error and the results, where `check` makes the same of
+            `(closed_jaxpr, error, *operands)`.
+    """
+    num_leading = 1 if hasattr(checkify, "CheckifyContext") else 0  # before 0.12 error codes are counted globally
+
+    def with_check(*args: Any, **params: Any) -> tuple[Any, list[Any]]:
+        context, (error, errors, *operands) = args[:num_leading], args[num_leading:]
+        check = lambda jaxpr, error, *xs: checkify.checkify_jaxpr(*context, jaxpr, errors, error, *xs)  # noqa: E731
+        return rule(check, error, *operands, **params)
+
+    checkify.error_checks[primitive] = with_check
 
 
 def is_callback(primitive: Any) -> bool:
     """Whether a primitive calls Python, as its parameter `callback` says."""
-    from jax._src import callback, debugging
-
     names = ((callback, "pure_callback_p"), (callback, "io_callback_p"), (debugging, "debug_callback_p"))
     return any(primitive is getattr(module, name, None) for module, name in names)
 
