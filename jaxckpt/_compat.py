@@ -103,6 +103,23 @@ def linearize_jit(is_vjp: bool, nonzeros: Any, *primals: Any, **params: Any) -> 
     return private_ad.primitive_linearizations[jit_p](is_vjp, nonzeros, *primals, **params)
 
 
+def set_transpose_rule(primitive: Any, params_of: Any) -> None:
+    """Transpose a primitive as JAX does the `jit` that does the same, in whatever form this JAX has the rule.
+
+    Args:
+        primitive: like `jit` it has a list of results.
+        params_of: from its parameters to those of that `jit`.
+    """
+    from jax._src.interpreters import ad as private_ad
+
+    for name in ("fancy_transposes", "primitive_transposes"):
+        table = getattr(private_ad, name, {})
+        if jit_p in table:
+            rule = table[jit_p]
+            table[primitive] = lambda cts, *args, **params: rule(cts, *args, **params_of(**params))
+            return
+
+
 def is_mapped(value: Any) -> bool:
     """Whether a value is one example's view inside `vmap`."""
     from jax._src.interpreters import batching

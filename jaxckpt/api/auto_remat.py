@@ -324,15 +324,17 @@ def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: _Cal
     _warn_if_mapped(primals)
     active = tuple(i for i, nonzero in enumerate(nonzeros) if nonzero)
 
-    def make() -> dict[str, Any]:
-        with jax.disable_jit(False):
-            closed = jax.make_jaxpr(jax.jit(call.planned(active)))(*input_specs(call.program))
-        (eqn,) = closed.jaxpr.eqns
-        return eqn.params
-
-    params = call.remembered(active, make)
+    params = call.remembered(active, lambda: _under_jit(call.program, call.planned(active)))
     with _compat.named_errors(functools.partial(_differentiated, call, active), *primals):
         return _compat.linearize_jit(is_vjp, nonzeros, *primals, **params)
+
+
+def _under_jit(program: Program, fun: Callable[..., list[Any]]) -> dict[str, Any]:
+    """The parameters of the `jit` that runs a program so."""
+    with jax.disable_jit(False):
+        closed = jax.make_jaxpr(jax.jit(fun))(*input_specs(program))
+    (eqn,) = closed.jaxpr.eqns
+    return eqn.params
 
 
 def _differentiated(call: _Call, active: tuple[int, ...], *primals: Any) -> None:
@@ -351,6 +353,10 @@ def _replaced(primals: Sequence[Any], active: tuple[int, ...], values: Sequence[
 ad.primitive_jvps[auto_remat_p] = _jvp
 if not _compat.set_linearize_rule(auto_remat_p, _linearize):
     _LOG.debug("this JAX has no linearize rules; recomputation is lost under JAX_REMAT3=1")
+# What is linear holds nothing for its transpose, so there is nothing to plan.
+_compat.set_transpose_rule(
+    auto_remat_p, lambda call: call.remembered("transpose", lambda: _under_jit(call.program, call.plain))
+)
 
 # By fingerprint: a plan is applied to the program of whoever asks.
 _PLANS: Recent[Plan] = Recent(1024)

@@ -180,6 +180,12 @@ def _item_bytes(dtype: Any) -> int:
     return 8 if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
 
 
+def can_be_saved(aval: Any) -> bool:
+    """Whether JAX saves such a value by name: it rounds what it saves, and refuses to round complex numbers."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is None or not jnp.issubdtype(dtype, np.complexfloating)
+
+
 def is_differentiable(aval: Any) -> bool:
     """Whether a tangent can be other than zero: floating point or complex."""
     dtype = getattr(aval, "dtype", None)
