@@ -16,6 +16,7 @@ from jax._src import api_util, callback, checkify, core, debugging
 from jax._src import source_info_util  # no public way to read or restore an equation's source
 from jax._src.export import shape_poly
 from jax._src.lax.control_flow import conditionals
+from jax._src.mesh import AbstractDevice
 from jax.extend.core import jaxprs_in_params
 from jax.extend.core.primitives import jit_p
 from jax.interpreters import ad, partial_eval
@@ -62,8 +63,27 @@ def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> 
     stack = source_info_util.current_name_stack()
     for part in name_stacks:
         stack = stack + part
+    described = _described_mesh()
     with source_info_util.user_context(source_info.traceback, name_stack=stack), ctx.manager:
-        yield
+        if described is None or not jax.sharding.get_abstract_mesh().empty:
+            yield
+        else:
+            with jax.sharding.use_abstract_mesh(described):
+                yield
+
+
+def _described_mesh() -> Any:
+    """The mesh around that only says for which device it is lowered; None if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.empty and getattr(mesh, "abstract_device", None) is not None else None
+
+
+def described_device(kind: str, platform: str) -> contextlib.AbstractContextManager:
+    """Inside, what is traced is lowered for a device of this kind, where a kernel's lowering asks for one."""
+    if not kind:
+        return contextlib.nullcontext()
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform={"cuda": "gpu"}.get(platform, platform))
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def contexts(equations: Any) -> set[Any]:
