@@ -7,14 +7,22 @@ import contextlib
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jaxlib.version
-from jax._src import api_util, callback, checkify, core, debugging
-from jax._src import source_info_util  # no public way to read or restore an equation's source
+from jax._src import (
+    api_util,
+    callback,
+    checkify,
+    core,
+    debugging,
+    source_info_util,  # no public way to read or restore an equation's source
+)
 from jax._src.export import shape_poly
+from jax._src.lax import parallel
 from jax._src.lax.control_flow import conditionals
 from jax._src.mesh import AbstractDevice
 from jax.extend.core import jaxprs_in_params
@@ -47,6 +55,17 @@ def here_undoes_remat() -> bool:
 
 # The primitives without a public name that jax.numpy's functions bind.
 UNNAMED_PRIMITIVES = frozenset(filter(None, [getattr(conditionals, "platform_index_p", None)]))
+# Collectives over named axes, not all of which have public names, and those that add up or compare.
+REDUCING = frozenset(
+    getattr(parallel, f"{name}_p")
+    for name in ("psum", "psum_invariant", "pmax", "pmin")
+    if hasattr(parallel, f"{name}_p")
+)
+COLLECTIVES = REDUCING | frozenset(
+    getattr(parallel, f"{name}_p")
+    for name in ("all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all", "ppermute", "ragged_all_to_all")
+    if hasattr(parallel, f"{name}_p")
+)
 # Which of the CUDA plugins is published for this JAX.
 CUDA_PLUGIN = 12 if _release(JAXLIB_VERSION) < (0, 12) else 13
 
@@ -63,24 +82,14 @@ def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> 
     stack = source_info_util.current_name_stack()
     for part in name_stacks:
         stack = stack + part
-    described = _described_mesh()
     with source_info_util.user_context(source_info.traceback, name_stack=stack), ctx.manager:
-        if described is None or not jax.sharding.get_abstract_mesh().empty:
-            yield
-        else:
-            with jax.sharding.use_abstract_mesh(described):
-                yield
-
-
-def _described_mesh() -> Any:
-    """The mesh around that only says for which device it is lowered; None if there is none."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh if mesh.empty and getattr(mesh, "abstract_device", None) is not None else None
+        yield
 
 
 def described_device(kind: str, platform: str) -> contextlib.AbstractContextManager:
-    """Inside, what is traced is lowered for a device of this kind, where a kernel's lowering asks for one."""
-    if not kind:
+    """Inside, what is traced is lowered for a device of this kind, where a Pallas kernel's lowering asks for one."""
+    has_kernels = any(name.startswith("jax._src.pallas") for name in sys.modules)
+    if not (kind and has_kernels and jax.sharding.get_abstract_mesh().empty):
         return contextlib.nullcontext()
     device = AbstractDevice(device_kind=kind, num_cores=1, platform={"cuda": "gpu"}.get(platform, platform))
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
@@ -135,9 +144,12 @@ def set_transpose_rule(primitive: Any, params_of: Any) -> None:
     for name in ("fancy_transposes", "primitive_transposes"):
         table = getattr(private_ad, name, {})
         if jit_p in table:
-            rule = table[jit_p]
-            table[primitive] = lambda cts, *args, **params: rule(cts, *args, **params_of(**params))
+            table[primitive] = functools.partial(_transpose_as_jit, table[jit_p], params_of)
             return
+
+
+def _transpose_as_jit(rule: Any, params_of: Any, cotangents: Any, *args: Any, **params: Any) -> Any:
+    return rule(cotangents, *args, **params_of(**params))
 
 
 def is_mapped(value: Any) -> bool:
@@ -257,6 +269,13 @@ def register_check(primitive: Any, rule: Any) -> None:
         return rule(check, error, *operands, **params)
 
     checkify.error_checks[primitive] = with_check
+
+
+@functools.cache
+def is_jax_own(primitive: Any) -> bool:
+    """Whether a primitive is one of JAX's: some module of its has it."""
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "jax"]
+    return any(value is primitive for module in modules for value in list(vars(module).values()))
 
 
 def is_callback(primitive: Any) -> bool:

@@ -23,10 +23,10 @@ from jaxckpt import _compat
 from jaxckpt._version import __version__
 from jaxckpt.api.plan import make_request, plan_program
 from jaxckpt.api.processes import agreed
+from jaxckpt.api.static import static_places
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.files import keep_text
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
-from jaxckpt.api.static import static_places
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, PlanMismatchError
 from jaxckpt.kinds.base import registered
 from jaxckpt.program.describe import Description
@@ -402,7 +402,14 @@ def _key(program: Program, goal: Any, request: Request) -> str:
     program_key = program.fingerprint(), program.keeps_checkpoints, len(program.closed_over)
     versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
     chip = find_target(request.target)
-    place = (_compat.axis_sizes(), device_label(None), os.environ.get("XLA_FLAGS", ""), chip, chip.compiler, registered())
+    place = (
+        _compat.axis_sizes(),
+        device_label(None),
+        os.environ.get("XLA_FLAGS", ""),
+        chip,
+        chip.compiler,
+        registered(),
+    )
     return hashlib.sha256(repr((*program_key, goal, request, versions, place)).encode()).hexdigest()[:32]
 
 

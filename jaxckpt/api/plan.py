@@ -17,7 +17,7 @@ from jaxckpt.search.calibration import Calibration
 from jaxckpt.search.candidates import check_solver
 from jaxckpt.search.planner import search
 from jaxckpt.search.request import Request
-from jaxckpt.targets.sharding import trace_placed
+from jaxckpt.targets.sharding import described, trace_placed
 from jaxckpt.units import parse_budget, parse_bytes
 
 
@@ -88,8 +88,9 @@ def plan(
         True
     """
     request = make_request(budget, max_cost, cost, solver, target, reserve, verify, calibration, profile)
-    traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-    return plan_program(traced.program, objective(traced, argnums, has_aux), request)
+    with described(target):
+        traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+        return plan_program(traced.program, objective(traced, argnums, has_aux), request)
 
 
 def make_request(

@@ -113,13 +113,8 @@ def lowered_for(
         traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
     if any(map(_compat.is_axis_effect, traced.jaxpr.effects)):
         raise CompilerError(_PART.format("where named axes are mapped"))
-    platforms = {} if target is None else {"lowering_platforms": (chip.platform,)}
     try:
-        try:
-            lowered = traced.lower(**platforms)
-        except Exception:  # a kernel asks for the device, which may be described
-            with _compat.described_device(chip.kind, chip.platform):
-                lowered = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed).lower(**platforms)
+        lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
     except Exception as error:  # every library raises its own kind
         said = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CompilerError(f"the program cannot be lowered for target={label!r}: {said}") from error

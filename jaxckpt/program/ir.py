@@ -123,11 +123,14 @@ class Program:
 
 
 def live_equations(equations: Sequence[Equation], outputs: Iterable[Atom]) -> list[Equation]:
-    """Those that an output or an effect needs, in order."""
+    """Those that an output or an effect needs, and those of libraries' own primitives, in order.
+
+    A library may look for its primitives, as K-FAC's tags are found, whether anything reads what they make or not.
+    """
     needed = {x for x in outputs if isinstance(x, int)}
     live = []
     for eqn in reversed(equations):
-        if eqn.has_effects or not needed.isdisjoint(eqn.outputs):
+        if eqn.has_effects or not needed.isdisjoint(eqn.outputs) or not _compat.is_jax_own(eqn.primitive):
             needed.update(eqn.reads)
             live.append(eqn)
     return live[::-1]
@@ -154,12 +157,17 @@ def has_symbolic_shapes(program: Program) -> bool:
 
 def spec_of(aval: Any) -> jax.ShapeDtypeStruct:
     """What JAX traces to a value like this one: more than a shape inside `shard_map` and on explicit meshes."""
-    sharding = getattr(aval, "sharding", None)
-    if sharding is None or all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
+    if not has_placed_type(aval):
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     return jax.ShapeDtypeStruct(
-        aval.shape, aval.dtype, sharding=sharding, manual_axis_type=getattr(aval, "manual_axis_type", None)
+        aval.shape, aval.dtype, sharding=aval.sharding, manual_axis_type=getattr(aval, "manual_axis_type", None)
     )
+
+
+def has_placed_type(aval: Any) -> bool:
+    """Whether a value's type says where it lies, as on explicit meshes, or over which axes it varies."""
+    sharding = getattr(aval, "sharding", None)
+    return sharding is not None and any(kind != AxisType.Auto for kind in sharding.mesh.axis_types)
 
 
 def elements(aval: Any) -> int:
