@@ -17,6 +17,7 @@ from jax._src import (
     api_util,
     callback,
     checkify,
+    config,
     core,
     debugging,
     source_info_util,  # no public way to read or restore an equation's source
@@ -229,6 +230,11 @@ _STANDING_ALONE = tuple(
     )
     if hasattr(module, name)
 )
+
+
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` holds here (no public way to ask that type checkers know)."""
+    return config.disable_jit.value
 
 
 def axis_sizes() -> dict[Any, int]:

@@ -352,7 +352,7 @@ def resharded(w, x):
 
 explicit = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
 with jax.set_mesh(explicit):
-    w = jax.device_put(W, NamedSharding(explicit, P(None, "d")))
+    w = jax.device_put(W, NamedSharding(explicit, P(None, None)))
     x = jax.device_put(X, NamedSharding(explicit, P("d", None)))
     for verify in (False, True):
         ours = jaxckpt.auto_remat(resharded, budget="90%", verify=verify)

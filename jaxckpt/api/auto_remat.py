@@ -156,7 +156,7 @@ class _Decorated:
         if self.request is None and FITTING.value is None:
             _warn_no_budget()
             return fun(*args, **kwargs)
-        if jax.config.jax_disable_jit:
+        if _compat.jit_is_disabled():
             return fun(*args, **kwargs)  # nothing is traced, operation by operation
         inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, self.positions, self.names)
         traced = trace(inner, args, kwargs, self._memory, (fun, fixed), keep_checkpoints=self.keep_checkpoints)
