@@ -7,13 +7,25 @@ import contextlib
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jaxlib.version
-from jax._src import source_info_util  # no public way to read or restore an equation's source
+from jax._src import (
+    api_util,
+    callback,
+    checkify,
+    config,
+    core,
+    debugging,
+    source_info_util,  # no public way to read or restore an equation's source
+)
+from jax._src.export import shape_poly
+from jax._src.lax import parallel
 from jax._src.lax.control_flow import conditionals
+from jax._src.mesh import AbstractDevice
 from jax.extend.core import jaxprs_in_params
 from jax.extend.core.primitives import jit_p
 from jax.interpreters import ad, partial_eval
@@ -44,6 +56,17 @@ def here_undoes_remat() -> bool:
 
 # The primitives without a public name that jax.numpy's functions bind.
 UNNAMED_PRIMITIVES = frozenset(filter(None, [getattr(conditionals, "platform_index_p", None)]))
+# Collectives over named axes, not all of which have public names, and those that add up or compare.
+REDUCING = frozenset(
+    getattr(parallel, f"{name}_p")
+    for name in ("psum", "psum_invariant", "pmax", "pmin")
+    if hasattr(parallel, f"{name}_p")
+)
+COLLECTIVES = REDUCING | frozenset(
+    getattr(parallel, f"{name}_p")
+    for name in ("all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all", "ppermute", "ragged_all_to_all")
+    if hasattr(parallel, f"{name}_p")
+)
 # Which of the CUDA plugins is published for this JAX.
 CUDA_PLUGIN = 12 if _release(JAXLIB_VERSION) < (0, 12) else 13
 
@@ -62,6 +85,15 @@ def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> 
         stack = stack + part
     with source_info_util.user_context(source_info.traceback, name_stack=stack), ctx.manager:
         yield
+
+
+def described_device(kind: str, platform: str) -> contextlib.AbstractContextManager:
+    """Inside, what is traced is lowered for a device of this kind, where a Pallas kernel's lowering asks for one."""
+    has_kernels = any(name.startswith("jax._src.pallas") for name in sys.modules)
+    if not (kind and has_kernels and jax.sharding.get_abstract_mesh().empty):
+        return contextlib.nullcontext()
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform={"cuda": "gpu"}.get(platform, platform))
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def contexts(equations: Any) -> set[Any]:
@@ -99,6 +131,26 @@ def linearize_jit(is_vjp: bool, nonzeros: Any, *primals: Any, **params: Any) -> 
     from jax._src.interpreters import ad as private_ad
 
     return private_ad.primitive_linearizations[jit_p](is_vjp, nonzeros, *primals, **params)
+
+
+def set_transpose_rule(primitive: Any, params_of: Any) -> None:
+    """Transpose a primitive as JAX does the `jit` that does the same, in whatever form this JAX has the rule.
+
+    Args:
+        primitive: like `jit` it has a list of results.
+        params_of: from its parameters to those of that `jit`.
+    """
+    from jax._src.interpreters import ad as private_ad
+
+    for name in ("fancy_transposes", "primitive_transposes"):
+        table = getattr(private_ad, name, {})
+        if jit_p in table:
+            table[primitive] = functools.partial(_transpose_as_jit, table[jit_p], params_of)
+            return
+
+
+def _transpose_as_jit(rule: Any, params_of: Any, cotangents: Any, *args: Any, **params: Any) -> Any:
+    return rule(cotangents, *args, **params_of(**params))
 
 
 def is_mapped(value: Any) -> bool:
@@ -146,26 +198,94 @@ def described_cpu_devices(number: int) -> tuple[Any, ...]:
     return tuple(xla_client.make_cpu_client(num_devices=number).devices())
 
 
-def is_callback_effect(effect: Any) -> bool:
-    """Whether an effect is a call of Python: a print, a debugger, `io_callback`. Others change arrays in place."""
-    from jax._src import callback, debugging
+def is_axis_effect(effect: Any) -> bool:
+    """Whether an effect only says that a mapped axis is named, as a collective does."""
+    return isinstance(effect, core.NamedAxisEffect)
 
-    classes = [
-        getattr(module, name, None)
-        for module, name in (
-            (debugging, "DebugEffect"),
-            (debugging, "OrderedDebugEffect"),
-            (callback, "IOEffect"),
-            (callback, "OrderedIOEffect"),
-        )
-    ]
-    return isinstance(effect, tuple(c for c in classes if c is not None))
+
+def is_check_effect(effect: Any) -> bool:
+    """Whether an effect is a check of `checkify`."""
+    return isinstance(effect, checkify.ErrorEffect)
+
+
+def can_stand_alone(effect: Any) -> bool:
+    """Whether an operation may run where it stands and nowhere else: calls of Python, checks, names of axes.
+
+    Others change arrays in place.
+    """
+    return isinstance(effect, _STANDING_ALONE)
+
+
+# Prints, debuggers, `io_callback`, checks of errors and of symbolic shapes.
+_STANDING_ALONE = tuple(
+    getattr(module, name)
+    for module, name in (
+        (core, "NamedAxisEffect"),
+        (debugging, "DebugEffect"),
+        (debugging, "OrderedDebugEffect"),
+        (callback, "IOEffect"),
+        (callback, "OrderedIOEffect"),
+        (checkify, "ErrorEffect"),
+        (shape_poly, "ShapeAssertionEffect"),
+    )
+    if hasattr(module, name)
+)
+
+
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` holds here (no public way to ask that type checkers know)."""
+    return config.disable_jit.value
+
+
+def axis_sizes() -> dict[Any, int]:
+    """Sizes of the named axes that are mapped here (public JAX has one name's size at a time)."""
+    return dict(core.get_axis_env().axis_sizes)
+
+
+@contextlib.contextmanager
+def named_errors(fun: Any, *args: Any) -> Iterator[None]:
+    """Say which operation made a value that `jax_debug_nans` or `jax_debug_infs` refuses, as `jax.jit` does.
+
+    Args:
+        fun: what runs inside, operation by operation.
+        *args: its arguments.
+
+    Raises:
+        FloatingPointError: JAX's own.
+    """
+    try:
+        yield
+    except api_util.InternalFloatingPointError as error:
+        api_util.maybe_recursive_nan_check(error, fun, args, {})
+
+
+def register_check(primitive: Any, rule: Any) -> None:
+    """Register how `checkify` makes the errors inside a primitive values (no public way).
+
+    Args:
+        primitive: without a rule, its insides are not checked.
+        rule: of `(check, error, *operands, **params)` to an error and the results, where `check` makes the same of
+            `(closed_jaxpr, error, *operands)`.
+    """
+    num_leading = 1 if hasattr(checkify, "CheckifyContext") else 0  # before 0.12 error codes are counted globally
+
+    def with_check(*args: Any, **params: Any) -> tuple[Any, list[Any]]:
+        context, (error, errors, *operands) = args[:num_leading], args[num_leading:]
+        check = lambda jaxpr, error, *xs: checkify.checkify_jaxpr(*context, jaxpr, errors, error, *xs)  # noqa: E731
+        return rule(check, error, *operands, **params)
+
+    checkify.error_checks[primitive] = with_check
+
+
+@functools.cache
+def is_jax_own(primitive: Any) -> bool:
+    """Whether a primitive is one of JAX's: some module of its has it."""
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "jax"]
+    return any(value is primitive for module in modules for value in list(vars(module).values()))
 
 
 def is_callback(primitive: Any) -> bool:
     """Whether a primitive calls Python, as its parameter `callback` says."""
-    from jax._src import callback, debugging
-
     names = ((callback, "pure_callback_p"), (callback, "io_callback_p"), (debugging, "debug_callback_p"))
     return any(primitive is getattr(module, name, None) for module, name in names)
 

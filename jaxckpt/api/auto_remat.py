@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxckpt import _compat
 from jaxckpt._version import __version__
 from jaxckpt.api.plan import make_request, plan_program, warn_infeasible
 from jaxckpt.api.processes import agreed
+from jaxckpt.api.static import static_places
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.files import keep_text
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
@@ -32,10 +33,10 @@ from jaxckpt.program.dataflow import dependent_values
 from jaxckpt.program.describe import Description
 from jaxckpt.program.flatten import PROGRAM_CALLS
 from jaxckpt.program.interpret import run
-from jaxckpt.program.ir import Program, is_differentiable, refuse_effects
+from jaxckpt.program.ir import Program, has_symbolic_shapes, is_differentiable, refuse_effects, spec_of
 from jaxckpt.program.nnx import pure
 from jaxckpt.program.objects import call_unchanged
-from jaxckpt.program.same_call import Recent
+from jaxckpt.program.same_call import Itself, Recent
 from jaxckpt.program.trace import Memory, trace
 from jaxckpt.result.plan import SCHEMA, Plan
 from jaxckpt.search.request import Request
@@ -79,8 +80,9 @@ def auto_remat(
         target: a chip's name; None is the default backend.
         reserve: device bytes to leave for what lives outside the function, such as optimizer state.
         verify: compile the plan and measure it before it is used.
-        static_argnums: positional arguments to treat as static, as in `jax.jit`.
-        static_argnames: keyword arguments to treat as static.
+        static_argnums: positional arguments to treat as static. As in `jax.jit`, their names are read off the
+            function's signature where no names are given, so that they may be passed by name.
+        static_argnames: arguments to treat as static by name; where no positions are given, by place too.
         cache_dir: where plans are kept; None is the user's cache directory.
         keep_checkpoints: leave the function's own `jax.checkpoint` calls as they are; otherwise they are inlined, and
             the plan alone decides what is recomputed.
@@ -95,7 +97,8 @@ def auto_remat(
 
     Raises:
         BudgetError: a budget or a reserve that cannot be read, at once.
-        OptionError: a solver or a cost that is not one of those there are, at once.
+        OptionError: a solver or a cost that is not one of those there are, or a static argument that the function does
+            not have, at once.
         InfeasibleBudgetError: no plan fits, when it is differentiated.
 
     Example:
@@ -122,27 +125,63 @@ def auto_remat(
             **limits,
         )
     request = None if budget is None else make_request(budget, None, cost, solver, target, reserve, verify, **limits)
-    positions = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-    names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
-    label = getattr(fun, "__name__", type(fun).__name__)
-    memory, directory = Memory(), None if cache_dir is None else str(cache_dir)
-    # Equal calls are one program, and one program is one call: what is known of it is found again.
-    call_of = functools.lru_cache(maxsize=64)(lambda program: _Call(program, request, label, directory))
+    positions, names = static_places(fun, static_argnums, static_argnames)
+    decorated = _Decorated(
+        fun=fun,
+        request=request,
+        positions=positions,
+        names=names,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+        keep_checkpoints=keep_checkpoints,
+    )
 
     @functools.wraps(fun)
     def with_plan(*args: Any, **kwargs: Any) -> Any:
-        if request is None and FITTING.value is None:
-            _warn_no_budget()
-            return fun(*args, **kwargs)
-        inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, positions, names)
-        call = pure(inner, args, kwargs)
-        traced = trace(call.fun, call.args, call.kwargs, memory, (fun, fixed), keep_checkpoints=keep_checkpoints)
-        refuse_effects(traced.program, label)
-        leaves = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
-        results = auto_remat_p.bind(*traced.consts, *leaves, call=call_of(traced.program))
-        return call.finish(jax.tree.unflatten(traced.out_tree, results))
+        return decorated(*args, **kwargs)
 
     return with_plan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Decorated:
+    """What a decorated function does. Where it is sent to another process, it goes without what it remembers."""
+
+    fun: Callable
+    request: Request | None
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+    cache_dir: str | None
+    keep_checkpoints: bool
+    _memory: Memory = field(default_factory=Memory, init=False)
+    # Equal calls are one program, and one program is one call: what is known of it is found again.
+    _calls: Recent["_Call"] = field(default_factory=lambda: Recent(64), init=False)
+
+    def __reduce__(self) -> Any:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return _restored, (given,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fun, label = self.fun, getattr(self.fun, "__name__", type(self.fun).__name__)
+        if self.request is None and FITTING.value is None:
+            _warn_no_budget()
+            return fun(*args, **kwargs)
+        if _compat.jit_is_disabled():
+            return fun(*args, **kwargs)  # nothing is traced, operation by operation
+        inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, self.positions, self.names)
+        state = pure(inner, args, kwargs)
+        traced = trace(
+            state.fun, state.args, state.kwargs, self._memory, (fun, fixed), keep_checkpoints=self.keep_checkpoints
+        )
+        program = traced.program
+        refuse_effects(program, label)
+        leaves = traced.dynamic(jax.tree.leaves((state.args, state.kwargs)))
+        call = self._calls.get(Itself(program), lambda: _Call(program, self.request, label, self.cache_dir))
+        results = auto_remat_p.bind(*traced.consts, *leaves, call=call)
+        return state.finish(jax.tree.unflatten(traced.out_tree, results))
+
+
+def _restored(given: dict[str, Any]) -> _Decorated:
+    return _Decorated(**given)
 
 
 def compiler_options() -> dict[str, Any]:
@@ -195,6 +234,9 @@ class _Call:
             goal = _objective(self.program, active)
         except NotDifferentiableError:
             return self.plain
+        if has_symbolic_shapes(self.program):
+            _warn_symbolic(self.label)
+            return self.plain
         if self.request is None:
             fitting = FITTING.value
             return fitting.planned(self.program, goal, is_forward_mode=is_forward_mode) if fitting else self.plain
@@ -233,7 +275,7 @@ mlir.register_lowering(auto_remat_p, mlir.lower_fun(lambda *args, call: call.pla
 
 def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[int]]:
     """Batch the whole program; it is planned at the batched shapes, should it be differentiated."""
-    specs = [jax.ShapeDtypeStruct(jax.typeof(x).shape, jax.typeof(x).dtype) for x in args]
+    avals = tuple(map(jax.typeof, args))
     in_axes = tuple(dims)  # None where not mapped
 
     def make(out_axes: list[Any]) -> tuple[tuple[Any, ...], _Call, list[Any]]:
@@ -245,7 +287,7 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
             axis_size=axis.size,
             spmd_axis_name=axis.spmd_name or None,
         )
-        traced = trace(batched, specs)
+        traced = trace(batched, list(map(spec_of, avals)))
         return traced.consts, _Call(traced.program, call.request, call.label, call.cache_dir), out_axes
 
     def made() -> tuple[tuple[Any, ...], _Call, list[Any]]:
@@ -257,11 +299,30 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
         except ValueError:  # what asks for its place on the axis is mapped too
             return make([0] * len(out_axes))
 
-    consts, whole, out_axes = call.remembered(("vmap", axis, in_axes), made)
+    consts, whole, out_axes = call.remembered(("vmap", axis, in_axes, avals), made)
     return auto_remat_p.bind(*consts, *args, call=whole), out_axes
 
 
 batching.fancy_primitive_batchers[auto_remat_p] = _batch
+
+
+def _checked(check: Callable, error: Any, *args: Any, call: _Call) -> tuple[Any, list[Any]]:
+    """Make the errors of `checkify` values of the program, which is planned with them."""
+
+    def with_errors(error: Any, *args: Any) -> tuple[list[Any], Any]:
+        closed = jax.make_jaxpr(call.plain)(*args)
+        found, results = check(closed, error, *args)
+        return results, found  # the loss stays in front
+
+    operands = (error, *args)
+    traced = trace(with_errors, jax.tree.map(lambda x: spec_of(jax.typeof(x)), operands))
+    whole = _Call(traced.program, call.request, call.label, call.cache_dir)
+    results = auto_remat_p.bind(*traced.consts, *jax.tree.leaves(operands), call=whole)
+    outs, found = jax.tree.unflatten(traced.out_tree, results)
+    return found, outs
+
+
+_compat.register_check(auto_remat_p, _checked)
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[Any]]:
@@ -270,10 +331,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tup
     planned = call.planned(active, is_forward_mode=True)
 
     def on_active(*values: Any) -> list[Any]:
-        full = list(primals)
-        for i, value in zip(active, values, strict=True):
-            full[i] = value
-        return planned(*full)
+        return planned(*_replaced(primals, active, values))
 
     results, moved = jax.jvp(on_active, [primals[i] for i in active], [tangents[i] for i in active])
     zero = lambda x: ad.Zero(jax.typeof(x).to_tangent_aval())  # noqa: E731
@@ -286,14 +344,40 @@ def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: _Cal
     """Linearize as the planned program under `jit`: JAX's own rule for that keeps every kind of remat."""
     _warn_if_mapped(primals)
     active = tuple(i for i, nonzero in enumerate(nonzeros) if nonzero)
-    closed = call.remembered(active, lambda: jax.make_jaxpr(jax.jit(call.planned(active)))(*input_specs(call.program)))
+
+    params = call.remembered(active, lambda: _under_jit(call.program, call.planned(active)))
+    with _compat.named_errors(functools.partial(_differentiated, call, active), *primals):
+        return _compat.linearize_jit(is_vjp, nonzeros, *primals, **params)
+
+
+def _under_jit(program: Program, fun: Callable[..., list[Any]]) -> dict[str, Any]:
+    """The parameters of the `jit` that runs a program so."""
+    with jax.disable_jit(False):
+        closed = jax.make_jaxpr(jax.jit(fun))(*input_specs(program))
     (eqn,) = closed.jaxpr.eqns
-    return _compat.linearize_jit(is_vjp, nonzeros, *primals, **eqn.params)
+    return eqn.params
+
+
+def _differentiated(call: _Call, active: tuple[int, ...], *primals: Any) -> None:
+    """Run the program, and what its derivative makes in the forward, operation by operation."""
+    on_active = lambda *values: call.plain(*_replaced(primals, active, values))  # noqa: E731
+    jax.vjp(on_active, *(primals[i] for i in active))
+
+
+def _replaced(primals: Sequence[Any], active: tuple[int, ...], values: Sequence[Any]) -> list[Any]:
+    full = list(primals)
+    for i, value in zip(active, values, strict=True):
+        full[i] = value
+    return full
 
 
 ad.primitive_jvps[auto_remat_p] = _jvp
 if not _compat.set_linearize_rule(auto_remat_p, _linearize):
     _LOG.debug("this JAX has no linearize rules; recomputation is lost under JAX_REMAT3=1")
+# What is linear holds nothing for its transpose, so there is nothing to plan.
+_compat.set_transpose_rule(
+    auto_remat_p, lambda call: call.remembered("transpose", lambda: _under_jit(call.program, call.plain))
+)
 
 # By fingerprint: a plan is applied to the program of whoever asks.
 _PLANS: Recent[Plan] = Recent(1024)
@@ -341,7 +425,14 @@ def _key(program: Program, goal: Any, request: Request) -> str:
     program_key = program.fingerprint(), program.keeps_checkpoints, len(program.closed_over)
     versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
     chip = find_target(request.target)
-    place = (device_label(None), os.environ.get("XLA_FLAGS", ""), chip, chip.compiler, registered())
+    place = (
+        _compat.axis_sizes(),
+        device_label(None),
+        os.environ.get("XLA_FLAGS", ""),
+        chip,
+        chip.compiler,
+        registered(),
+    )
     return hashlib.sha256(repr((*program_key, goal, request, versions, place)).encode()).hexdigest()[:32]
 
 
@@ -378,7 +469,7 @@ def _bind_static(
     """Fix the static arguments, so that only the others are traced."""
     if not positions and not names:
         return fun, args, kwargs, ()
-    fixed = {p % len(args): args[p] for p in positions if -len(args) <= p < len(args)}
+    fixed = {p % len(args): args[p] for p in sorted(positions) if -len(args) <= p < len(args)}
     fixed_names = {name: kwargs[name] for name in names if name in kwargs}
 
     def inner(*rest: Any, **named: Any) -> Any:
@@ -402,6 +493,16 @@ def _warn_mapped() -> None:
         "a decorated function is differentiated inside vmap: it is planned at one example's shapes, and the budget "
         "holds for one example. Differentiate outside, as in grad(lambda w: mean(vmap(loss)(w))), for a plan at the "
         "mapped shapes",
+        JaxckptWarning,
+        3,
+    )
+
+
+@functools.cache
+def _warn_symbolic(label: str) -> None:
+    warnings.warn(
+        f"{label} is differentiated at symbolic shapes, whose bytes are not known: it runs without a plan. Export it "
+        "at shapes of numbers for one",
         JaxckptWarning,
         3,
     )

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxckpt.compilation.measure import compiled_bytes
-from jaxckpt.compilation.objective import measured_specs, objective
+from jaxckpt.compilation.objective import Objective, measured_specs, objective
 from jaxckpt.errors import OptionError
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.interpret import run
+from jaxckpt.program.trace import Traced
 from jaxckpt.result.build import build
 from jaxckpt.result.frontier import Frontier, Point
 from jaxckpt.search.analysis import Analysis, find_analysis
@@ -18,7 +19,7 @@ from jaxckpt.search.calibration import Calibration, add_samples, remembered
 from jaxckpt.search.found import Found
 from jaxckpt.search.policies import DifferentiatedCost, differentiated_cost, policy_functions
 from jaxckpt.targets.chip import device_label
-from jaxckpt.targets.sharding import trace_placed
+from jaxckpt.targets.sharding import described, trace_placed
 
 UNPLANNED = "unplanned"
 PLAN = "plan"
@@ -78,8 +79,15 @@ def frontier(
     """
     if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
         raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
-    traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-    analysis = find_analysis(traced.program, objective(traced, argnums, has_aux), cost, "auto", target)
+    with described(target):
+        traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+        return _frontier(traced, objective(traced, argnums, has_aux), cost, target, verify, num_points)
+
+
+def _frontier(
+    traced: Traced, goal: Objective, cost: str, target: str | None, verify: bool, num_points: int
+) -> Frontier:
+    analysis = find_analysis(traced.program, goal, cost, "auto", target)
     record = remembered(traced.program, target)
     expected, calibration = functools.partial(_expected, analysis, record), record.hash if record.samples else None
     policies = _policy_points(analysis, verify, expected)

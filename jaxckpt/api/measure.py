@@ -7,7 +7,7 @@ from typing import Any
 from jaxckpt.compilation.measure import Measurement, compiled_bytes
 from jaxckpt.compilation.objective import input_specs, measured_specs, objective
 from jaxckpt.program.interpret import run
-from jaxckpt.targets.sharding import trace_placed
+from jaxckpt.targets.sharding import described, trace_placed
 
 
 def measure(
@@ -43,11 +43,12 @@ def measure(
         >>> measure(lambda x: jnp.sum(jnp.tanh(x) ** 2), x).argument_bytes
         262144
     """
-    traced = trace_placed(fun, args)
-    program = traced.program
-    plain = functools.partial(run, program)
-    constants = program.closed_over
-    if not differentiate:
-        return compiled_bytes(plain, input_specs(program)[len(constants) :], target, closed_over=constants)
-    goal = objective(traced, argnums, has_aux)
-    return compiled_bytes(goal.differentiated(plain), measured_specs(program, goal), target, closed_over=constants)
+    with described(target):
+        traced = trace_placed(fun, args)
+        program = traced.program
+        plain = functools.partial(run, program)
+        constants = program.closed_over
+        if not differentiate:
+            return compiled_bytes(plain, input_specs(program)[len(constants) :], target, closed_over=constants)
+        goal = objective(traced, argnums, has_aux)
+        return compiled_bytes(goal.differentiated(plain), measured_specs(program, goal), target, closed_over=constants)

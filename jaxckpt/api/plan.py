@@ -20,7 +20,7 @@ from jaxckpt.search.calibration import Calibration
 from jaxckpt.search.candidates import check_solver
 from jaxckpt.search.planner import search
 from jaxckpt.search.request import Request
-from jaxckpt.targets.sharding import trace_placed
+from jaxckpt.targets.sharding import described, trace_placed
 from jaxckpt.units import parse_budget, parse_bytes, show_bytes
 
 
@@ -107,8 +107,9 @@ def plan(
         max_compiles=max_compiles,
         on_infeasible=on_infeasible,
     )
-    traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-    made = plan_program(traced.program, objective(traced, argnums, has_aux), request)
+    with described(target):
+        traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+        made = plan_program(traced.program, objective(traced, argnums, has_aux), request)
     is_share = request.budget is not None and request.budget.size_bytes is None
     if keep_checkpoints or not is_share or made.measured_peak_bytes is None:
         return made

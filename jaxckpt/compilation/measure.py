@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
+from jax.experimental import checkify
 
 from jaxckpt import _compat
 from jaxckpt.compilation import cache, process
@@ -32,6 +33,10 @@ _LOG = logging.getLogger("jaxckpt")
 _SLOW_S = 2.0
 # Larger ones are measured as arguments, and taken off.
 _MOST_CONSTANT_BYTES = 2**28
+_PART = (
+    "{} a part of a program cannot be compiled on its own; decorate it without a budget and let jaxckpt.fit measure "
+    "the whole step"
+)
 # Quicker ones are made again.
 _WORTH_KEEPING_S = 1.0
 
@@ -109,15 +114,22 @@ def lowered_for(
         return _lowered_with_constants(fun, specs, target, closed_over)
     chip = find_target(target)
     if jax.sharding.get_abstract_mesh().manual_axes:
-        raise CompilerError(
-            "inside shard_map a part of a program cannot be compiled on its own; decorate it without a budget and let "
-            "jaxckpt.fit measure the whole step"
-        )
+        raise CompilerError(_PART.format("inside shard_map"))
     placed, num_devices = place(specs, target)
     label = device_label(target, num_devices)
     started = time.perf_counter()
     traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
-    lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
+    if any(map(_compat.is_check_effect, traced.jaxpr.effects)):
+        # Nothing with a check is compiled before its errors are values.
+        fun = checkify.checkify(fun)
+        traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
+    if any(map(_compat.is_axis_effect, traced.jaxpr.effects)):
+        raise CompilerError(_PART.format("where named axes are mapped"))
+    try:
+        lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
+    except Exception as error:  # every library raises its own kind
+        said = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise CompilerError(f"the program cannot be lowered for target={label!r}: {said}") from error
     options = chip.compiler.compile_options
     name = cache.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
     kept = cache.read(name, Measurement)

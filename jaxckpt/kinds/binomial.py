@@ -23,7 +23,7 @@ import numpy as np
 from ckptsolvers.revolve import num_forwards, revolve_actions
 from jax import lax
 
-from jaxckpt.program.ir import is_differentiable
+from jaxckpt.program.ir import has_placed_type, is_differentiable
 
 # One iteration: constants, carry and slices to carry and slices, flat lists all.
 Step = Callable[[list[Any], list[Any], list[Any]], tuple[list[Any], list[Any]]]
@@ -131,7 +131,7 @@ def binomial_loop(
             carry, y = step(consts, carry, x)
             return (carry, slots), y
 
-        empty = [jnp.zeros((table.num_slots, *x.shape), x.dtype) for x in carry]
+        empty = [_empty(table.num_slots, x) for x in carry]
         xs = (stacked(table.first), slices)
         (carry, slots), ys = lax.scan(held, (carry, empty), xs, length=length, reverse=reverse)
         return carry, ys, slots
@@ -224,6 +224,13 @@ def _put_tangent(slots: Any, tangent: Any, slot: int) -> Any:
     if not is_differentiable(jax.typeof(slots)):
         return np.zeros(slots.shape, jax.dtypes.float0)
     return jnp.zeros_like(slots).at[slot].set(tangent)
+
+
+def _empty(num_slots: int, x: Any) -> Any:
+    """Slots for values like this one, which lie where it does."""
+    if has_placed_type(jax.typeof(x)):
+        return jnp.stack([jnp.zeros_like(x)] * num_slots)
+    return jnp.zeros((num_slots, *x.shape), x.dtype)
 
 
 def _put(slots: list[Any], carry: list[Any], slot: Any) -> list[Any]:

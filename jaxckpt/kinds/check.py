@@ -71,6 +71,6 @@ def _check_effects(tree: Tree, blocks: Sequence[Sequence[Equation]], where: str)
     last = -1
     for k, (positions, block) in enumerate(zip(tree.blocks, blocks, strict=True)):
         for position, eqn in zip(positions, block, strict=True):
-            if eqn.effects and (position <= last or k not in outside):
+            if eqn.has_effects and (position <= last or k not in outside):
                 raise ValueError(f"{where}blocks[{k}] has a side effect, which would come twice or in another order")
-            last = position if eqn.effects else last
+            last = position if eqn.has_effects else last

@@ -22,7 +22,7 @@ class Effect:
     def matches(self, eqn: Equation, is_active: bool) -> bool:
         """Whether a block that ends with this equation is of this kind."""
         del is_active
-        return bool(eqn.effects)
+        return eqn.has_effects
 
     def analyse(self, local: LocalBlock, analyser: Analyser) -> BlockAnalysis:
         """The one option there is."""

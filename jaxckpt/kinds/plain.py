@@ -78,7 +78,7 @@ class Plain:
             if v not in made:
                 raise ValueError(f"{where}[{i}] is {v}, which the block does not make, or is named twice")
             made.remove(v)
-        if any(eqn.effects for eqn in equations):
+        if any(eqn.has_effects for eqn in equations):
             raise ValueError(f"{where}: a block with a side effect cannot save by name")
 
     def describe(self, save: SavedValues) -> Iterator[str]:

@@ -64,7 +64,7 @@ def levels(length: int, plans: Sequence[Iteration]) -> Iterator[tuple[Part, ...]
     need not run twice, so the last chunk is left over even where the length divides.
     """
     sizes = sorted({d for d in range(2, length) if length % d == 0} | {g for g in _grid(length) if g < length})
-    few = sizes[:: -(-len(sizes) // _MAX_LENGTHS)]
+    few = sizes[:: max(1, -(-len(sizes) // _MAX_LENGTHS))]
     inners = [*((size,) for size in sizes), *itertools.product(few, repeat=2)]
     for plan in plans:
         yield (Part((length,), plan),)

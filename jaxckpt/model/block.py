@@ -17,7 +17,7 @@ from jaxckpt.model.option import LEFT_NAME, LEFT_TO_JAX, Option, Save, SavedValu
 from jaxckpt.model.time import Timer, count_flops
 from jaxckpt.program import primitives
 from jaxckpt.program.flops import equation_cost
-from jaxckpt.program.ir import Equation, elements, is_differentiable
+from jaxckpt.program.ir import Equation, can_be_saved, elements, is_differentiable
 from jaxckpt.targets.chip import Target
 from jaxckpt.targets.rules import FusionRules
 
@@ -47,7 +47,8 @@ class Model:
             if v in joint.value:
                 self.named.setdefault(joint.value[v], position)
         inputs = {joint.value[v] for v in local.span.inputs}
-        self.savable = {v: self.size(v) for v in self.named if v not in inputs and self.size(v)}
+        can_save = lambda v: self.size(v) and can_be_saved(joint.avals[v])  # noqa: E731
+        self.savable = {v: self.size(v) for v in self.named if v not in inputs and can_save(v)}
 
     def left_to_jax(self) -> tuple[Option, frozenset[int]]:
         """The option that leaves the block to JAX, and what JAX then holds."""

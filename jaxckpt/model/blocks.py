@@ -74,7 +74,7 @@ class Blocks:
     @property
     def once(self) -> tuple[int, ...]:
         """The blocks with side effects, which no region may repeat."""
-        return tuple(k for k, block in enumerate(self.blocks) if any(eqn.effects for eqn in block.span.equations))
+        return tuple(k for k, block in enumerate(self.blocks) if any(eqn.has_effects for eqn in block.span.equations))
 
     @functools.cached_property
     def forward_flops(self) -> int:

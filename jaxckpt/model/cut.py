@@ -142,7 +142,7 @@ def _sunk(program: Program, graph: nx.DiGraph) -> set[int]:
     results = {x for x in program.outputs if isinstance(x, int)}
     sunk: set[int] = set()
     for i, eqn in enumerate(program.equations):
-        cheap = eqn.primitive in _SINKABLE and not eqn.effects and results.isdisjoint(eqn.outputs)
+        cheap = eqn.primitive in _SINKABLE and not eqn.has_effects and results.isdisjoint(eqn.outputs)
         if cheap and all(v not in maker or maker[v] in sunk for v in eqn.reads):
             sunk.add(i)
     return sunk
@@ -157,7 +157,7 @@ def _order(program: Program, graph: nx.DiGraph, active: set[int], sunk: set[int]
     late: set[int] = set()
     for i, eqn in enumerate(program.equations):
         from_inactive = all(v not in active if v not in maker else maker[v] in late for v in eqn.reads)
-        if from_inactive and active.isdisjoint(eqn.outputs) and not eqn.effects:
+        if from_inactive and active.isdisjoint(eqn.outputs) and not eqn.has_effects:
             late.add(i)
     place: dict[int, tuple[int, ...]] = {}
     for i in reversed(range(len(program.equations))):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from jaxckpt import _compat
 from jaxckpt.errors import OptionError
 from jaxckpt.memory.fusion import moved_bytes
 from jaxckpt.program import primitives
@@ -14,6 +15,10 @@ from jaxckpt.targets.chip import Target
 
 # An exponential or a logarithm takes about this many operations.
 _EXPENSIVE_FLOPS = 10
+# Memory is about this many times as fast as links between chips: 7.4 on an H100 (NVLink), 8 on a v5e, 5 on a v5p.
+_MEMORY_TO_LINK = 8
+# What one step from neighbour to neighbour takes, however few bytes.
+_LATENCY_S = 1e-6
 
 
 Timer = Callable[[Sequence[Equation], list[Any], Collection[int]], list[int]]
@@ -73,5 +78,26 @@ def _roofline(target: Target, equations: Sequence[Equation], avals: list[Any], k
             computing += flops / target.matmul_flops.get(dtype, target.matmul_flops["other"])
         if eqn.primitive not in primitives.FUSIBLE:
             num_bytes = max(num_bytes, inner_bytes(eqn))
-        times.append(math.ceil(1e12 * max(computing, num_bytes / target.bandwidth)))
+        moving = num_bytes / target.bandwidth
+        if eqn.primitive in _compat.COLLECTIVES:
+            moving = max(moving, _collective_s(eqn, avals, target))
+        times.append(math.ceil(1e12 * max(computing, moving)))
     return times
+
+
+def _collective_s(eqn: Equation, avals: list[Any], target: Target) -> float:
+    """Seconds of a collective on a ring: each device sends its part of the bytes to its neighbour, step by step.
+
+    A reduction sends what it reads twice (reduce, then gather); gathers and exchanges send the larger of what they
+    read and what they make.
+    """
+    sizes = _compat.axis_sizes()
+    axes = eqn.params.get("axes") or eqn.params.get("axis_name") or ()
+    num_devices = math.prod(sizes.get(name, 1) for name in (axes if isinstance(axes, tuple) else (axes,)))
+    if num_devices < 2:
+        return 0.0
+    read = sum(size_bytes(avals[x]) for x in eqn.reads)
+    made = sum(size_bytes(avals[v]) for v in eqn.outputs)
+    num_bytes = 2 * read if eqn.primitive in _compat.REDUCING else max(read, made)
+    share = (num_devices - 1) / num_devices
+    return _LATENCY_S * (num_devices - 1) + share * num_bytes * _MEMORY_TO_LINK / target.bandwidth

@@ -51,7 +51,7 @@ class Loop:
 
 def loop_of(eqn: Equation) -> Loop | None:
     """Take a scan of two or more iterations apart; None for every other equation, and where its body has effects."""
-    if eqn.primitive is not prims.scan_p or eqn.params["length"] < 2 or eqn.params["jaxpr"].consts or eqn.effects:
+    if eqn.primitive is not prims.scan_p or eqn.params["length"] < 2 or eqn.params["jaxpr"].consts or eqn.has_effects:
         return None
     num_consts, num_carry = _compat.scan_layout(eqn.params)
     return Loop(
@@ -96,7 +96,7 @@ def branches_of(eqn: Equation) -> tuple[Branch, ...]:
     Returns:
         Empty for every other equation, where a branch has effects, and where the branches are for different platforms.
     """
-    if eqn.primitive is not prims.cond_p or set(eqn.params) != {"branches"} or eqn.effects:
+    if eqn.primitive is not prims.cond_p or set(eqn.params) != {"branches"} or eqn.has_effects:
         return ()
     jaxprs = eqn.params["branches"]
     if any(jaxpr.consts for jaxpr in jaxprs):

@@ -17,9 +17,9 @@ from jaxckpt.program.describe import Description, describe
 from jaxckpt.program.source import relative_source
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Constant:
-    """A literal operand."""
+    """A literal operand or result. Its value may be an array, so it is the same as itself alone."""
 
     value: Any
     aval: Any
@@ -41,7 +41,8 @@ class Equation:
         call_infos: the same of the calls it was inlined from, innermost first.
         name_stacks: name stacks of the calls it was inlined from, outermost first, its own last.
         ctx: JAX's context of the equation.
-        effects: its effects.
+        effects: its effects, names of mapped axes among them.
+        has_effects: whether one of them must happen once: a name of an axis need not.
         reads: the values read, constants left out, each once.
     """
 
@@ -55,11 +56,13 @@ class Equation:
     ctx: Any
     effects: Any
     reads: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    has_effects: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """List what is read once: it is asked for again and again."""
         reads = tuple(dict.fromkeys(x for x in self.inputs if isinstance(x, int)))
         object.__setattr__(self, "reads", reads)
+        object.__setattr__(self, "has_effects", not all(map(_compat.is_axis_effect, self.effects)))
 
     @property
     def source(self) -> str:
@@ -120,38 +123,51 @@ class Program:
 
 
 def live_equations(equations: Sequence[Equation], outputs: Iterable[Atom]) -> list[Equation]:
-    """Those that an output or an effect needs, in order."""
+    """Those that an output or an effect needs, and those of libraries' own primitives, in order.
+
+    A library may look for its primitives, as K-FAC's tags are found, whether anything reads what they make or not.
+    """
     needed = {x for x in outputs if isinstance(x, int)}
     live = []
     for eqn in reversed(equations):
-        if eqn.effects or not needed.isdisjoint(eqn.outputs):
+        if eqn.has_effects or not needed.isdisjoint(eqn.outputs) or not _compat.is_jax_own(eqn.primitive):
             needed.update(eqn.reads)
             live.append(eqn)
     return live[::-1]
 
 
 def refuse_effects(program: Program, what: str) -> None:
-    """Refuse a program with effects that a plan cannot keep out of its regions. Calls of Python it can.
+    """Refuse a program with effects that a plan cannot keep out of its regions. Calls of Python and checks it can.
 
     Raises:
         UnsupportedProgramError: with the first such operation's line.
     """
     for eqn in program.equations:
-        if not all(map(_compat.is_callback_effect, eqn.effects)):
+        if eqn.has_effects and not all(map(_compat.can_stand_alone, eqn.effects)):
             raise UnsupportedProgramError(
                 f"{eqn.primitive.name} at {eqn.source or 'an unknown line'} has side effects, which would happen again "
                 f"in every recomputation; move it out of {what}"
             )
 
 
+def has_symbolic_shapes(program: Program) -> bool:
+    """Whether the size of an input is an expression, as under `jax.export` with `symbolic_shape`."""
+    return any(not isinstance(n, int) for v in program.inputs for n in getattr(program.avals[v], "shape", ()))
+
+
 def spec_of(aval: Any) -> jax.ShapeDtypeStruct:
     """What JAX traces to a value like this one: more than a shape inside `shard_map` and on explicit meshes."""
-    sharding = getattr(aval, "sharding", None)
-    if sharding is None or all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
+    if not has_placed_type(aval):
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     return jax.ShapeDtypeStruct(
-        aval.shape, aval.dtype, sharding=sharding, manual_axis_type=getattr(aval, "manual_axis_type", None)
+        aval.shape, aval.dtype, sharding=aval.sharding, manual_axis_type=getattr(aval, "manual_axis_type", None)
     )
+
+
+def has_placed_type(aval: Any) -> bool:
+    """Whether a value's type says where it lies, as on explicit meshes, or over which axes it varies."""
+    sharding = getattr(aval, "sharding", None)
+    return sharding is not None and any(kind != AxisType.Auto for kind in sharding.mesh.axis_types)
 
 
 def elements(aval: Any) -> int:
@@ -170,6 +186,12 @@ def size_bytes(aval: Any) -> int:
 @functools.cache
 def _item_bytes(dtype: Any) -> int:
     return 8 if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
+
+
+def can_be_saved(aval: Any) -> bool:
+    """Whether JAX saves such a value by name: it rounds what it saves, and refuses to round complex numbers."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is None or not jnp.issubdtype(dtype, np.complexfloating)
 
 
 def is_differentiable(aval: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxckpt import _compat
 from jaxckpt.errors import ShardingError
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.ir import Program, size_bytes
@@ -85,6 +87,18 @@ def trace_placed(fun: Callable, args: Sequence[Any], *, keep_checkpoints: bool =
     names = [*(f"closed-over array {i}" for i in range(len(traced.consts))), *traced.arg_names]
     found = completed([*map(_replicable, traced.consts), *leaves], names)
     return replace(traced, program=replace(traced.program, shardings=found, closed_over=())) if any(found) else traced
+
+
+def described(target: str | None) -> AbstractContextManager:
+    """Inside, functions are traced, and lowered later, for a target's device, which does not have to be here.
+
+    Raises:
+        TargetError: an unknown target.
+    """
+    if target is None:
+        return nullcontext()
+    chip = find_target(target)
+    return _compat.described_device(chip.kind, chip.platform)
 
 
 def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
