@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def auto_remat(
     label = getattr(fun, "__name__", type(fun).__name__)
     memory, directory = Memory(), None if cache_dir is None else str(cache_dir)
     # Equal calls are one program, and one program is one call: what is known of it is found again.
-    call_of = functools.lru_cache(maxsize=64)(lambda program: _Call(program, request, label, directory))
+    call_of = functools.lru_cache(maxsize=64)(lambda program: Call(program, request, label, directory, solver=solver))
 
     @functools.wraps(fun)
     def with_plan(*args: Any, **kwargs: Any) -> Any:
@@ -144,13 +144,26 @@ def compiler_options() -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
-    """The parameter of the primitive: a program and how to plan it; None leaves that to `fit`."""
+class Call:
+    """The parameter of the primitive: a program and how to plan it; without a request that is left to `fit` and `jit`.
+
+    Attributes:
+        program: what is run.
+        request: how it is planned on its own.
+        label: the function's name.
+        cache_dir: where plans are kept; None is the user's cache directory.
+        solver: which finds its schedules in a step.
+        is_decorated: by hand; otherwise it was found in a step.
+        num_results: how many of its outputs have cotangents; None is the first if that is a loss, and otherwise all.
+    """
 
     program: Program
     request: Request | None
     label: str
     cache_dir: str | None
+    solver: Any = "auto"
+    is_decorated: bool = True
+    num_results: int | None = None
     _known: Recent[Any] = field(default_factory=lambda: Recent(64), init=False)
 
     def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -182,12 +195,21 @@ class _Call:
     def planned(self, active: tuple[int, ...], *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the program with the plan for these differentiated inputs."""
         try:
-            goal = _objective(self.program, active)
+            goal = _objective(self.program, active, self.num_results)
         except NotDifferentiableError:
             return self.plain
         if self.request is None:
             fitting = FITTING.value
-            return fitting.planned(self.program, goal, is_forward_mode=is_forward_mode) if fitting else self.plain
+            if fitting is None:
+                return self.plain
+            return fitting.planned(
+                self.program,
+                goal,
+                label=self.label,
+                is_decorated=self.is_decorated,
+                solver=self.solver,
+                is_forward_mode=is_forward_mode,
+            )
         found = _find_plan(self, goal, self.request)
         if found.schedule is None:
             return self.plain
@@ -206,13 +228,13 @@ _RUNS: Recent[Callable[..., list[Any]]] = Recent(256)
 
 
 @auto_remat_p.def_impl
-def _impl(*args: Any, call: _Call) -> list[Any]:
+def _impl(*args: Any, call: Call) -> list[Any]:
     # Without a derivative there is nothing to plan.
     return call.compiled(*args)
 
 
 @auto_remat_p.def_effectful_abstract_eval
-def _abstract(*avals: Any, call: _Call) -> tuple[list[Any], Any]:
+def _abstract(*avals: Any, call: Call) -> tuple[list[Any], Any]:
     del avals
     results = [call.program.avals[x] if isinstance(x, int) else x.aval for x in call.program.outputs]
     return results, frozenset().union(*(eqn.effects for eqn in call.program.equations))
@@ -221,12 +243,12 @@ def _abstract(*avals: Any, call: _Call) -> tuple[list[Any], Any]:
 mlir.register_lowering(auto_remat_p, mlir.lower_fun(lambda *args, call: call.plain(*args), multiple_results=True))
 
 
-def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[int]]:
+def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: Call) -> tuple[list[Any], list[int]]:
     """Batch the whole program; it is planned at the batched shapes, should it be differentiated."""
     specs = [jax.ShapeDtypeStruct(jax.typeof(x).shape, jax.typeof(x).dtype) for x in args]
     in_axes = tuple(dims)  # None where not mapped
 
-    def make() -> tuple[tuple[Any, ...], _Call]:
+    def make() -> tuple[tuple[Any, ...], Call]:
         batched = jax.vmap(
             call.plain,
             in_axes=in_axes,
@@ -235,7 +257,7 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
             spmd_axis_name=axis.spmd_name or None,
         )
         traced = trace(batched, specs)
-        return traced.consts, _Call(traced.program, call.request, call.label, call.cache_dir)
+        return traced.consts, replace(call, program=traced.program)
 
     consts, whole = call.remembered(("vmap", axis, in_axes), make)
     results = auto_remat_p.bind(*consts, *args, call=whole)
@@ -245,9 +267,9 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
 batching.fancy_primitive_batchers[auto_remat_p] = _batch
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[Any]]:
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> tuple[list[Any], list[Any]]:
     active = tuple(i for i, t in enumerate(tangents) if not _compat.is_zero(t))
-    _warn_if_mapped(primals)
+    _warn_if_mapped(call, primals)
     planned = call.planned(active, is_forward_mode=True)
 
     def on_active(*values: Any) -> list[Any]:
@@ -263,9 +285,9 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tup
     ]
 
 
-def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: _Call) -> Any:
+def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: Call) -> Any:
     """Linearize as the planned program under `jit`: JAX's own rule for that keeps every kind of remat."""
-    _warn_if_mapped(primals)
+    _warn_if_mapped(call, primals)
     active = tuple(i for i, nonzero in enumerate(nonzeros) if nonzero)
     closed = call.remembered(active, lambda: jax.make_jaxpr(jax.jit(call.planned(active)))(*input_specs(call.program)))
     (eqn,) = closed.jaxpr.eqns
@@ -280,15 +302,17 @@ if not _compat.set_linearize_rule(auto_remat_p, _linearize):
 _PLANS: Recent[Plan] = Recent(1024)
 
 
-def _objective(program: Program, active: tuple[int, ...]) -> Objective:
-    """What is differentiated: these inputs, and the loss where there is one."""
+def _objective(program: Program, active: tuple[int, ...], num_results: int | None) -> Objective:
+    """What is differentiated: these inputs, and of the outputs the loss where there is one."""
+    if num_results is not None:
+        return output_objective(program, active, num_results)
     outputs = [program.avals[x] if isinstance(x, int) else x.aval for x in program.outputs]
     is_loss = bool(outputs) and outputs[0].shape == () and is_differentiable(outputs[0])
     # A scalar in front is the loss, and what follows it has no cotangent.
     return output_objective(program, active, 1 if is_loss else len(outputs))
 
 
-def _find_plan(call: _Call, goal: Objective, request: Request) -> Plan:
+def _find_plan(call: Call, goal: Objective, request: Request) -> Plan:
     """The plan of this program for these inputs: from memory, process 0, disk, or made now."""
     program = call.program
     key = _key(program, goal, request)
@@ -298,7 +322,7 @@ def _find_plan(call: _Call, goal: Objective, request: Request) -> Plan:
     return _PLANS.get(key, make)
 
 
-def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> Plan:
+def _kept_or_made(call: Call, goal: Objective, request: Request, key: str) -> Plan:
     is_kept = isinstance(request.solver, str) and not call.program.description.opaque
     path = _path(call.cache_dir, key) if is_kept else None
     found = _read(path, call.program)
@@ -370,8 +394,9 @@ def _bind_static(
     return inner, rest, left, (tuple(fixed), *fixed.values(), tuple(fixed_names), *fixed_names.values())
 
 
-def _warn_if_mapped(primals: Sequence[Any]) -> None:
-    if any(map(_compat.is_mapped, primals)):
+def _warn_if_mapped(call: Call, primals: Sequence[Any]) -> None:
+    # A step is measured as a whole, whatever its functions are planned at.
+    if call.request is not None and any(map(_compat.is_mapped, primals)):
         _warn_mapped()
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxckpt.api.differentiated import see_differentiated
+from jaxckpt.errors import BudgetError
 from jaxckpt.result.build import build_step
 from jaxckpt.result.fitted import Fitted
 from jaxckpt.search.budget_search import FAR
-from jaxckpt.search.step import Step
-from jaxckpt.search.step_search import search_step
-from jaxckpt.units import parse_budget
+from jaxckpt.search.step import Step, StepOptions
+from jaxckpt.search.step_search import FoundStep, search_step
+from jaxckpt.units import Budget, parse_budget
 
 
 def fit(
@@ -18,18 +20,24 @@ def fit(
     cost: str = "time",
     target: str | None = None,
     donate_argnums: int | Sequence[int] = (),
+    solver: Any = "auto",
+    keep_checkpoints: bool = True,
 ) -> Fitted:
-    """Choose the plans of the decorated functions inside a step so that the whole step fits the budget.
+    """Choose the plans of the functions that a step differentiates so that the whole step fits the budget.
 
     Args:
-        step: a function that differentiates functions decorated with `auto_remat` without a budget. Those with a
-            budget of their own keep their plans.
+        step: a function that differentiates others with `jax.grad`, `value_and_grad`, `vjp` or `jacrev`. Nothing needs
+            a decorator: the outermost functions it differentiates are planned, but those that hold less than 1 % of
+            what all of them hold. A function that calls one decorated with `auto_remat` is left to it: without a budget
+            that is planned here with its own options, and with one it keeps its plan.
         *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices,
             the budget is for each.
         budget: device bytes of the compiled step: an int, `"16GB"`, `"16GiB"`, or `"80%"` of its unplanned peak.
         cost: what is minimised: "time" or "flops".
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
+        solver: as in `plan`, for functions that are not decorated.
+        keep_checkpoints: as in `plan`, for functions that are not decorated.
 
     Returns:
         The jitted step with its plans and what it measured. A step that fits gets plans only where they make it 5 %
@@ -39,15 +47,14 @@ def fit(
 
     Raises:
         BudgetError: a budget that cannot be read.
-        OptionError: a cost that is none, or a step that differentiates no decorated function.
+        OptionError: a cost or a solver that is none, or a step that differentiates nothing that can be seen.
         InfeasibleBudgetError: no choice of plans fits.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxckpt
-        >>> @jaxckpt.auto_remat
-        ... def loss(w, x):
+        >>> def loss(w, x):
         ...     for _ in range(8):
         ...         x = jnp.tanh(x @ w)
         ...     return jnp.sum(x**2)
@@ -58,12 +65,27 @@ def fit(
         1
     """
     wanted = parse_budget(budget)
-    whole = Step(step, args, cost, target, donate_argnums)
-    if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes):
+    see_differentiated()
+    options = StepOptions(
+        cost=cost, target=target, solver=solver, keep_checkpoints=keep_checkpoints, donate_argnums=donate_argnums
+    )
+    return build_step(search_within(Step(step, args, options), wanted))
+
+
+def search_within(whole: Step, wanted: Budget, reserve_bytes: int = 0) -> FoundStep:
+    """Find the plans of a step within a budget, some of which is left for others.
+
+    Raises:
+        InfeasibleBudgetError: no choice of plans fits.
+        BudgetError: the reserve leaves nothing.
+    """
+    if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes - reserve_bytes):
         budget_bytes = wanted.resolve(whole.measure(whole.without).device_bytes)
     else:
         budget_bytes = wanted.size_bytes
-    return build_step(search_step(whole, budget_bytes))
+    if budget_bytes <= reserve_bytes:
+        raise BudgetError(f"reserve={reserve_bytes:,} leaves nothing of the budget")
+    return search_step(whole, budget_bytes - reserve_bytes)
 
 
 def _may_wait(step: Step, budget_bytes: int) -> bool:
