@@ -22,7 +22,8 @@ from jax.interpreters import ad, batching, mlir
 from jaxckpt import _compat
 from jaxckpt._version import __version__
 from jaxckpt.api.plan import make_request, plan_program
-from jaxckpt.api.processes import agreed
+from jaxckpt.api.processes import Exchange, agreed
+from jaxckpt.api.switch import is_disabled
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.files import keep_text
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
@@ -122,6 +123,8 @@ def auto_remat(
 
     @functools.wraps(fun)
     def with_plan(*args: Any, **kwargs: Any) -> Any:
+        if is_disabled():
+            return fun(*args, **kwargs)
         if request is None and FITTING.value is None:
             _warn_no_budget()
             return fun(*args, **kwargs)
@@ -316,7 +319,16 @@ def _find_plan(call: Call, goal: Objective, request: Request) -> Plan:
     """The plan of this program for these inputs: from memory, process 0, disk, or made now."""
     program = call.program
     key = _key(program, goal, request)
-    make = lambda: agreed(call.label, program, lambda: _kept_or_made(call, goal, request, key))  # noqa: E731
+
+    def taken(data: dict[str, Any]) -> Plan:
+        plan = Plan.from_json(data, "the plan of process 0")
+        plan.check(program)
+        return plan
+
+    def make() -> Plan:
+        exchange = Exchange(label=call.label, write=Plan.to_json, read=taken)
+        return agreed(exchange, lambda: _kept_or_made(call, goal, request, key))
+
     if program.description.opaque:  # another program may have this fingerprint
         return call.remembered(("plan", goal), make)
     return _PLANS.get(key, make)
@@ -342,10 +354,15 @@ def _kept_or_made(call: Call, goal: Objective, request: Request, key: str) -> Pl
 
 def _key(program: Program, goal: Any, request: Request) -> str:
     program_key = program.fingerprint(), program.keeps_checkpoints, len(program.closed_over)
+    return kept_key((*program_key, goal, request), request.target)
+
+
+def kept_key(parts: tuple[Any, ...], target: str | None) -> str:
+    """A name under which plans are kept: of what they are for, the versions, the target and its compiler."""
     versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
-    chip = find_target(request.target)
+    chip = find_target(target)
     place = (device_label(None), os.environ.get("XLA_FLAGS", ""), chip, chip.compiler, registered())
-    return hashlib.sha256(repr((*program_key, goal, request, versions, place)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((*parts, versions, place)).encode()).hexdigest()[:32]
 
 
 def _path(cache_dir: str | None, key: str) -> Path:
