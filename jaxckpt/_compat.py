@@ -228,9 +228,8 @@ def hand_over_vjp(asks: Callable[[], Handover | None]) -> bool:
     return True
 
 
-def is_tracing() -> bool:
-    """Whether a call happens inside a transformation: jit, vmap, grad or a loop's body."""
-    return not _core.trace_state_clean()
+# Whether a call happens outside of every transformation: jit, vmap, grad, a loop's body. It is asked at each call.
+is_outermost: Callable[[], bool] = _core.trace_state_clean
 
 
 def jit_context() -> Any:
@@ -250,3 +249,23 @@ def backward_lines(closed: Any) -> list[str]:
                 found[source_line(eqn.source_info)] = None
             jaxprs += jaxprs_in_params(eqn.params)
     return [line for line in found if line]
+
+
+def forget_fast_calls(jitted: Any) -> None:
+    """Let a jitted function look at its next calls anew; what it traced and compiled stays.
+
+    A kind of call that once raised is never fast again otherwise (there is no public way to clear that alone).
+    """
+    clear = getattr(jitted, "_clear_cache", None)
+    if clear is not None:
+        clear()
+
+
+def jit_is_disabled() -> bool:
+    """Whether functions under `jax.jit` run as they are (`jax.disable_jit`)."""
+    return jax.config.jax_disable_jit  # type: ignore[attr-defined]
+
+
+def default_device() -> Any:
+    """Where uncommitted arrays are used: as `jax.default_device` says, or the first device."""
+    return jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]

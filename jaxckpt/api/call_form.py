@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxckpt import _compat
 from jaxckpt.errors import OptionError
 from jaxckpt.program.same_call import ChangingError, key_of, tree_key
 from jaxckpt.program.trace import traced_leaves
@@ -310,7 +311,7 @@ def _placed(leaf: Any) -> Any:
     if not getattr(leaf, "committed", not isinstance(leaf, jax.Array)):
         return None
     (device,) = found.device_set
-    default = jax.config.jax_default_device or jax.devices()[0]
+    default = _compat.default_device()
     return found if getattr(default, "device_kind", None) != device.device_kind else None
 
 

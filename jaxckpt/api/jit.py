@@ -81,8 +81,8 @@ def jit(
     """Compile a step as `jax.jit` does, with the cheapest recomputation with which all of it fits the budget.
 
     The outermost functions that the step differentiates are planned, with no decorator: whatever it gives to
-    `jax.grad`, `value_and_grad`, `vjp` or `jacrev`, or to a library's wrapper of them. Those that hold less than 1 % of what all of
-    them hold are left alone. A function that calls one decorated with `auto_remat` is left to that one.
+    `jax.grad`, `value_and_grad`, `vjp` or `jacrev`, or to a library's wrapper of them. Those that hold less than 1 % of
+    what all of them hold are left alone. A function that calls one decorated with `auto_remat` is left to that one.
 
     Planning happens at the first call with arguments that `jax.jit` would trace or compile for: another tree, shape,
     dtype or weak type, another static value, sharding or JAX configuration. The log says what was planned and how long
@@ -308,7 +308,7 @@ class PlannedJit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the step, planned for these arguments."""
-        if _compat.is_tracing():
+        if not _compat.is_outermost():
             self._refuse_tracing()
         try:
             return self._fast(*args, **kwargs)
@@ -352,7 +352,7 @@ class PlannedJit:
         return self._traced(args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """Plan for these arguments or specs and lower the step, as `jax.jit(...).lower`, for a target that may be away."""
+        """Plan for these arguments or specs and lower the step, as `jax.jit(...).lower`; the target may be away."""
         target = self._options.target
         platforms = {} if target is None else {"lowering_platforms": (find_target(target).platform,)}
         return self._traced(args, kwargs).lower(**platforms)
@@ -380,7 +380,7 @@ class PlannedJit:
 
     def _slow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Plan for new arguments, or find the plan again, and call with leave to trace and lower."""
-        if jax.config.jax_disable_jit:
+        if _compat.jit_is_disabled():
             return self._fun(*args, **kwargs)
         if not is_here(self._options.target):
             raise TargetError(
@@ -390,6 +390,7 @@ class PlannedJit:
         with self._lock:
             entry, form = self._entry(args, kwargs)
             variant = self._variant(entry, form)
+            _compat.forget_fast_calls(variant.jitted)
         leave = _LEAVE.set(entry)
         try:
             result = variant.call(*args, **kwargs)
@@ -437,8 +438,8 @@ class PlannedJit:
         self._shapes.add(call.shapes)
         if len(self._shapes) == _MANY_SHAPES:
             warnings.warn(
-                f"{self._label} meets its {_MANY_SHAPES}th shape of arguments, and each is planned and compiled: pad to "
-                "a few sizes, such as the last batch to the size of the others and lengths to powers of two, with a "
+                f"{self._label} meets its {_MANY_SHAPES}th shape of arguments, and each is planned and compiled: pad "
+                "to a few sizes, such as the last batch to the size of the others and lengths to powers of two, with a "
                 "mask for what is padding",
                 JaxckptWarning,
                 stacklevel=5,
@@ -450,7 +451,7 @@ class PlannedJit:
             self._fast = self._reset()
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _compat.is_tracing():
+        if not _compat.is_outermost():
             self._refuse_tracing()
         options = self._options
         with self._lock:
