@@ -7,7 +7,7 @@ itself, which costs nothing at a call, and one for Equinox modules, whose fields
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -256,14 +256,13 @@ class _Result:
         return cls(list(arrays), static)
 
 
-def _dynamic(value: Any) -> Iterator[bool]:
+def _dynamic(value: Any) -> tuple[bool, ...]:
     """Which leaves are traced: as everywhere, and True and False outside of modules too."""
     module = sys.modules["equinox"].Module
+    found: list[bool] = []
     for node in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, module)):
-        if isinstance(node, module):
-            yield from traced_leaves(node)
-        else:
-            yield isinstance(node, bool) or traced_leaves(node)[0]
+        found += traced_leaves(node) if isinstance(node, module) else [isinstance(node, bool) or traced_leaves(node)[0]]
+    return tuple(found)
 
 
 def _tree_key(tree: Any) -> Hashable:

@@ -311,12 +311,21 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def under(choice: Choice, fun: Callable) -> Callable:
-    """A step in which the differentiated functions do as is chosen."""
+    """A step in which the differentiated functions do as is chosen.
+
+    It raises `PlanMismatchError` where not all that are planned are met: it would run without their plans.
+    """
 
     @functools.wraps(fun)
     def chosen(*args: Any, **kwargs: Any) -> Any:
         with FITTING(choice):
-            return fun(*args, **kwargs)
+            result = fun(*args, **kwargs)
+        if choice.used != set(choice.chosen):
+            raise PlanMismatchError(
+                f"{getattr(fun, '__name__', 'the step')} differentiates another program than when it was planned a "
+                "moment ago; does it read something that changes, such as a counter or a random number of NumPy's?"
+            )
+        return result
 
     return chosen
 
