@@ -376,7 +376,7 @@ def test_errors_leave_nothing_and_donate_nothing():
     assert step.plans == () and step.measurement is None and not step._entries
     is_broken[0] = False
     step(ws, x)
-    with pytest.raises(TypeError, match="valid JAX"):
+    with pytest.raises(TypeError, match=r"abstract array|valid JAX"):
         step(["text"], x)
     with pytest.raises(OptionError, match="differentiates nothing"):
         jaxckpt.jit(chain, budget="8GB")(arguments()[0], x)
@@ -575,7 +575,7 @@ def test_equinox_modules_are_split_into_arrays_and_what_is_static():
     planned = jaxckpt.jit(step, budget="75%")
     got = planned(model, opt, x, 0.5)
     assert_close(
-        jax.tree.leaves(eqx.filter(got, eqx.is_array)), jax.tree.leaves(eqx.filter(wanted, eqx.is_array)), 1e-5
+        jax.tree.leaves(eqx.filter(got, eqx.is_array)), jax.tree.leaves(eqx.filter(wanted, eqx.is_array)), 1e-4
     )
     assert got[0].activation is jnp.tanh and got[0].is_scaled is True and got[0].times == 2
     assert planned.plans[0].schedule is not None
