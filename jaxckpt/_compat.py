@@ -228,7 +228,7 @@ def hand_over_vjp(asks: Callable[[], Handover | None]) -> bool:
     return True
 
 
-# Whether a call happens outside of every transformation: jit, vmap, grad, a loop's body. It is asked at each call.
+# Whether a call happens outside of every transformation: jit, vmap, grad, a loop's body.
 is_outermost: Callable[[], bool] = _core.trace_state_clean
 
 

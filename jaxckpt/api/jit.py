@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 from jax.core import Tracer
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
 from jaxckpt.api.auto_remat import kept_key
@@ -208,8 +208,17 @@ class _Options:
         return JitOptions(**{**self.jit.__dict__, "rest": rest})
 
 
-class _NeedsPlanError(Exception):
-    """JAX traces or lowers for arguments that nothing was planned for."""
+_INSIDE = (
+    "called inside jit, vmap, grad or a loop, where it cannot be planned: the outermost jit is the one to plan. Give "
+    "jaxckpt.jit the whole step, and call the undecorated function, its __wrapped__, inside"
+)
+
+
+class _NeedsPlanError(OptionError):
+    """JAX traces or lowers for arguments that nothing was planned for; users see it where another program does."""
+
+    def __init__(self) -> None:
+        super().__init__(f"a step of jaxckpt.jit is {_INSIDE}")
 
 
 @dataclass(eq=False)
@@ -250,7 +259,14 @@ def _lower_guard(ctx: Any, x: Any) -> list[Any]:
     return [x]  # nothing is left of it in the program
 
 
+def _refuse_guard(*args: Any, **params: Any) -> Any:
+    del args, params
+    raise _NeedsPlanError
+
+
 mlir.register_lowering(_guard_p, _lower_guard)
+batching.primitive_batchers[_guard_p] = _refuse_guard
+ad.primitive_jvps[_guard_p] = _refuse_guard
 
 
 def _guarded(result: Any, given: Any) -> Any:
@@ -301,13 +317,12 @@ class PlannedJit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the step, planned for these arguments."""
-        if not _compat.is_outermost():
-            self._refuse_tracing()
         try:
             return self._fast(*args, **kwargs)
         except _NeedsPlanError:
             pass
-        except TypeError:
+        except (TypeError, ValueError):
+            self._refuse_inside()
             # Of leaves that JAX cannot trace, there are those of Equinox modules.
             if isinstance(form_of(self._fun, self._options.run, args, kwargs), PlainForm):
                 raise
@@ -364,17 +379,15 @@ class PlannedJit:
         self._variants = [_Variant(PlainForm(self._fun, self._options.run), self._fun)]
         return self._variants[0].call
 
-    def _refuse_tracing(self) -> None:
-        raise OptionError(
-            f"{self._label} is called inside jit, vmap, grad or a loop, where it cannot be planned: the outermost jit "
-            f"is the one to plan. Give jaxckpt.jit the whole step, and call the undecorated function, "
-            f"{self._label}.__wrapped__, inside"
-        )
+    def _refuse_inside(self) -> None:
+        if not _compat.is_outermost():
+            raise OptionError(f"{self._label} is {_INSIDE}")
 
     def _slow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Plan for new arguments, or find the plan again, and call with leave to trace and lower."""
         if _compat.jit_is_disabled():
             return self._fun(*args, **kwargs)
+        self._refuse_inside()
         if not is_here(self._options.target):
             raise TargetError(
                 f"{self._label} is planned for {self._options.target}, which is not here; .lower(...) compiles it, or "
@@ -444,8 +457,7 @@ class PlannedJit:
             self._fast = self._reset()
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not _compat.is_outermost():
-            self._refuse_tracing()
+        self._refuse_inside()
         options = self._options
         with self._lock:
             entry, form = self._entry(args, kwargs)
