@@ -69,7 +69,7 @@ def auto_remat(
         fun: a function of pytrees. Arrays and numbers among their leaves are traced; True and False, and all that is
             neither, are static, as is what is no array in an Equinox module. Left out, a decorator is returned.
         budget: device bytes of its value and gradient: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
-            None leaves the plan to `fit`, and outside of it runs the function unchanged.
+            None leaves the plan to `jit` and `fit`, and outside of them runs the function unchanged.
         cost: what is minimised: "time", modelled for the target, or "flops".
         solver: as in `plan`.
         target: a chip's name; None is the default backend.
@@ -431,7 +431,9 @@ def _warn_mapped() -> None:
 @functools.cache
 def _warn_no_budget() -> None:
     warnings.warn(
-        "auto_remat without a budget runs the function unchanged outside of fit; give budget=...", JaxckptWarning, 3
+        "auto_remat without a budget runs the function unchanged outside of fit and jit; give budget=...",
+        JaxckptWarning,
+        3,
     )
 
 
