@@ -410,7 +410,7 @@ class PlannedJit:
         return result
 
     def _by_leaves(self, *args: Any, **kwargs: Any) -> Any:
-        """Where equal shapes with other shardings have other plans, the leaves say which: half a µs for each."""
+        """Where equal shapes with other shardings have other plans, the leaves say which: 0.3 µs for each."""
         variant = self._by_shardings.get(_leaf_shardings(args, kwargs), self._variants[0])
         return variant.call(*args, **kwargs)
 
