@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxckpt.api.auto_remat import compiler_options as compiler_options
     from jaxckpt.api.fit import fit as fit
     from jaxckpt.api.frontier import frontier as frontier
+    from jaxckpt.api.jit import jit as jit
     from jaxckpt.api.largest_batch import largest_batch as largest_batch
     from jaxckpt.api.measure import measure as measure
     from jaxckpt.api.plan import plan as plan
@@ -64,6 +65,7 @@ _HOMES = {
     "UnsupportedProgramError": "errors",
     "Fitted": "result.fitted",
     "fit": "api.fit",
+    "jit": "api.jit",
     "Measurement": "compilation.measure",
     "measure": "api.measure",
     "mesh": "targets.sharding",

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -311,3 +311,75 @@ def distributed_client() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+# Given a function and whether it returns auxiliary results, what is differentiated in its place.
+Handover = Callable[[Callable, bool], Callable]
+
+
+def hand_over_vjp(asks: Callable[[], Handover | None]) -> bool:
+    """Let functions that JAX differentiates backward pass through a hand that a caller may hold out.
+
+    `grad`, `value_and_grad` and `jacrev`, and the libraries' wrappers of them, call one `vjp` of JAX's own module,
+    which is `jax.vjp` too. It is replaced in both places (there is no public way to see what is differentiated).
+
+    Args:
+        asks: the hand that is held out where it is called; None leaves everything as it is.
+
+    Returns:
+        Whether this JAX has such a function.
+    """
+    from jax._src import api
+
+    original = getattr(api, "vjp", None)
+    if original is None or original is not getattr(jax, "vjp", None):
+        return False
+    if hasattr(original, "hands_over"):
+        return True
+
+    @functools.wraps(original)
+    def vjp(fun: Callable, *primals: Any, has_aux: bool = False, **options: Any) -> Any:
+        hand = asks()
+        return original(fun if hand is None else hand(fun, has_aux), *primals, has_aux=has_aux, **options)
+
+    vjp.hands_over = True  # type: ignore[attr-defined]
+    api.vjp = jax.vjp = vjp
+    return True
+
+
+# Whether a call happens outside of every transformation: jit, vmap, grad, a loop's body.
+is_outermost: Callable[[], bool] = core.trace_state_clean
+
+
+def jit_context() -> Any:
+    """What of JAX's configuration decides what a function is traced to, as `jax.jit` has it in its keys."""
+    from jax._src import config
+
+    return config.trace_context()
+
+
+def backward_lines(closed: Any) -> list[str]:
+    """The lines whose operations are differentiated backward in a jaxpr, as `source_line` shows them."""
+    found: dict[str, None] = {}
+    jaxprs = [getattr(closed, "jaxpr", closed)]
+    while jaxprs:
+        for eqn in jaxprs.pop().eqns:
+            if "transpose(" in str(eqn.source_info.name_stack):
+                found[source_line(eqn.source_info)] = None
+            jaxprs += jaxprs_in_params(eqn.params)
+    return [line for line in found if line]
+
+
+def forget_fast_calls(jitted: Any) -> None:
+    """Let a jitted function look at its next calls anew; what it traced and compiled stays.
+
+    A kind of call that once raised is never fast again otherwise (there is no public way to clear that alone).
+    """
+    clear = getattr(jitted, "_clear_cache", None)
+    if clear is not None:
+        clear()
+
+
+def default_device() -> Any:
+    """Where uncommitted arrays are used: as `jax.default_device` says, or the first device."""
+    return jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]

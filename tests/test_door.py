@@ -47,6 +47,10 @@ def fitted():
     jaxckpt.fit(step, w, jax.ShapeDtypeStruct((64, 16), jnp.float32), budget="80%")
 
 
+def jitted():
+    jaxckpt.jit(step, budget="80%")(jnp.ones((16, 16)), jnp.ones((64, 16)))
+
+
 def fitted_to_a_batch():
     w = jax.ShapeDtypeStruct((16, 16), jnp.float32)
     jaxckpt.largest_batch(step, lambda n: (w, jax.ShapeDtypeStruct((n, 16), jnp.float32)), budget="1MB")
@@ -67,6 +71,7 @@ PATHS = (
     profiled,
     held,
     fitted,
+    jitted,
     fitted_to_a_batch,
     traded_off,
     differentiated,

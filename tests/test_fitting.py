@@ -100,9 +100,46 @@ def test_several_functions_and_an_inner_jit_are_planned_together():
     assert fitted.measurement.device_bytes <= 0.7 * fitted.unplanned.device_bytes
 
 
-def test_a_step_without_a_decorated_function_is_refused():
-    with pytest.raises(jaxckpt.OptionError, match="decorate the loss"):
-        jaxckpt.fit(make_step(chain), WS, WS, X, budget="60%")
+def test_a_step_that_differentiates_nothing_is_refused():
+    with pytest.raises(jaxckpt.OptionError, match=r"differentiates nothing .* use jax.jit"):
+        jaxckpt.fit(lambda ws, x: chain(ws, x), WS, X, budget="60%")
+
+
+def test_functions_that_cannot_be_seen_are_named():
+    vjp = jax.vjp.__wrapped__  # as one that was imported by name before
+
+    def step(ws, x):
+        value, pull = vjp(lambda ws: chain(ws, x), ws)
+        return pull(jnp.ones_like(value))
+
+    with pytest.raises(jaxckpt.OptionError, match=r"test_fitting.py:\d+.*\(chain\).*Decorate them"):
+        jaxckpt.fit(step, WS, X, budget="60%")
+
+
+def test_an_undecorated_step_is_planned_like_a_decorated_one():
+    ours = jaxckpt.fit(make_step(chain), WS, WS, X, budget="60%")
+    theirs = jaxckpt.fit(make_step(jaxckpt.auto_remat(chain)), WS, WS, X, budget="60%")
+    assert ours.plans[0].schedule is not None and len(ours.plans) == 1
+    assert ours.measurement.device_bytes <= 0.6 * ours.unplanned.device_bytes
+    # Without plans it is the user's own step, to the byte.
+    plain = jax.jit(make_step(chain), compiler_options=jaxckpt.compiler_options()).lower(WS, WS, X).compile()
+    assert ours.unplanned.temp_bytes == plain.memory_analysis().temp_size_in_bytes
+    assert abs(ours.measurement.device_bytes - theirs.measurement.device_bytes) < 0.02 * theirs.measurement.device_bytes
+
+
+def test_tiny_functions_and_those_around_decorated_ones_are_left_alone():
+    def tiny(ws, x):
+        return jnp.mean(jnp.sin(x[:2] @ ws[0]))
+
+    loss = jaxckpt.auto_remat(lambda ws, x: chain(ws[:6], x), keep_checkpoints=False)
+
+    def step(ws, x):
+        grads = [jax.grad(f)(ws, x) for f in (chain, tiny, lambda ws, x: 2.0 * loss(ws, x))]
+        return jax.tree.map(lambda *leaves: sum(leaves), *grads)
+
+    fitted = jaxckpt.fit(step, WS, X, budget="70%")
+    assert [plan.keeps_checkpoints for plan in fitted.plans] == [True, False]
+    assert fitted.measurement.device_bytes <= 0.7 * fitted.unplanned.device_bytes
 
 
 def test_a_budget_below_the_state_says_what_no_plan_changes():

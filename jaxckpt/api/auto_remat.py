@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from jax.interpreters import ad, batching, mlir
 from jaxckpt import _compat
 from jaxckpt._version import __version__
 from jaxckpt.api.plan import make_request, plan_program, warn_infeasible
-from jaxckpt.api.processes import agreed
+from jaxckpt.api.processes import Exchange, agreed
 from jaxckpt.api.static import static_places
+from jaxckpt.api.switch import is_disabled
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.files import keep_text
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
@@ -74,7 +75,7 @@ def auto_remat(
         fun: a function of pytrees. Arrays and numbers among their leaves are traced; True and False, and all that is
             neither, are static, as is what is no array in an Equinox module. Left out, a decorator is returned.
         budget: device bytes of its value and gradient: an int, `"8GB"`, `"8GiB"`, or `"80%"` of the unplanned peak.
-            None leaves the plan to `fit`, and outside of it runs the function unchanged.
+            None leaves the plan to `jit` and `fit`, and outside of them runs the function unchanged.
         cost: what is minimised: "time", modelled for the target, or "flops".
         solver: as in `plan`.
         target: a chip's name; None is the default backend.
@@ -133,6 +134,7 @@ def auto_remat(
         names=names,
         cache_dir=None if cache_dir is None else str(cache_dir),
         keep_checkpoints=keep_checkpoints,
+        solver=solver,
     )
 
     @functools.wraps(fun)
@@ -152,9 +154,10 @@ class _Decorated:
     names: tuple[str, ...]
     cache_dir: str | None
     keep_checkpoints: bool
+    solver: Any
     _memory: Memory = field(default_factory=Memory, init=False)
     # Equal calls are one program, and one program is one call: what is known of it is found again.
-    _calls: Recent["_Call"] = field(default_factory=lambda: Recent(64), init=False)
+    _calls: Recent["Call"] = field(default_factory=lambda: Recent(64), init=False)
 
     def __reduce__(self) -> Any:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -162,6 +165,8 @@ class _Decorated:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         fun, label = self.fun, getattr(self.fun, "__name__", type(self.fun).__name__)
+        if is_disabled():
+            return fun(*args, **kwargs)
         if self.request is None and FITTING.value is None:
             _warn_no_budget()
             return fun(*args, **kwargs)
@@ -175,7 +180,8 @@ class _Decorated:
         program = traced.program
         refuse_effects(program, label)
         leaves = traced.dynamic(jax.tree.leaves((state.args, state.kwargs)))
-        call = self._calls.get(Itself(program), lambda: _Call(program, self.request, label, self.cache_dir))
+        make = lambda: Call(program, self.request, label, self.cache_dir, solver=self.solver)  # noqa: E731
+        call = self._calls.get(Itself(program), make)
         results = auto_remat_p.bind(*traced.consts, *leaves, call=call)
         return state.finish(jax.tree.unflatten(traced.out_tree, results))
 
@@ -193,13 +199,26 @@ def compiler_options() -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
-    """The parameter of the primitive: a program and how to plan it; None leaves that to `fit`."""
+class Call:
+    """The parameter of the primitive: a program and how to plan it; without a request that is left to `fit` and `jit`.
+
+    Attributes:
+        program: what is run.
+        request: how it is planned on its own.
+        label: the function's name.
+        cache_dir: where plans are kept; None is the user's cache directory.
+        solver: which finds its schedules in a step.
+        is_decorated: by hand; otherwise it was found in a step.
+        num_results: how many of its outputs have cotangents; None is the first if that is a loss, and otherwise all.
+    """
 
     program: Program
     request: Request | None
     label: str
     cache_dir: str | None
+    solver: Any = "auto"
+    is_decorated: bool = True
+    num_results: int | None = None
     _known: Recent[Any] = field(default_factory=lambda: Recent(64), init=False)
 
     def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -231,7 +250,7 @@ class _Call:
     def planned(self, active: tuple[int, ...], *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the program with the plan for these differentiated inputs."""
         try:
-            goal = _objective(self.program, active)
+            goal = _objective(self.program, active, self.num_results)
         except NotDifferentiableError:
             return self.plain
         if has_symbolic_shapes(self.program):
@@ -239,7 +258,16 @@ class _Call:
             return self.plain
         if self.request is None:
             fitting = FITTING.value
-            return fitting.planned(self.program, goal, is_forward_mode=is_forward_mode) if fitting else self.plain
+            if fitting is None:
+                return self.plain
+            return fitting.planned(
+                self.program,
+                goal,
+                label=self.label,
+                is_decorated=self.is_decorated,
+                solver=self.solver,
+                is_forward_mode=is_forward_mode,
+            )
         found = _find_plan(self, goal, self.request)
         if found.schedule is None:
             return self.plain
@@ -258,13 +286,13 @@ _RUNS: Recent[Callable[..., list[Any]]] = Recent(256)
 
 
 @auto_remat_p.def_impl
-def _impl(*args: Any, call: _Call) -> list[Any]:
+def _impl(*args: Any, call: Call) -> list[Any]:
     # Without a derivative there is nothing to plan.
     return call.compiled(*args)
 
 
 @auto_remat_p.def_effectful_abstract_eval
-def _abstract(*avals: Any, call: _Call) -> tuple[list[Any], Any]:
+def _abstract(*avals: Any, call: Call) -> tuple[list[Any], Any]:
     del avals
     results = [call.program.avals[x] if isinstance(x, int) else x.aval for x in call.program.outputs]
     return results, frozenset().union(*(eqn.effects for eqn in call.program.equations))
@@ -273,12 +301,12 @@ def _abstract(*avals: Any, call: _Call) -> tuple[list[Any], Any]:
 mlir.register_lowering(auto_remat_p, mlir.lower_fun(lambda *args, call: call.plain(*args), multiple_results=True))
 
 
-def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[int]]:
+def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: Call) -> tuple[list[Any], list[int]]:
     """Batch the whole program; it is planned at the batched shapes, should it be differentiated."""
     avals = tuple(map(jax.typeof, args))
     in_axes = tuple(dims)  # None where not mapped
 
-    def make(out_axes: list[Any]) -> tuple[tuple[Any, ...], _Call, list[Any]]:
+    def make(out_axes: list[Any]) -> tuple[tuple[Any, ...], Call, list[Any]]:
         batched = jax.vmap(
             call.plain,
             in_axes=in_axes,
@@ -288,9 +316,9 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
             spmd_axis_name=axis.spmd_name or None,
         )
         traced = trace(batched, list(map(spec_of, avals)))
-        return traced.consts, _Call(traced.program, call.request, call.label, call.cache_dir), out_axes
+        return traced.consts, replace(call, program=traced.program), out_axes
 
-    def made() -> tuple[tuple[Any, ...], _Call, list[Any]]:
+    def made() -> tuple[tuple[Any, ...], Call, list[Any]]:
         pairs = zip(call.program.inputs, in_axes, strict=True)
         mapped = dependent_values(call.program, [v for v, dim in pairs if dim is not None])
         out_axes = [0 if x in mapped else None for x in call.program.outputs]
@@ -306,7 +334,7 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, call: _Call) 
 batching.fancy_primitive_batchers[auto_remat_p] = _batch
 
 
-def _checked(check: Callable, error: Any, *args: Any, call: _Call) -> tuple[Any, list[Any]]:
+def _checked(check: Callable, error: Any, *args: Any, call: Call) -> tuple[Any, list[Any]]:
     """Make the errors of `checkify` values of the program, which is planned with them."""
 
     def with_errors(error: Any, *args: Any) -> tuple[list[Any], Any]:
@@ -316,7 +344,7 @@ def _checked(check: Callable, error: Any, *args: Any, call: _Call) -> tuple[Any,
 
     operands = (error, *args)
     traced = trace(with_errors, jax.tree.map(lambda x: spec_of(jax.typeof(x)), operands))
-    whole = _Call(traced.program, call.request, call.label, call.cache_dir)
+    whole = replace(call, program=traced.program)
     results = auto_remat_p.bind(*traced.consts, *jax.tree.leaves(operands), call=whole)
     outs, found = jax.tree.unflatten(traced.out_tree, results)
     return found, outs
@@ -325,9 +353,9 @@ def _checked(check: Callable, error: Any, *args: Any, call: _Call) -> tuple[Any,
 _compat.register_check(auto_remat_p, _checked)
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tuple[list[Any], list[Any]]:
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> tuple[list[Any], list[Any]]:
     active = tuple(i for i, t in enumerate(tangents) if not _compat.is_zero(t))
-    _warn_if_mapped(primals)
+    _warn_if_mapped(call, primals)
     planned = call.planned(active, is_forward_mode=True)
 
     def on_active(*values: Any) -> list[Any]:
@@ -340,9 +368,9 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: _Call) -> tup
     ]
 
 
-def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: _Call) -> Any:
+def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: Call) -> Any:
     """Linearize as the planned program under `jit`: JAX's own rule for that keeps every kind of remat."""
-    _warn_if_mapped(primals)
+    _warn_if_mapped(call, primals)
     active = tuple(i for i, nonzero in enumerate(nonzeros) if nonzero)
 
     params = call.remembered(active, lambda: _under_jit(call.program, call.planned(active)))
@@ -358,7 +386,7 @@ def _under_jit(program: Program, fun: Callable[..., list[Any]]) -> dict[str, Any
     return eqn.params
 
 
-def _differentiated(call: _Call, active: tuple[int, ...], *primals: Any) -> None:
+def _differentiated(call: Call, active: tuple[int, ...], *primals: Any) -> None:
     """Run the program, and what its derivative makes in the forward, operation by operation."""
     on_active = lambda *values: call.plain(*_replaced(primals, active, values))  # noqa: E731
     jax.vjp(on_active, *(primals[i] for i in active))
@@ -383,25 +411,36 @@ _compat.set_transpose_rule(
 _PLANS: Recent[Plan] = Recent(1024)
 
 
-def _objective(program: Program, active: tuple[int, ...]) -> Objective:
-    """What is differentiated: these inputs, and the loss where there is one."""
+def _objective(program: Program, active: tuple[int, ...], num_results: int | None) -> Objective:
+    """What is differentiated: these inputs, and of the outputs the loss where there is one."""
+    if num_results is not None:
+        return output_objective(program, active, num_results)
     outputs = [program.avals[x] if isinstance(x, int) else x.aval for x in program.outputs]
     is_loss = bool(outputs) and outputs[0].shape == () and is_differentiable(outputs[0])
     # A scalar in front is the loss, and what follows it has no cotangent.
     return output_objective(program, active, 1 if is_loss else len(outputs))
 
 
-def _find_plan(call: _Call, goal: Objective, request: Request) -> Plan:
+def _find_plan(call: Call, goal: Objective, request: Request) -> Plan:
     """The plan of this program for these inputs: from memory, process 0, disk, or made now."""
     program = call.program
     key = _key(program, goal, request)
-    make = lambda: agreed(call.label, program, lambda: _kept_or_made(call, goal, request, key))  # noqa: E731
+
+    def taken(data: dict[str, Any]) -> Plan:
+        plan = Plan.from_json(data, "the plan of process 0")
+        plan.check(program)
+        return plan
+
+    def make() -> Plan:
+        exchange = Exchange(label=call.label, write=Plan.to_json, read=taken)
+        return agreed(exchange, lambda: _kept_or_made(call, goal, request, key))
+
     if program.description.opaque:  # another program may have this fingerprint
         return call.remembered(("plan", goal), make)
     return _PLANS.get(key, make)
 
 
-def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> Plan:
+def _kept_or_made(call: Call, goal: Objective, request: Request, key: str) -> Plan:
     is_kept = isinstance(request.solver, str) and not call.program.description.opaque
     path = _path(call.cache_dir, key) if is_kept else None
     found = _read(path, call.program)
@@ -423,8 +462,13 @@ def _kept_or_made(call: _Call, goal: Objective, request: Request, key: str) -> P
 
 def _key(program: Program, goal: Any, request: Request) -> str:
     program_key = program.fingerprint(), program.keeps_checkpoints, len(program.closed_over)
+    return kept_key((*program_key, goal, request), request.target)
+
+
+def kept_key(parts: tuple[Any, ...], target: str | None) -> str:
+    """A name under which plans are kept: of what they are for, the versions, the target and its compiler."""
     versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
-    chip = find_target(request.target)
+    chip = find_target(target)
     place = (
         _compat.axis_sizes(),
         device_label(None),
@@ -433,7 +477,7 @@ def _key(program: Program, goal: Any, request: Request) -> str:
         chip.compiler,
         registered(),
     )
-    return hashlib.sha256(repr((*program_key, goal, request, versions, place)).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((*parts, versions, place)).encode()).hexdigest()[:32]
 
 
 def _path(cache_dir: str | None, key: str) -> Path:
@@ -482,8 +526,9 @@ def _bind_static(
     return inner, rest, left, (tuple(fixed), *fixed.values(), tuple(fixed_names), *fixed_names.values())
 
 
-def _warn_if_mapped(primals: Sequence[Any]) -> None:
-    if any(map(_compat.is_mapped, primals)):
+def _warn_if_mapped(call: Call, primals: Sequence[Any]) -> None:
+    # A step is measured as a whole, whatever its functions are planned at.
+    if call.request is not None and any(map(_compat.is_mapped, primals)):
         _warn_mapped()
 
 
@@ -511,7 +556,9 @@ def _warn_symbolic(label: str) -> None:
 @functools.cache
 def _warn_no_budget() -> None:
     warnings.warn(
-        "auto_remat without a budget runs the function unchanged outside of fit; give budget=...", JaxckptWarning, 3
+        "auto_remat without a budget runs the function unchanged outside of fit and jit; give budget=...",
+        JaxckptWarning,
+        3,
     )
 
 

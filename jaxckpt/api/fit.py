@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.api.plan import check_limits, warn_infeasible
+from jaxckpt.errors import BudgetError
 from jaxckpt.result.build import build_step
 from jaxckpt.result.fitted import Fitted
 from jaxckpt.search.budget_search import FAR
-from jaxckpt.search.step import Step
-from jaxckpt.search.step_search import search_step
-from jaxckpt.units import parse_budget
+from jaxckpt.search.step import Step, StepOptions
+from jaxckpt.search.step_search import FoundStep, search_step
+from jaxckpt.units import Budget, parse_budget
 
 
 def fit(
@@ -19,20 +21,26 @@ def fit(
     cost: str = "time",
     target: str | None = None,
     donate_argnums: int | Sequence[int] = (),
+    solver: Any = "auto",
+    keep_checkpoints: bool = True,
     max_compiles: int | None = None,
     on_infeasible: str = "raise",
 ) -> Fitted:
-    """Choose the plans of the decorated functions inside a step so that the whole step fits the budget.
+    """Choose the plans of the functions that a step differentiates so that the whole step fits the budget.
 
     Args:
-        step: a function that differentiates functions decorated with `auto_remat` without a budget. Those with a
-            budget of their own keep their plans.
+        step: a function that differentiates others with `jax.grad`, `value_and_grad`, `vjp` or `jacrev`. Nothing needs
+            a decorator: the outermost functions it differentiates are planned, but those that hold less than 1 % of
+            what all of them hold. A function that calls one decorated with `auto_remat` is left to it: without a budget
+            that is planned here with its own options, and with one it keeps its plan.
         *args: its arguments: pytrees of arrays or `ShapeDtypeStruct`s. With shardings on a mesh of several devices,
             the budget is for each.
         budget: device bytes of the compiled step: an int, `"16GB"`, `"16GiB"`, or `"80%"` of its unplanned peak.
         cost: what is minimised: "time" or "flops".
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
+        solver: as in `plan`, for functions that are not decorated.
+        keep_checkpoints: as in `plan`, for functions that are not decorated.
         max_compiles: as in `plan`.
         on_infeasible: as in `plan`.
 
@@ -44,15 +52,14 @@ def fit(
 
     Raises:
         BudgetError: a budget that cannot be read.
-        OptionError: a cost that is none, or a step that differentiates no decorated function.
+        OptionError: a cost or a solver that is none, or a step that differentiates nothing that can be seen.
         InfeasibleBudgetError: no choice of plans fits.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxckpt
-        >>> @jaxckpt.auto_remat
-        ... def loss(w, x):
+        >>> def loss(w, x):
         ...     for _ in range(8):
         ...         x = jnp.tanh(x @ w)
         ...     return jnp.sum(x**2)
@@ -64,15 +71,46 @@ def fit(
     """
     wanted = parse_budget(budget)
     check_limits(max_compiles, on_infeasible)
-    whole = Step(step, args, cost, target, donate_argnums)
-    if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes):
+    see_differentiated()
+    options = StepOptions(
+        cost=cost, target=target, solver=solver, keep_checkpoints=keep_checkpoints, donate_argnums=donate_argnums
+    )
+    found = search_within(Step(step, args, options), wanted, max_compiles=max_compiles, on_infeasible=on_infeasible)
+    return build_step(found)
+
+
+def search_within(
+    whole: Step,
+    wanted: Budget,
+    reserve_bytes: int = 0,
+    *,
+    max_compiles: int | None = None,
+    on_infeasible: str = "raise",
+) -> FoundStep:
+    """Find the plans of a step within a budget, some of which is left for others.
+
+    Args:
+        whole: the step.
+        wanted: its budget.
+        reserve_bytes: of it, what is left for others.
+        max_compiles: as in `plan`.
+        on_infeasible: as in `plan`.
+
+    Raises:
+        InfeasibleBudgetError: no choice of plans fits.
+        BudgetError: the reserve leaves nothing.
+    """
+    if wanted.size_bytes is None or not _may_wait(whole, wanted.size_bytes - reserve_bytes):
         budget_bytes = wanted.resolve(whole.measure(whole.without).device_bytes)
     else:
         budget_bytes = wanted.size_bytes
-    found = search_step(whole, budget_bytes, max_compiles=max_compiles, on_infeasible=on_infeasible)
-    if found.measurement.device_bytes > budget_bytes:
-        warn_infeasible(budget_bytes, found.measurement.device_bytes)
-    return build_step(found)
+    if budget_bytes <= reserve_bytes:
+        raise BudgetError(f"reserve={reserve_bytes:,} leaves nothing of the budget")
+    room = budget_bytes - reserve_bytes
+    found = search_step(whole, room, max_compiles=max_compiles, on_infeasible=on_infeasible)
+    if found.measurement.device_bytes > room:
+        warn_infeasible(room, found.measurement.device_bytes)
+    return found
 
 
 def _may_wait(step: Step, budget_bytes: int) -> bool:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.errors import BudgetError, OptionError
 from jaxckpt.result.build import build_step
 from jaxckpt.result.fitted import Fitted
 from jaxckpt.search.budget_search import NUM_LEAST
-from jaxckpt.search.step import Step
+from jaxckpt.search.step import Step, StepOptions
 from jaxckpt.search.step_search import refuse, search_step
 from jaxckpt.units import parse_budget, show_bytes
 
@@ -51,14 +52,13 @@ def largest_batch(
 
     Raises:
         BudgetError: a budget that cannot be read, or a percentage: there is no one unplanned peak.
-        OptionError: a cost that is none, a step that differentiates no decorated function, or bytes that do not grow
+        OptionError: a cost that is none, a step that differentiates nothing, or bytes that do not grow
             with the batch.
         InfeasibleBudgetError: not even a batch of one fits.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxckpt
-        >>> @jaxckpt.auto_remat
-        ... def loss(w, x):
+        >>> def loss(w, x):
         ...     for _ in range(8):
         ...         x = jnp.tanh(x @ w)
         ...     return jnp.sum(x**2)
@@ -73,8 +73,11 @@ def largest_batch(
     if wanted.size_bytes is None:
         raise BudgetError(f"budget={budget!r} is a share of an unplanned peak, and every batch has another; give bytes")
 
+    see_differentiated()
+    options = StepOptions(cost=cost, target=target, donate_argnums=donate_argnums)
+
     def at(batch: int) -> Step:
-        return Step(step, tuple(make_args(batch)), cost, target, donate_argnums)
+        return Step(step, tuple(make_args(batch)), options)
 
     return _Search(at, wanted.size_bytes).run()
 

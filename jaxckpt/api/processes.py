@@ -9,15 +9,15 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import jax
 
 from jaxckpt import _compat
 from jaxckpt.errors import InfeasibleBudgetError, JaxckptError, PlanMismatchError
-from jaxckpt.program.ir import Program
-from jaxckpt.result.plan import Plan
 
+Made = TypeVar("Made")
 # Planning takes a dozen compiles of the whole program.
 _WAIT_S = 3600
 
@@ -25,16 +25,30 @@ _ERROR_FIELDS = tuple(inspect.signature(InfeasibleBudgetError).parameters)[1:]
 _SEEN: Counter = Counter()
 
 
-def agreed(label: str, program: Program, make: Callable[[], Plan]) -> Plan:
-    """Make a plan, or take the one that process 0 made for the same call.
+@dataclass(frozen=True, kw_only=True)
+class Exchange(Generic[Made]):
+    """How what process 0 makes gets to the others.
+
+    Attributes:
+        label: the function's name; what is made for one function is exchanged in the order it is asked for.
+        write: it as plain data.
+        read: it from there; raises `PlanMismatchError` where it is for another program than this process's.
+    """
+
+    label: str
+    write: Callable[[Made], dict[str, Any]]
+    read: Callable[[dict[str, Any]], Made]
+
+
+def agreed(exchange: Exchange[Made], make: Callable[[], Made]) -> Made:
+    """Make plans, or take those that process 0 made for the same call.
 
     Args:
-        label: the function's name; the plans of one function are exchanged in the order they are asked for.
-        program: this process's program.
-        make: plans it.
+        exchange: how they get from one process to another.
+        make: plans.
 
     Returns:
-        The plan, the same one in all processes.
+        The same plans in all processes.
 
     Raises:
         PlanMismatchError: process 0 planned another program.
@@ -43,16 +57,17 @@ def agreed(label: str, program: Program, make: Callable[[], Plan]) -> Plan:
     client = _compat.distributed_client()
     if client is None or jax.process_count() == 1:
         return make()
+    label = exchange.label
     key = f"jaxckpt/plans/{label}/{_SEEN[label]}"
     _SEEN[label] += 1
     if jax.process_index() != 0:
-        return _taken(client, key, label, program)
+        return _taken(client, key, exchange)
     try:
         found = make()
     except Exception as error:
         _publish(client, key, {"error": _described(error)})
         raise
-    _publish(client, key, {"plan": found.to_json()})
+    _publish(client, key, {"plan": exchange.write(found)})
     return found
 
 
@@ -60,7 +75,8 @@ def _publish(client: Any, key: str, data: dict[str, Any]) -> None:
     client.key_value_set_bytes(key, zlib.compress(json.dumps(data).encode()))
 
 
-def _taken(client: Any, key: str, label: str, program: Program) -> Plan:
+def _taken(client: Any, key: str, exchange: Exchange[Made]) -> Made:
+    label = exchange.label
     try:
         data = client.blocking_key_value_get_bytes(key, _WAIT_S * 1000)
     except Exception as error:  # the runtime's own kind
@@ -71,15 +87,13 @@ def _taken(client: Any, key: str, label: str, program: Program) -> Plan:
     found = json.loads(zlib.decompress(data))
     if "error" in found:
         _raise(found["error"])
-    plan = Plan.from_json(found["plan"], "the plan of process 0")
     try:
-        plan.check(program)
+        return exchange.read(found["plan"])
     except PlanMismatchError as error:
         raise PlanMismatchError(
             f"process {jax.process_index()} differentiates another program than process 0 in {label}, and would wait "
             f"for it for ever: {error}"
         ) from error
-    return plan
 
 
 def _described(error: Exception) -> dict[str, Any]:

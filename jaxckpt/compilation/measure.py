@@ -11,8 +11,9 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -86,6 +87,7 @@ def compiled_bytes(
     target: str | None,
     donate_argnums: int | Sequence[int] = (),
     closed_over: Sequence[Any] = (),
+    jit_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Measurement:
     """Compile a function for a target and read what it takes.
 
@@ -95,11 +97,12 @@ def compiled_bytes(
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
         closed_over: arrays that `fun` takes before the others and that are constants of the program.
+        jit_options: other keywords of `jax.jit`; compiler options are added to the target's own.
 
     Raises:
         CompilerError: the target's compiler is not here, or failed.
     """
-    return lowered_for(fun, specs, target, donate_argnums, closed_over)()
+    return lowered_for(fun, specs, target, donate_argnums, closed_over, jit_options)()
 
 
 def lowered_for(
@@ -108,6 +111,7 @@ def lowered_for(
     target: str | None,
     donate_argnums: int | Sequence[int] = (),
     closed_over: Sequence[Any] = (),
+    jit_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[], Measurement]:
     """Trace and lower a function as `compiled_bytes` does; what is returned compiles it, in any thread."""
     if closed_over:
@@ -118,11 +122,13 @@ def lowered_for(
     placed, num_devices = place(specs, target)
     label = device_label(target, num_devices)
     started = time.perf_counter()
-    traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
+    given = dict(jit_options)
+    own_options = given.pop("compiler_options", None) or {}
+    traced = jax.jit(fun, donate_argnums=donate_argnums, **given).trace(*placed)
     if any(map(_compat.is_check_effect, traced.jaxpr.effects)):
         # Nothing with a check is compiled before its errors are values.
         fun = checkify.checkify(fun)
-        traced = jax.jit(fun, donate_argnums=donate_argnums).trace(*placed)
+        traced = jax.jit(fun, donate_argnums=donate_argnums, **given).trace(*placed)
     if any(map(_compat.is_axis_effect, traced.jaxpr.effects)):
         raise CompilerError(_PART.format("where named axes are mapped"))
     try:
@@ -130,7 +136,7 @@ def lowered_for(
     except Exception as error:  # every library raises its own kind
         said = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CompilerError(f"the program cannot be lowered for target={label!r}: {said}") from error
-    options = chip.compiler.compile_options
+    options = {**(chip.compiler.compile_options or {}), **own_options} or None
     name = cache.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
     kept = cache.read(name, Measurement)
     if kept is not None:

@@ -115,7 +115,12 @@ def pure(fun: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, ret
         return Pure(fun=fun, args=tuple(args), kwargs=named)
     # Also what is no object is taken apart once, so that a container is not the caller's.
     pure_args, pure_kwargs = _nnx().to_tree(objects)
-    return Pure(fun=_PureCall(fun, returns_all), args=pure_args, kwargs=pure_kwargs, objects=_only_objects(objects))
+    return Pure(fun=Carried(fun, returns_all), args=pure_args, kwargs=pure_kwargs, objects=_only_objects(objects))
+
+
+def has_objects(fun: Callable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function is given objects of flax NNX, or closes over some."""
+    return _nnx() is not None and (_has_objects((args, kwargs)) or bool(_held_objects(fun, args, kwargs)))
 
 
 def is_differentiated(variable: Any, wanted: Any) -> bool:
@@ -131,7 +136,7 @@ def position_of(wanted: Any) -> int:
     return wanted.argnum if is_a(wanted, "flax.nnx", "DiffState") else wanted
 
 
-class _PureCall:
+class Carried:
     """What is traced: objects are made of the state that comes in, and what became of them goes out."""
 
     def __init__(self, fun: Callable, returns_all: bool) -> None:
@@ -139,6 +144,7 @@ class _PureCall:
         self.__name__ = getattr(fun, "__name__", type(fun).__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Make the objects, call the function, and return its result and what changed."""
         nnx = _nnx()
         places = {} if self._returns_all else {id(x): i for i, x in enumerate(jax.tree.leaves((args, kwargs)))}
         # Made twice, since the second time is the outside of what is changed: it gives the objects their numbers.

@@ -245,7 +245,7 @@ def _notes(plan: PlanLike) -> Iterator[str]:
         yield "The search stopped at max_compiles; with more of them there may be a cheaper plan."
     yield from _of_the_compiler(plan)
     if plan.measured_peak_bytes is None and is_part:
-        yield "Sizes are predicted, of the value and gradient alone; where fit(...) chose it, the step was measured."
+        yield "Sizes are predicted, of the value and gradient alone; where fit or jit chose it, the step was measured."
     elif plan.measured_peak_bytes is None:
         margin = "" if plan.max_cost is not None else " and a margin is left"
         yield f"Nothing was compiled: sizes are predicted{margin}. verify=True measures."

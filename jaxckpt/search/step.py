@@ -1,4 +1,4 @@
-"""A whole step with decorated functions inside: traced for what they are, compiled under any choice of their plans."""
+"""A whole step and the functions it differentiates: traced for what they are, compiled under any choice of plans."""
 
 import functools
 from collections import Counter
@@ -14,44 +14,130 @@ from jaxckpt.compilation.measure import Measurement, compiled_bytes, donated_lea
 from jaxckpt.compilation.objective import Objective
 from jaxckpt.errors import OptionError, PlanMismatchError
 from jaxckpt.model.schedules import Candidate
+from jaxckpt.model.time import check_cost
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.program.nnx import Pure, pure
 from jaxckpt.program.objects import call_unchanged
 from jaxckpt.search.analysis import Analysis
+from jaxckpt.search.candidates import check_solver
 from jaxckpt.search.shared_budget import Picks
 from jaxckpt.targets.sharding import local_bytes, step_split
 
-# What decorated functions ask while a step is traced; jit traces again when it changes.
+# What differentiated functions ask while a step is traced; jit traces again when it changes.
 FITTING = jax.make_user_context(None)
 
 
 # Characters of a message.
 _MOST_SHOWN = 600
+# Set while a function is traced that is planned as a whole: what is differentiated inside belongs to it.
+INSIDE = jax.make_user_context(False)
+# An undecorated function that holds less than this share of what all of them hold is left alone.
+_LEAST_SHARE = 0.01
+
+# Runs a program with the same fingerprint as it was planned: `runner(program, is_forward_mode=...)(*inputs)`.
+Runner = Callable[..., Callable[..., list[Any]]]
+# A program's fingerprint and what of it is differentiated.
+Key = tuple[str, Objective]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differentiated:
+    """A function that a step differentiates.
+
+    Attributes:
+        program: as it is differentiated.
+        goal: what of it is.
+        label: its name.
+        is_decorated: by hand.
+        solver: which finds its schedules.
+        split: over how many devices its values are cut.
+    """
+
+    program: Program
+    goal: Objective
+    label: str
+    is_decorated: bool
+    solver: Any
+    split: int
+
+
+@dataclass(eq=False, kw_only=True)
 class Choice:
-    """What every decorated function does: one of its candidates, or, where none is chosen, no plan at all."""
+    """What every differentiated function does while a step is traced: run as it is planned, or as it is.
 
-    cost: str
-    target: str | None
+    Attributes:
+        split: over how many devices the step's values are cut.
+        keep_checkpoints: as in `auto_remat`, for functions that are not decorated.
+        solver: likewise.
+        functions: what was found; only a choice that collects adds to it.
+        chosen: how those run that are planned.
+        collects: whether functions are only looked for.
+        used: those of the chosen ones that were met.
+    """
+
     split: int = 1
-    analyses: dict[tuple, Analysis] = field(default_factory=dict)
-    chosen: Mapping[tuple, Candidate] = field(default_factory=dict)
+    keep_checkpoints: bool = True
+    solver: Any = "auto"
+    functions: dict[Key, Differentiated] = field(default_factory=dict)
+    chosen: Mapping[Key, Runner] = field(default_factory=dict)
+    collects: bool = False
+    used: set[Key] = field(default_factory=set)
 
-    def planned(self, program: Program, goal: Objective, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
-        """Return the program as it is chosen to run, and analyse it where it is new."""
+    def planned(
+        self,
+        program: Program,
+        goal: Objective,
+        *,
+        label: str,
+        is_decorated: bool,
+        solver: Any,
+        is_forward_mode: bool = False,
+    ) -> Callable[..., list[Any]]:
+        """Return the program as it is chosen to run, and note it where it is new."""
         key = (program.fingerprint(), goal)
-        if key not in self.analyses:
+        if self.collects and key not in self.functions:
             # Inside shard_map shapes are those of one device already.
             split = 1 if jax.sharding.get_abstract_mesh().manual_axes else self.split
-            self.analyses[key] = Analysis(program, goal, self.cost, "auto", self.target, split)
+            self.functions[key] = Differentiated(
+                program=program, goal=goal, label=label, is_decorated=is_decorated, solver=solver, split=split
+            )
         if key not in self.chosen:
             return functools.partial(run, program)
+        self.used.add(key)
         # Equal fingerprints share a plan, and each runs its own program under it.
-        return self.analyses[key].planned(self.chosen[key], program, is_forward_mode=is_forward_mode)
+        return self.chosen[key](program, is_forward_mode=is_forward_mode)
+
+    @property
+    def wants_undecorated(self) -> bool:
+        """Whether functions that nobody decorated are of interest; without plans the step is the user's own."""
+        return self.collects or bool(self.chosen)
+
+    def may_plan(self, program: Program) -> bool:
+        """Whether a program may be one of the chosen ones, whatever is differentiated of it."""
+        return self.collects or any(fingerprint == program.fingerprint() for fingerprint, _ in self.chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How a step is planned and compiled.
+
+    Attributes:
+        cost: "time" or "flops".
+        target: a chip's name; None is the default backend.
+        solver: of functions that are not decorated, as in `plan`.
+        keep_checkpoints: of functions that are not decorated, as in `auto_remat`.
+        donate_argnums: as in `jax.jit`.
+        jit: what else it is compiled with, keywords of `jax.jit`.
+    """
+
+    cost: str = "time"
+    target: str | None = None
+    solver: Any = "auto"
+    keep_checkpoints: bool = True
+    donate_argnums: int | Sequence[int] = ()
+    jit: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Step:
@@ -60,55 +146,70 @@ class Step:
     Args:
         fun: the step.
         args: its arguments, pytrees of arrays or `ShapeDtypeStruct`s.
-        cost: "time" or "flops".
-        target: a chip's name; None is the default backend.
-        donate_argnums: as in `jax.jit`.
+        options: how it is planned and compiled.
 
     Raises:
-        OptionError: the step differentiates no decorated function.
+        OptionError: the step differentiates nothing.
     """
 
-    def __init__(
-        self,
-        fun: Callable,
-        args: Sequence[Any],
-        cost: str,
-        target: str | None,
-        donate_argnums: int | Sequence[int],
-    ):
-        self._given, self.target, self.donate_argnums = fun, target, donate_argnums
+    def __init__(self, fun: Callable, args: Sequence[Any], options: StepOptions):
+        check_cost(options.cost)
+        check_solver(options.solver)
+        self._given, self.options = fun, options
+        self.target, self.donate_argnums = options.target, options.donate_argnums
         self.fun, self.args = self._pure(tuple(args)).positional
-        self.free = Choice(cost, target, step_split(args))
-        self.results = jax.eval_shape(_under(self.free, self.fun), *self.args)
-        if not self.free.analyses:
-            raise OptionError(
-                f"{getattr(fun, '__name__', 'the step')} differentiates no function that auto_remat decorates without "
-                "a budget, so there is nothing to plan; decorate the loss with @jaxckpt.auto_remat"
-            )
-        self.keys = [key for key, analysis in self.free.analyses.items() if analysis.candidates]
-        analyses = [self.free.analyses[key] for key in self.keys]
-        # The last option of each is no plan.
-        self.options: list[list[Candidate | None]] = [[*analysis.candidates, None] for analysis in analyses]
-        self.peaks = [
-            [(c or analysis.unplanned).judgement.peak_bytes for c in row]
-            for analysis, row in zip(analyses, self.options, strict=True)
-        ]
-        total = max(1, sum(analysis.unplanned_cost for analysis in analyses))
-        self.costs = [
-            [analysis.extra_cost(c) / total if c else 0.0 for c in row]
-            for analysis, row in zip(analyses, self.options, strict=True)
-        ]
+        self.free = Choice(
+            split=step_split(args), keep_checkpoints=options.keep_checkpoints, solver=options.solver, collects=True
+        )
+        # Shapes of a whole step are all that is asked for; its jaxpr says whether another one is the same.
+        self.closed, self.results = jax.make_jaxpr(under(self.free, self.fun), return_shape=True)(*self.args)
+        if not self.free.functions:
+            raise OptionError(_nothing_found(getattr(fun, "__name__", "the step"), self.closed))
         self.measured: dict[Picks, Measurement] = {}
+
+    @functools.cached_property
+    def analyses(self) -> dict[Key, Analysis]:
+        """Of each function that is planned, in the order they are differentiated."""
+        cost, target = self.options.cost, self.target
+        found = {
+            key: Analysis(f.program, f.goal, cost, f.solver, target, f.split) for key, f in self.free.functions.items()
+        }
+        held = {key: a.unplanned.judgement.peak_bytes if a.candidates else 0 for key, a in found.items()}
+        least = _LEAST_SHARE * sum(held.values())
+        return {key: a for key, a in found.items() if self.free.functions[key].is_decorated or held[key] >= least}
+
+    @functools.cached_property
+    def keys(self) -> list[Key]:
+        """The functions that have options."""
+        return [key for key, analysis in self.analyses.items() if analysis.candidates]
+
+    @functools.cached_property
+    def options_of(self) -> list[list[Candidate | None]]:
+        """The candidates of each of them, from the least bytes to the least work; the last option is no plan."""
+        return [[*self.analyses[key].candidates, None] for key in self.keys]
+
+    @functools.cached_property
+    def peaks(self) -> list[list[int]]:
+        """Predicted bytes of each option."""
+        pairs = zip(self.keys, self.options_of, strict=True)
+        return [[(c or self.analyses[key].unplanned).judgement.peak_bytes for c in row] for key, row in pairs]
+
+    @functools.cached_property
+    def costs(self) -> list[list[float]]:
+        """Work of each option, as a fraction of what all functions take without plans."""
+        total = max(1, sum(self.analyses[key].unplanned_cost for key in self.keys))
+        pairs = zip(self.keys, self.options_of, strict=True)
+        return [[self.analyses[key].extra_cost(c) / total if c else 0.0 for c in row] for key, row in pairs]
 
     @property
     def without(self) -> Picks:
         """The picks that leave every function without a plan."""
-        return tuple(len(row) - 1 for row in self.options)
+        return tuple(len(row) - 1 for row in self.options_of)
 
     @property
     def programs(self) -> list[Program]:
-        """The decorated functions' programs."""
-        return [analysis.program for analysis in self.free.analyses.values()]
+        """The programs of the functions that are planned."""
+        return [analysis.program for analysis in self.analyses.values()]
 
     @property
     def name(self) -> str:
@@ -118,10 +219,10 @@ class Step:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all decorated functions, on each device; temporaries of the step."""
+        """Of all functions that are planned, on each device; temporaries of the step."""
         return sum(
             -(-size_bytes(analysis.program.avals[analysis.program.inputs[i]]) // analysis.split)
-            for analysis in self.free.analyses.values()
+            for analysis in self.analyses.values()
             for i in analysis.objective.inputs
         )
 
@@ -145,23 +246,30 @@ class Step:
 
     def least_picks(self, most: int) -> list[Picks]:
         """The picks with the least predicted bytes."""
-        ranks = range(min(most, max(map(len, self.options), default=1)))
-        return list(dict.fromkeys(tuple(min(i, len(row) - 1) for row in self.options) for i in ranks))
+        ranks = range(min(most, max(map(len, self.options_of), default=1)))
+        return list(dict.fromkeys(tuple(min(i, len(row) - 1) for row in self.options_of) for i in ranks))
 
     def choice(self, picks: Picks) -> Choice:
         """The choice that these picks are."""
-        found = {key: c for key, row, i in zip(self.keys, self.options, picks, strict=True) if (c := row[i])}
-        return Choice(self.free.cost, self.target, self.free.split, self.free.analyses, found)
+        rows = zip(self.keys, self.options_of, picks, strict=True)
+        found = {key: functools.partial(self.analyses[key].planned, c) for key, row, i in rows if (c := row[i])}
+        return self.choice_of(found)
+
+    def choice_of(self, chosen: Mapping[Key, Runner]) -> Choice:
+        """The choice that these functions run so, and the others as they are."""
+        return Choice(split=self.free.split, keep_checkpoints=self.options.keep_checkpoints, chosen=chosen)
 
     def measure(self, picks: Picks) -> Measurement:
         """Compile the step; each choice is compiled once."""
         if picks not in self.measured:
-            fun = _under(self.choice(picks), self.fun)
-            self.measured[picks] = compiled_bytes(fun, self.args, self.target, self.donate_argnums)
+            fun = under(self.choice(picks), self.fun)
+            self.measured[picks] = compiled_bytes(
+                fun, self.args, self.target, self.donate_argnums, jit_options=self.options.jit
+            )
         return self.measured[picks]
 
     def cost(self, picks: Picks) -> float:
-        """Work beyond that without plans, as a fraction of what the decorated functions take."""
+        """Work beyond that without plans, as a fraction of what the functions take."""
         return sum(row[i] for row, i in zip(self.costs, picks, strict=True))
 
     @property
@@ -171,7 +279,7 @@ class Step:
 
     def jitted(self, picks: Picks) -> Callable:
         """The step with these plans inside; it refuses arguments that it was not planned for."""
-        planned = _under(self.choice(picks), self.fun)
+        planned = under(self.choice(picks), self.fun)
 
         @functools.wraps(self.fun)
         def fitted(*args: Any) -> Any:
@@ -232,10 +340,33 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _under(choice: Choice, fun: Callable) -> Callable:
+def under(choice: Choice, fun: Callable) -> Callable:
+    """A step in which the differentiated functions do as is chosen.
+
+    It raises `PlanMismatchError` where not all that are planned are met: it would run without their plans.
+    """
+
     @functools.wraps(fun)
-    def chosen(*args: Any) -> Any:
+    def chosen(*args: Any, **kwargs: Any) -> Any:
         with FITTING(choice):
-            return call_unchanged(fun, args, {})
+            result = call_unchanged(fun, args, kwargs)
+        if choice.used != set(choice.chosen):
+            raise PlanMismatchError(
+                f"{getattr(fun, '__name__', 'the step')} differentiates another program than when it was planned a "
+                "moment ago; does it read something that changes, such as a counter or a random number of NumPy's?"
+            )
+        return result
 
     return chosen
+
+
+def _nothing_found(name: str, closed: Any) -> str:
+    """What to do about a step in which no differentiated function was found."""
+    lines = _compat.backward_lines(closed)
+    if not lines:
+        return f"{name} differentiates nothing backward, so there is nothing to plan; use jax.jit"
+    return (
+        f"{name} differentiates functions that cannot be seen, at {', '.join(lines[:5])}. Seen are those that "
+        "jax.grad, jax.value_and_grad, jax.vjp and jax.jacrev are given, unless vjp was imported from jax by name "
+        "before jaxckpt. Decorate them with @jaxckpt.auto_remat"
+    )

@@ -1,9 +1,9 @@
-"""Whole steps: the plans of the decorated functions inside, chosen so that the step's measured peak fits.
+"""Whole steps: the plans of the functions it differentiates, chosen so that the step's measured peak fits.
 
 The gradients of a step are temporaries, its optimizer state is an argument, and donated arguments give their buffers
-back: only compiling the step says what it takes. The functions inside that `auto_remat` decorates without a budget
-share what is left. Where their peaks do not coincide they keep to one common limit; where what they hold adds up, bytes
-go where they save most. The unplanned step says which of the two it is, and in the end each gets what the others leave.
+back: only compiling the step says what it takes. The functions it differentiates share what is left. Where their peaks
+do not coincide they keep to one common limit; where what they hold adds up, bytes go where they save most. The
+unplanned step says which of the two it is, and in the end each gets what the others leave.
 """
 
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ _MAX_RAISES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundStep:
-    """The options that a search chose for the decorated functions of a step.
+    """The options that a search chose for the functions of a step.
 
     Attributes:
         step: what was searched.
         picks: the chosen option of each function that has any.
-        functions: of each decorated function, in the order they are differentiated. Their peaks are predicted: it is
+        functions: of each planned function, in the order they are differentiated. Their peaks are predicted: it is
             the step that was measured.
         measurement: of the step with the chosen options.
         unplanned: the same without plans; None if it was not compiled.
@@ -152,7 +152,7 @@ def _raised(step: Step, picks: Picks, budget_bytes: int, most_raises: int) -> Pi
     left = most_raises if len(picks) > 1 else 0
     for f in sorted(range(len(picks)), key=lambda f: -step.costs[f][picks[f]]):
         # No plan at all comes last, where no plan is faster than that.
-        most = len(step.options[f]) - (step.costs[f][-1] > min(step.costs[f]))
+        most = len(step.options_of[f]) - (step.costs[f][-1] > min(step.costs[f]))
         fits, over = picks[f], most
         while left and over - fits > 1 and step.costs[f][fits] - step.costs[f][over - 1] >= _WORTH:
             # The fastest first, then halfway.
@@ -167,8 +167,8 @@ def _raised(step: Step, picks: Picks, budget_bytes: int, most_raises: int) -> Pi
 
 
 def _functions(step: Step, picks: Picks) -> list[Found]:
-    chosen = {key: row[i] for key, row, i in zip(step.keys, step.options, picks, strict=True)}
-    return [_found(analysis, chosen.get(key)) for key, analysis in step.free.analyses.items()]
+    chosen = {key: row[i] for key, row, i in zip(step.keys, step.options_of, picks, strict=True)}
+    return [_found(analysis, chosen.get(key)) for key, analysis in step.analyses.items()]
 
 
 def _found(analysis: Analysis, candidate: Candidate | None) -> Found:

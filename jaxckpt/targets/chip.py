@@ -314,3 +314,33 @@ def find_target(name: str | None) -> Target:
 def device_label(target: str | None, num_devices: int = 1) -> str:
     """What to call the devices that something is for: the target as users write it, or the default backend."""
     return target or jax.default_backend() + (f":{num_devices}" if num_devices > 1 else "")
+
+
+def device_budget(target: str | None) -> int:
+    """What `budget="device"` is: the bytes that one device lets programs use, less a twentieth.
+
+    The reserve is for what no compiled program counts: the next batch, the code, gaps between buffers.
+
+    Raises:
+        BudgetError: nobody knows, as of a CPU, which has the host's memory.
+    """
+    chip = find_target(target)
+    usable = None
+    if is_here(target):
+        usable = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if usable is None and chip.memory_bytes is not None:
+        usable = int(chip.compiler.usable_share * chip.memory_bytes)
+    if usable is None:
+        raise BudgetError(
+            f'budget="device" needs a device with memory of its own, and {device_label(target)} uses the host\'s; '
+            'give bytes, such as "16GB"'
+        )
+    return usable - usable // 20
+
+
+def is_here(target: str | None) -> bool:
+    """Whether programs for a target can run on JAX's default devices."""
+    if target is None:
+        return True
+    chip, device = find_target(target), jax.devices()[0]
+    return device.device_kind == chip.kind if chip.kind else device.platform == chip.platform

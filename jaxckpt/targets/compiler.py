@@ -69,6 +69,7 @@ class Compiler:
             logits after it, so that logits are alive in the backward of the loops before them.
         wants_identical_layers: whether it builds identical layers that are treated identically with less memory, so
             that plans are worth having in which all layers that the program repeats keep the same.
+        usable_share: of a chip's memory, what JAX lets programs use unless told otherwise.
         compile_options: options of the compiler that jaxckpt measures with, None for its own defaults.
         facts: the record of what it asks of a chip beside memory and rates, None if nothing.
         part: what `define_target` and files of targets call that record.
@@ -85,6 +86,7 @@ class Compiler:
     copies_slices: bool = False
     heads_wait_for_loops: bool = False
     wants_identical_layers: bool = False
+    usable_share: float = 1.0
     compile_options: dict[str, Any] | None = None
     facts: type[Any] | None = None
     part: str = ""

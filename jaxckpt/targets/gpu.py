@@ -50,6 +50,8 @@ class GpuCompiler(Compiler):
 
     # Four plans of the scanned Llama on an H100: 4.3 with names saved, 6.6 without any checkpoint.
     stacking_passes = 4
+    # XLA_PYTHON_CLIENT_MEM_FRACTION changes it where the device is.
+    usable_share = 0.75
     facts = Gpu
     part = "gpu"
     backend = "gpu"

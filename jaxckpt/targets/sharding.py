@@ -191,7 +191,10 @@ def place(specs: Sequence[Any], target: str | None) -> tuple[list[Any], int]:
         found = (jax.sharding.SingleDeviceSharding(devices_of(target)[0]),) * len(leaves)
     else:
         found = tuple(_on_target(sharding, target) for sharding in found)
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, found, strict=True)]
+    placed = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s, weak_type=getattr(x, "weak_type", False))
+        for x, s in zip(leaves, found, strict=True)
+    ]
     return jax.tree.unflatten(tree, placed), number
 
 
