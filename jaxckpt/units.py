@@ -1,5 +1,6 @@
 """Budgets in, sizes out: the one place where bytes meet text."""
 
+import numbers
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,6 +12,8 @@ _SCALES |= {"B": 1, **{u: 1024**i for i, u in enumerate(("KiB", "MiB", "GiB", "T
 _BY_CASE = {name.lower(): scale for name, scale in _SCALES.items()}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*")
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+# No machine has more, and no budget has more digits than such a number.
+_MOST_BYTES, _MOST_DIGITS, _MOST_SHOWN = 10**18, 40, 60
 _ACCEPTED = 'an int of bytes, "8GB" (8e9 bytes), "8GiB" (8 x 2^30), or "80%" of the unplanned peak'
 
 
@@ -46,7 +49,7 @@ def parse_budget(budget: object, name: str = "budget") -> Budget:
         >>> parse_budget("8GiB").size_bytes
         8589934592
     """
-    if isinstance(budget, str) and (match := _PERCENT.fullmatch(budget)):
+    if isinstance(budget, str) and len(budget) <= _MOST_DIGITS and (match := _PERCENT.fullmatch(budget)):
         share = Fraction(match[1]) / 100
         if share <= 0:
             raise BudgetError(f"{name}={budget!r} must be above 0 %; accepted is {_ACCEPTED}")
@@ -60,17 +63,41 @@ def parse_bytes(size: object, name: str, *, least: int = 1) -> int:
     Raises:
         BudgetError: not an int or a string with a unit, or below `least`.
     """
-    if isinstance(size, bool) or not isinstance(size, int | str):
-        hint = f'; write "{size:g}GB" or "{size:.0%}"' if isinstance(size, float) and size > 0 else ""
-        raise BudgetError(f"{name}={size!r} is not accepted{hint}. Accepted is {_ACCEPTED}")
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral | str):
+        raise BudgetError(f"{name}={_shown(size)} is not accepted{_hint(size)}. Accepted is {_ACCEPTED}")
     if isinstance(size, str):
-        match = _SIZE.fullmatch(size)
+        match = _SIZE.fullmatch(size) if len(size) <= _MOST_DIGITS else None
         if match is None or match[2].lower() not in _BY_CASE:
-            raise BudgetError(f"{name}={size!r} cannot be read. Accepted is {_ACCEPTED}")
+            raise BudgetError(f"{name}={_shown(size)} cannot be read{_hint(size)}. Accepted is {_ACCEPTED}")
         size = int(Fraction(match[1]) * _BY_CASE[match[2].lower()])
+    size = int(size)
+    if size > _MOST_BYTES:
+        raise BudgetError(f"{name}={_shown(size)} is more than any machine has. Accepted is {_ACCEPTED}")
     if size < least:
-        raise BudgetError(f"{name}={size} must be at least {least}. Accepted is {_ACCEPTED}")
+        raise BudgetError(f"{name}={_shown(size)} must be at least {least}. Accepted is {_ACCEPTED}")
     return size
+
+
+def _shown(size: object) -> str:
+    """A value as users wrote it, if that is short."""
+    if isinstance(size, int) and size.bit_length() > 4 * _MOST_SHOWN:
+        return f"a number of {size.bit_length()} bits"
+    text = repr(size)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _hint(size: object) -> str:
+    """How a number that is no int would be written."""
+    if isinstance(size, bool):
+        return ""
+    try:
+        number = float(size) if isinstance(size, str | numbers.Real) and len(str(size)) <= _MOST_DIGITS else 0.0
+    except ValueError:
+        return ""
+    if not 1 <= number <= _MOST_BYTES:
+        return ""
+    whole = f"{number / 1e9:g}GB" if number >= 1e6 else f"{number:g}GB"
+    return f'; write {int(number)} or "{whole}"' if number >= 1e6 else f'; write "{whole}" or "{number:g}%"'
 
 
 def show_bytes(size_bytes: int) -> str:

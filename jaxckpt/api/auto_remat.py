@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
 from jaxckpt._version import __version__
+from jaxckpt.api.arguments import check_flags, check_function
 from jaxckpt.api.plan import make_request, plan_program, warn_infeasible
 from jaxckpt.api.processes import Exchange, agreed
 from jaxckpt.api.static import static_places
@@ -125,6 +126,8 @@ def auto_remat(
             keep_checkpoints=keep_checkpoints,
             **limits,
         )
+    check_function(fun, "auto_remat")
+    check_flags(verify=verify, keep_checkpoints=keep_checkpoints)
     request = None if budget is None else make_request(budget, None, cost, solver, target, reserve, verify, **limits)
     positions, names = static_places(fun, static_argnums, static_argnames)
     decorated = _Decorated(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxckpt.api.arguments import check_argnums, check_flags, check_function
 from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.api.plan import check_limits, warn_infeasible
 from jaxckpt.errors import BudgetError
@@ -69,6 +70,9 @@ def fit(
         >>> len(fit(step, w, x, budget="80%").plans)
         1
     """
+    check_function(step, "fit")
+    check_argnums(donate_argnums, "donate_argnums", len(args))
+    check_flags(keep_checkpoints=keep_checkpoints)
     wanted = parse_budget(budget)
     check_limits(max_compiles, on_infeasible)
     see_differentiated()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxckpt.api.arguments import check_argnums, check_flags, check_function, refuse_differentiated
 from jaxckpt.compilation.measure import compiled_bytes
 from jaxckpt.compilation.objective import Objective, measured_specs, objective
 from jaxckpt.errors import OptionError
@@ -79,9 +80,14 @@ def frontier(
     """
     if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
         raise OptionError(f"num_points={num_points!r} is not accepted; a curve takes an int of at least 2")
+    check_function(fun, "frontier")
+    check_argnums(argnums)
+    check_flags(has_aux=has_aux, verify=verify, keep_checkpoints=keep_checkpoints)
     with described(target):
         traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-        return _frontier(traced, objective(traced, argnums, has_aux), cost, target, verify, num_points)
+        goal = objective(traced, argnums, has_aux)
+        refuse_differentiated(traced.program, goal, "frontier")
+        return _frontier(traced, goal, cost, target, verify, num_points)
 
 
 def _frontier(

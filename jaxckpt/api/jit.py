@@ -26,6 +26,7 @@ from jax.core import Tracer
 from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
+from jaxckpt.api.arguments import check_flags, check_function
 from jaxckpt.api.auto_remat import kept_key
 from jaxckpt.api.call_form import JitOptions, PlainForm, PureCall, form_of
 from jaxckpt.api.differentiated import see_differentiated
@@ -148,6 +149,7 @@ def jit(
     check_cost(cost)
     check_solver(solver)
     check_limits(max_compiles, on_infeasible)
+    check_flags(keep_checkpoints=keep_checkpoints)
     if target is not None:
         find_target(target)
     rest = {"keep_unused": keep_unused, "inline": inline, "compiler_options": compiler_options}
@@ -176,8 +178,7 @@ def jit(
 
 
 def _jitted(fun: Callable, options: "_Options") -> Callable:
-    if not callable(fun):
-        raise OptionError(f"jit takes a function, and was given {fun!r}")
+    check_function(fun, "jit")
     if options.is_planned and not is_disabled():
         see_differentiated()
         return PlannedJit(fun, options)

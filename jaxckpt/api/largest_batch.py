@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jaxckpt.api.arguments import check_argnums, check_function
 from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.errors import BudgetError, OptionError
 from jaxckpt.result.build import build_step
@@ -69,6 +70,9 @@ def largest_batch(
         >>> largest_batch(step, args, budget="1MB").batch > 500
         True
     """
+    check_function(step, "largest_batch")
+    check_function(make_args, "largest_batch(..., make_args)")
+    check_argnums(donate_argnums, "donate_argnums")
     wanted = parse_budget(budget)
     if wanted.size_bytes is None:
         raise BudgetError(f"budget={budget!r} is a share of an unplanned peak, and every batch has another; give bytes")

@@ -4,6 +4,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxckpt.api.arguments import (
+    check_argnums,
+    check_flags,
+    check_function,
+    is_differentiated_already,
+    say_measured_as_it_is,
+)
 from jaxckpt.compilation.measure import Measurement, compiled_bytes
 from jaxckpt.compilation.objective import input_specs, measured_specs, objective
 from jaxckpt.program.interpret import run
@@ -24,7 +31,8 @@ def measure(
         fun: a function of pytrees.
         *args: arrays or `ShapeDtypeStruct`s. Shardings on a mesh of several devices make the bytes those of each.
         target: a chip's name; None is the default backend.
-        differentiate: measure value and gradient (for a result that is not scalar, the vjp) and not `fun` itself.
+        differentiate: measure value and gradient (for a result that is not scalar, the vjp) and not `fun` itself. A
+            gradient or a step is measured as it is, with a warning.
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
 
@@ -43,12 +51,18 @@ def measure(
         >>> measure(lambda x: jnp.sum(jnp.tanh(x) ** 2), x).argument_bytes
         262144
     """
+    check_function(fun, "measure")
+    check_argnums(argnums)
+    check_flags(has_aux=has_aux, differentiate=differentiate)
     with described(target):
         traced = trace_placed(fun, args)
         program = traced.program
         plain = functools.partial(run, program)
         constants = program.closed_over
-        if not differentiate:
+        goal = objective(traced, argnums, has_aux) if differentiate else None
+        if goal is not None and is_differentiated_already(program, goal):
+            say_measured_as_it_is()
+            goal = None
+        if goal is None:
             return compiled_bytes(plain, input_specs(program)[len(constants) :], target, closed_over=constants)
-        goal = objective(traced, argnums, has_aux)
         return compiled_bytes(goal.differentiated(plain), measured_specs(program, goal), target, closed_over=constants)

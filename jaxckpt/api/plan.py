@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jaxckpt.api.arguments import check_argnums, check_flags, check_function, refuse_differentiated
 from jaxckpt.api.measure import measure
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.compilation.objective import Objective, objective
@@ -76,7 +77,7 @@ def plan(
             budget.
         OptionError: a cost, a solver or a calibration that is none.
         InfeasibleBudgetError: no plan fits.
-        NotDifferentiableError: nothing to differentiate.
+        NotDifferentiableError: nothing to differentiate, or a function that differentiates already.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         TargetError: an unknown target, or a topology that it does not have.
         UnsupportedProgramError: side effects inside the function.
@@ -94,6 +95,9 @@ def plan(
         >>> plan(loss, w, x, budget="80%").measured_peak_bytes is not None
         True
     """
+    check_function(fun, "plan")
+    check_argnums(argnums)
+    check_flags(has_aux=has_aux, keep_checkpoints=keep_checkpoints)
     request = make_request(
         budget,
         max_cost,
@@ -109,7 +113,9 @@ def plan(
     )
     with described(target):
         traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-        made = plan_program(traced.program, objective(traced, argnums, has_aux), request)
+        goal = objective(traced, argnums, has_aux)
+        refuse_differentiated(traced.program, goal, "plan")
+        made = plan_program(traced.program, goal, request)
     is_share = request.budget is not None and request.budget.size_bytes is None
     if keep_checkpoints or not is_share or made.measured_peak_bytes is None:
         return made
@@ -153,6 +159,7 @@ def make_request(
     check_cost(cost)
     check_solver(solver)
     check_limits(max_compiles, on_infeasible)
+    check_flags(verify=verify, profile=profile)
     if not (calibration is None or calibration == "auto" or isinstance(calibration, Calibration)):
         raise OptionError(
             f'calibration={calibration!r} is not accepted; write "auto", None, or a record: Calibration.load(path)'

@@ -32,6 +32,8 @@ from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
 _SLOW_S = 2.0
+# What a library's lowering rules raise; an alarm or a full memory is no such thing, and passes.
+_NOT_LOWERED = (NotImplementedError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)
 # Larger ones are measured as arguments, and taken off.
 _MOST_CONSTANT_BYTES = 2**28
 _PART = (
@@ -133,7 +135,7 @@ def lowered_for(
         raise CompilerError(_PART.format("where named axes are mapped"))
     try:
         lowered = traced.lower() if target is None else traced.lower(lowering_platforms=(chip.platform,))
-    except Exception as error:  # every library raises its own kind
+    except _NOT_LOWERED as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CompilerError(f"the program cannot be lowered for target={label!r}: {said}") from error
     options = {**(chip.compiler.compile_options or {}), **own_options} or None
@@ -227,9 +229,7 @@ def _compiled(
     try:
         with watched(label):
             found = compiled()
-    except CompilerError:
-        raise
-    except Exception as error:  # every backend raises its own kind
+    except (jax.errors.JaxRuntimeError, process.FailedError, NotImplementedError) as error:
         needed = chip.compiler.refused_bytes(error)
         if needed is None:
             said = (str(error).splitlines() or [type(error).__name__])[0][:300]

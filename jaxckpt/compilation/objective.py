@@ -88,7 +88,13 @@ def objective(traced: Traced, argnums: Any, has_aux: bool) -> Objective:
             f"no floating-point array among the arguments argnums={argnums}, so there is nothing to differentiate "
             f"(the arguments are {shown or 'no arrays at all'})"
         )
-    num_outputs = traced.out_tree.children()[0].num_leaves if has_aux else traced.out_tree.num_leaves
+    parts = traced.out_tree.children()
+    if has_aux and (len(parts) != 2 or traced.out_tree.node_data()[0] is not tuple):  # type: ignore[index]
+        raise NotDifferentiableError(
+            "has_aux=True is for a function that returns a pair, (value, auxiliary results), and this one returns "
+            f"{str(traced.out_tree)[:200]}"
+        )
+    num_outputs = parts[0].num_leaves if has_aux else traced.out_tree.num_leaves
     return output_objective(program, tuple(inputs), num_outputs)
 
 

@@ -34,6 +34,10 @@ _SIZES = tuple(f"{name}_size_in_bytes" for name in ("argument", "output", "alias
 _MORE_SIZES = ("peak_memory_in_bytes", "total_allocation_bytes")
 
 
+class FailedError(Exception):
+    """What a compiler in another process raised."""
+
+
 def sizes_later(
     fun: Callable, specs: Sequence[Any], donate_argnums: int | Sequence[int], target: str, options: Any
 ) -> Callable[[], Compiled]:
@@ -48,7 +52,7 @@ def sizes_later(
 
     Returns:
         A function to what is read of the compiled program. It raises `CompilerError`, with how, where the process ended
-        without an answer, and `RuntimeError` with the compiler's own error.
+        without an answer, and `FailedError` with the compiler's own error.
     """
     chip = find_chip(target)
     given = {donate_argnums} if isinstance(donate_argnums, int) else set(donate_argnums)
@@ -69,7 +73,7 @@ def sizes_later(
     def sizes() -> Compiled:
         found = _answer(asked, target)
         if "error" in found:
-            raise RuntimeError(found["error"])
+            raise FailedError(found["error"])
         stats = SimpleNamespace(**found.pop("stats"))
         return Compiled(stats=stats, **found)
 

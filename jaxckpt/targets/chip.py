@@ -130,7 +130,8 @@ def find_chip(name: object) -> Target:
     chip, colon, layout = name.partition(":") if isinstance(name, str) else ("", "", "")
     chip = chip.lower()
     if chip not in chips:
-        near = difflib.get_close_matches(chip, chips, 3, 0.3) or sorted(chips)
+        same = sorted(n for n, c in chips.items() if chip and chip in (c.platform, c.platform_compiler.backend))
+        near = same or difflib.get_close_matches(chip, chips, 3, 0.3) or sorted(chips)
         raise TargetError(
             f"target={name!r} is not known; did you mean {' or '.join(map(repr, near))}? `jaxckpt targets` lists all, "
             "and jaxckpt.define_target adds one"

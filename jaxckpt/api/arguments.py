@@ -1,0 +1,81 @@
+"""The arguments that several verbs have, checked before any work."""
+
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxckpt.compilation.objective import Objective
+from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, OptionError
+from jaxckpt.program.ir import Program
+from jaxckpt.program.nnx import position_of
+
+
+def check_function(fun: Any, verb: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        OptionError: with how the verb is written.
+    """
+    if not callable(fun):
+        hint = '; a budget is written budget="1GB"' if isinstance(fun, str | int) else ""
+        raise OptionError(f"{verb} takes a function, and was given {str(fun)[:60]!r}{hint}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse flags that are neither True nor False.
+
+    Raises:
+        OptionError: with the first one.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise OptionError(f"{name}={str(value)[:60]!r} is not accepted; write {name}=True or {name}=False")
+
+
+def check_argnums(argnums: Any, name: str = "argnums", num_args: int | None = None) -> None:
+    """Refuse positions that are no integers, or of arguments that are not there.
+
+    Args:
+        argnums: a position, a `nnx.DiffState` of one, or a sequence of them.
+        name: the argument's name.
+        num_args: how many arguments there are, where that is known already.
+
+    Raises:
+        OptionError: with what is accepted.
+    """
+    given = list(argnums) if isinstance(argnums, Sequence) and not isinstance(argnums, str) else [argnums]
+    for one in map(position_of, given):
+        if isinstance(one, bool) or not isinstance(one, numbers.Integral):
+            raise OptionError(f"{name}={argnums!r} is not accepted; write the position of an argument, or several")
+        if num_args is not None and not -num_args <= int(one) < num_args:
+            raise OptionError(f"{name}={argnums!r} names an argument that is not there; the call has {num_args}")
+
+
+def is_differentiated_already(program: Program, goal: Objective) -> bool:
+    """Whether a function is a gradient or a step: it differentiates, and its result is no loss."""
+    return not goal.is_scalar and any("transpose(" in str(s) for eqn in program.equations for s in eqn.name_stacks)
+
+
+def refuse_differentiated(program: Program, goal: Objective, verb: str) -> None:
+    """Refuse a gradient or a step where a loss is expected.
+
+    Raises:
+        NotDifferentiableError: with what to call instead.
+    """
+    if is_differentiated_already(program, goal):
+        raise NotDifferentiableError(
+            f"{verb} differentiates a loss itself, and was given a function that differentiates already: give it the "
+            "loss, or give the whole step to jaxckpt.jit or jaxckpt.fit; jaxckpt.measure measures it as it is"
+        )
+
+
+def say_measured_as_it_is() -> None:
+    """Say that a gradient or a step was not differentiated once more."""
+    warnings.warn(
+        "the function differentiates already, and is measured as it is; differentiate=False says so",
+        JaxckptWarning,
+        stacklevel=4,
+    )
