@@ -182,7 +182,7 @@ def test_the_report_labels_every_number():
     lines = {line.split("  ")[0]: line.rstrip() for line in str(plan).splitlines()}
     assert lines["budget"].endswith("given") and f"{plan.budget_bytes:,} bytes" in lines["budget"]
     assert lines["unplanned peak"].endswith("measured")
-    assert lines["planned peak"].endswith("predicted")
+    assert lines["planned peak"].endswith("measured")
     assert lines["least feasible peak"].endswith(("predicted", "measured"))
     assert f"{plan.measured_peak_bytes:,}" in str(plan)
     assert "about" in lines["least feasible peak"] or f"{plan.least_peak_bytes:,}" in str(plan)

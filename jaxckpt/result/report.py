@@ -151,9 +151,9 @@ def _sizes(plan: PlanLike) -> Table:
     if plan.measured_peak_bytes is not None:
         said = "measured, at most" if plan.is_at_most else "measured"
         table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), said)
-    table.add_row(
-        "planned peak", show_bytes(plan.predicted_peak_bytes), "profiled" if plan.is_profiled else "predicted"
-    )
+    else:
+        said = "profiled" if plan.is_profiled else "predicted"
+        table.add_row("planned peak", show_bytes(plan.predicted_peak_bytes), said)
     if plan.next_peak_bytes is not None:
         said = "measured, does not fit" if plan.max_cost is None else "measured"
         table.add_row("next cheaper plan", show_bytes(plan.next_peak_bytes), said)
