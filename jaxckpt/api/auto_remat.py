@@ -24,7 +24,7 @@ from jaxckpt._version import __version__
 from jaxckpt.api.arguments import check_flags, check_function
 from jaxckpt.api.plan import make_request, plan_program, warn_infeasible
 from jaxckpt.api.processes import Exchange, agreed
-from jaxckpt.api.static import static_places
+from jaxckpt.api.static import places_and_names
 from jaxckpt.api.switch import is_disabled
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.files import keep_text
@@ -129,7 +129,7 @@ def auto_remat(
     check_function(fun, "auto_remat")
     check_flags(verify=verify, keep_checkpoints=keep_checkpoints)
     request = None if budget is None else make_request(budget, None, cost, solver, target, reserve, verify, **limits)
-    positions, names = static_places(fun, static_argnums, static_argnames)
+    positions, names = places_and_names(fun, static_argnums, static_argnames)
     decorated = _Decorated(
         fun=fun,
         request=request,

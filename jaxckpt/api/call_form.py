@@ -6,7 +6,6 @@ itself, which costs nothing at a call, one for objects of flax NNX, whose state 
 modules, whose fields that are no arrays are static by value.
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt import _compat
+from jaxckpt.api.static import places_and_names
 from jaxckpt.errors import OptionError
 from jaxckpt.program import nnx
 from jaxckpt.program.same_call import ChangingError, key_of, tree_key
@@ -84,8 +84,8 @@ class PlainForm:
 
     def __init__(self, fun: Callable, options: JitOptions):
         self._options = options
-        self._static = _numbers_and_names(fun, options.static_argnums, options.static_argnames)
-        self._donated = _numbers_and_names(fun, options.donate_argnums, options.donate_argnames)
+        self._static = places_and_names(fun, options.static_argnums, options.static_argnames)
+        self._donated = places_and_names(fun, options.donate_argnums, options.donate_argnames, "donate")
 
     def jitted(self, fun: Callable) -> Callable:
         """The function under `jax.jit`."""
@@ -170,8 +170,8 @@ class EquinoxForm:
                 "put the arrays where they belong with jax.device_put"
             )
         self._options = options
-        self._static = _numbers_and_names(fun, options.static_argnums, options.static_argnames)
-        self._donated = _numbers_and_names(fun, options.donate_argnums, options.donate_argnames)
+        self._static = places_and_names(fun, options.static_argnums, options.static_argnames)
+        self._donated = places_and_names(fun, options.donate_argnums, options.donate_argnames, "donate")
 
     def jitted(self, fun: Callable) -> Callable:
         """The function of static values, of donated leaves and of others, under `jax.jit`."""
@@ -355,23 +355,3 @@ def _avals(specs: Any) -> tuple[Any, ...]:
 
 def _positions(numbers: Sequence[int], num_args: int) -> set[int]:
     return {n % num_args for n in numbers if -num_args <= n < num_args}
-
-
-def _numbers_and_names(fun: Callable, numbers: Any, names: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Both ways to name parameters; where one is given, the signature says the other, as in `jax.jit`."""
-    found = (numbers,) if isinstance(numbers, int) else tuple(numbers or ())
-    called = (names,) if isinstance(names, str) else tuple(names or ())
-    if (numbers is None) == (names is None):
-        return found, called
-    try:
-        parameters = inspect.signature(fun).parameters
-    except (ValueError, TypeError):
-        return found, called
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    order = [name for name, p in parameters.items() if p.kind in kinds]
-    by_name = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    if names is None:
-        called = tuple(order[n] for n in found if -len(order) <= n < len(order) and order[n] in by_name)
-    else:
-        found = tuple(i for i, name in enumerate(order) if name in called)
-    return found, called

@@ -1,4 +1,4 @@
-"""Static arguments, by place and by name, as `jax.jit` has them."""
+"""Arguments named by place and by name, static or donated, as `jax.jit` has them."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,15 +8,19 @@ from jaxckpt.errors import OptionError
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def static_places(
-    fun: Callable, argnums: int | Sequence[int], argnames: str | Sequence[str]
+def places_and_names(
+    fun: Callable,
+    argnums: int | Sequence[int] | None,
+    argnames: str | Sequence[str] | None,
+    kind: str = "static",
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Find the places and the names of static arguments.
+    """Find the places and the names of arguments of a kind.
 
     Args:
         fun: whose signature tells one by the other, where only one is given and it has a signature.
         argnums: places, negative ones from the end.
         argnames: names.
+        kind: "static" or "donate", for errors.
 
     Returns:
         Places and names. As under `jax.jit`, where both are given they are as they are.
@@ -24,8 +28,8 @@ def static_places(
     Raises:
         OptionError: a place or a name that the function does not have.
     """
-    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+    places = (argnums,) if isinstance(argnums, int) else tuple(argnums or ())
+    names = (argnames,) if isinstance(argnames, str) else tuple(argnames or ())
     if not places and not names:
         return (), ()
     try:
@@ -37,12 +41,12 @@ def static_places(
     takes_any = inspect.Parameter.VAR_POSITIONAL in kinds
     for place in places:
         if not takes_any and not -len(by_place) <= place < len(by_place):
-            raise OptionError(f"static_argnums={place} is no argument of the function, which takes {len(by_place)}")
+            raise OptionError(f"{kind}_argnums={place} is no argument of the function, which takes {len(by_place)}")
     for name in names:
         if inspect.Parameter.VAR_KEYWORD not in kinds and (
             name not in parameters or parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY
         ):
-            raise OptionError(f"static_argnames={name!r} is no argument of the function: {', '.join(parameters)}")
+            raise OptionError(f"{kind}_argnames={name!r} is no argument of the function: {', '.join(parameters)}")
     if not takes_any:
         places = tuple(place % len(by_place) for place in places)
     named = lambda name: parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD  # noqa: E731
