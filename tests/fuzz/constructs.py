@@ -1,8 +1,8 @@
 """What programs are made of: one function for each construct, from values of one shape to such a value.
 
-A construct is drawn as a name and a few choices, the simplest of each first, so that a reducer knows where to go. Values
-are `[rows, width]` in double precision; everything else (integers, complex values, lower precisions, images, other
-shapes) is inside a construct. What they return stays within some units of 1.
+A construct is drawn as a name and a few choices, the simplest of each first, so that a reducer knows where to go.
+Values are `[rows, width]` in double precision; everything else (integers, complex values, lower precisions, images,
+other shapes) is inside a construct. What they return stays within some units of 1.
 """
 
 import functools
@@ -190,7 +190,9 @@ def attention(env, p, x, y):
 def convolution(env, p, x, y):
     kernel = jnp.stack([env.w(p), env.w(p) / 2, env.w(p).T])
     if p["last"]:
-        return jnp.tanh(lax.conv_general_dilated(x[None], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))[0])
+        return jnp.tanh(
+            lax.conv_general_dilated(x[None], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))[0]
+        )
     image, kernel = x.T[None], kernel.transpose(2, 1, 0)
     return jnp.tanh(lax.conv_general_dilated(image, kernel, (1,), "SAME")[0].T)
 
@@ -206,7 +208,11 @@ def pooling(env, p, x, y):
     return jnp.repeat(small, 2, axis=2).reshape(x.shape)
 
 
-@construct("indexing by integers, gathers and scatters", weight=2, by=("gather", "add", "set", "along", "embed", "slice", "update"))
+@construct(
+    "indexing by integers, gathers and scatters",
+    weight=2,
+    by=("gather", "add", "set", "along", "embed", "slice", "update"),
+)
 def indexing(env, p, x, y):
     ints = env.ints % x.shape[0]
     if p["by"] == "gather":
@@ -256,7 +262,11 @@ def complex_values(env, p, x, y):
 
 @construct("integer side values", weight=2, by=("argmax", "cast", "bits", "count", "one hot"))
 def integer_values(env, p, x, y):
-    source = x if env.probe is None else jnp.sin(env.probe.reshape(-1)[0] + env.ints[:, None].astype(x.dtype) + jnp.zeros_like(x))
+    source = (
+        x
+        if env.probe is None
+        else jnp.sin(env.probe.reshape(-1)[0] + env.ints[:, None].astype(x.dtype) + jnp.zeros_like(x))
+    )
     if p["by"] == "argmax":
         return x + jnp.take(x, jnp.argmax(source, axis=1) % x.shape[0], axis=0) / 2
     if p["by"] == "cast":
@@ -372,7 +382,13 @@ POLICIES = {
 }
 
 
-@construct("your own jax.checkpoint, with a policy and names inside", weight=2, w=WEIGHTS, policy=tuple(POLICIES), nested=(False, True))
+@construct(
+    "your own jax.checkpoint, with a policy and names inside",
+    weight=2,
+    w=WEIGHTS,
+    policy=tuple(POLICIES),
+    nested=(False, True),
+)
 def checkpoint(env, p, x, y):
     def inside(x, w):
         h = checkpoint_name(jnp.tanh(x @ w), "mine")
@@ -482,7 +498,10 @@ def _body_passing(env, p, x, y):
 def _body_cond(env, p, x, y):
     def body(c, s):
         i, c = c
-        return (i + 1, lax.cond(i % 2 == 0, lambda c: jnp.tanh(jnp.sin(c @ env.w(p)) @ env.w(p)), lambda c: c + s / 4, c)), None
+        return (
+            i + 1,
+            lax.cond(i % 2 == 0, lambda c: jnp.tanh(jnp.sin(c @ env.w(p)) @ env.w(p)), lambda c: c + s / 4, c),
+        ), None
 
     return body
 
@@ -572,12 +591,25 @@ def _summed(ys):
 def scan(env, p, x, y):
     body, start, end = BODIES[p["body"]]
     carry, ys = lax.scan(
-        body(env, p, x, y), start(x), _steps(p["length"], y), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        body(env, p, x, y),
+        start(x),
+        _steps(p["length"], y),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
     )
     return jnp.tanh(end(carry)) + _summed(ys)
 
 
-@construct("longer scans, whose loops are divided", weight=2, w=WEIGHTS, length=(6, 8, 12, 16, 25), body=("plain", "long", "index", "cond"), reverse=(False, True), inner=(1, 3))
+@construct(
+    "longer scans, whose loops are divided",
+    weight=2,
+    w=WEIGHTS,
+    length=(6, 8, 12, 16, 25),
+    body=("plain", "long", "index", "cond"),
+    reverse=(False, True),
+    inner=(1, 3),
+)
 def long_scan(env, p, x, y):
     body, start, end = BODIES[p["body"]]
     carry, ys = lax.scan(body(env, p, x, y), start(x), _steps(p["length"], y) / p["length"], reverse=p["reverse"])
@@ -640,7 +672,9 @@ COLLECTIVES = {
     "psum": lambda r, a: r + lax.psum(r, a) / 64,
     "gather": lambda r, a: r * jnp.tanh(jnp.mean(lax.all_gather(r, a), axis=0)),
     "index": lambda r, a: r * (lax.axis_index(a) % 3).astype(r.dtype),
-    "permute": lambda r, a: r + lax.ppermute(r, a, [(i, (i + 1) % lax.axis_size(a)) for i in range(lax.axis_size(a))]) / 2,
+    "permute": lambda r, a: (
+        r + lax.ppermute(r, a, [(i, (i + 1) % lax.axis_size(a)) for i in range(lax.axis_size(a))]) / 2
+    ),
 }
 
 

@@ -15,13 +15,12 @@ from typing import Any
 from ckptsolvers.schedule import Keep
 from jax.extend.core import primitives as prims
 
-from jaxckpt.kinds import cond_options, scan_divisions, scan_options
+from jaxckpt.kinds import cond_options, scan_options
 from jaxckpt.memory import across, fusion, peak
 from jaxckpt.model import cut
-from jaxckpt.model.cut import Span
 from jaxckpt.model.tree import Tree
 from jaxckpt.program import primitives
-from jaxckpt.targets import compiler, cpu, gpu, tpu
+from jaxckpt.targets import cpu, gpu, tpu
 
 FOUND: Counter = Counter()
 # What must have been exercised, so that 0 is shown where nothing was.
@@ -112,9 +111,9 @@ def counting() -> Iterator[Counter]:
         (peak, "_packed_bytes", lambda found, *_: _LAST.update(packed=found)),
         (peak, "_breadth_first", _breadth_first),
         (peak, "peak_of_runs", _peak),
-        (across, "held_across", lambda found, *_, **__: _add("rule: a copy is held from the forward to the backward", found.copies)),
-        (cut, "cut_program", lambda found, *_, is_coarse=False, **__: _add(f"cut: {'coarse' if is_coarse else 'fine'}", found)),
-        (cut, "merged_spans", lambda found, program, spans, *_: _add("cut: merged repetitions", len(found) < len(spans))),
+        (across, "held_across", _held),
+        (cut, "cut_program", _cut),
+        (cut, "merged_spans", _merged),
         (cut, "_sunk", lambda found, *_: _add("cut: cheap operations sunk into readers", found)),
         (cut, "_order", lambda found, *_: _add("cut: what no tangent flows into waits", found != sorted(found))),
         (cut, "_around_alone", lambda found, *_: _add("cut: around loops, branches and effects", found)),
@@ -144,6 +143,18 @@ def _add(name: str, happened: Any) -> None:
     assert name in RULES, name
     if happened:
         FOUND[name] += 1
+
+
+def _held(found: Any, *_: Any, **__: Any) -> None:
+    _add("rule: a copy is held from the forward to the backward", found.copies)
+
+
+def _cut(found: Any, *_: Any, is_coarse: bool = False, **__: Any) -> None:
+    _add(f"cut: {'coarse' if is_coarse else 'fine'}", found)
+
+
+def _merged(found: Any, program: Any, spans: Any, *_: Any) -> None:
+    _add("cut: merged repetitions", len(found) < len(spans))
 
 
 def _listed(name: str, found: Any) -> Any:

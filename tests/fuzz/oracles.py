@@ -14,7 +14,7 @@ from jaxckpt import _compat
 from .constructs import CALLS
 from .programs import Case, Spec, build
 
-# Of measured bytes, and how many bytes more, a prediction may be off: these programs are so small that alignment counts.
+# A prediction may be off by this factor and so many bytes: these programs are so small that alignment counts.
 FACTOR, SPARE_BYTES = 3.0, 16384
 OPTIONS = {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
 
@@ -168,15 +168,22 @@ def device_bytes(executable: Any) -> int:
     return stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
 
 
-def judge(plan: jaxckpt.Plan, executable: Any, fits: bool) -> str | None:
-    """What a plan says of its bytes, against the compiler's own count for one's own step."""
+def judge(plan: jaxckpt.Plan, executable: Any, *, fits: bool, is_same: bool) -> str | None:
+    """What a plan says of its bytes, against the compiler's own count for one's own step.
+
+    Args:
+        plan: the plan.
+        executable: one's own step.
+        fits: the plan is within its budget.
+        is_same: the plan is in the step; `auto_remat` makes one of its own within the same budget.
+    """
     found = device_bytes(executable)
     if plan.measured_peak_bytes is not None:
-        if plan.measured_peak_bytes != found:
+        if is_same and plan.measured_peak_bytes != found:
             return f"the plan says {plan.measured_peak_bytes} bytes measured, and one's own step takes {found}"
         if fits and plan.budget_bytes is not None and found > plan.budget_bytes:
             return f"{found} bytes measured for a budget of {plan.budget_bytes}"
     low, high = found / FACTOR - SPARE_BYTES, FACTOR * found + SPARE_BYTES
-    if plan.target == "cpu" and not low <= plan.predicted_peak_bytes <= high:
+    if is_same and plan.target == "cpu" and not low <= plan.predicted_peak_bytes <= high:
         return f"{plan.predicted_peak_bytes} bytes predicted and {found} measured"
     return None

@@ -72,7 +72,7 @@ def draw(seed: int, least: int = 5, most: int = 60) -> Spec:
         "output": "scalar" if transform == "vmap of grad" else rng.choice(OUTPUTS),
         "argnums": rng.choice((0, 0, (0, 1))),
         "ops": [_operation(rng, rng.choice(names)) for _ in range(size)],
-        "plans": [_plan(rng, budget, transform) for budget in ("high", "middle", "least")],
+        "plans": _plans(rng, transform),
     }
 
 
@@ -85,13 +85,10 @@ def _operation(rng: random.Random, name: str) -> list:
     return [name, params, *back]
 
 
-def _plan(rng: random.Random, budget: str, transform: str) -> dict[str, Any]:
+def _plans(rng: random.Random, transform: str) -> list[dict[str, Any]]:
+    """Three budgets of one search, so that it is analysed once."""
     target = rng.choice(TARGETS)
-    hows = ("auto_remat",) if transform == "vmap of grad" else ("apply", "apply", "file", "auto_remat")
-    how = rng.choice(hows)
-    return {
-        "budget": budget,
-        "how": how,
+    search = {
         "cost": rng.choice(("time", "flops")),
         "solver": rng.choice(SOLVERS),
         "target": target,
@@ -101,6 +98,8 @@ def _plan(rng: random.Random, budget: str, transform: str) -> dict[str, Any]:
         # All that a search may compile is seldom needed, and most of a program's time.
         "max_compiles": rng.choice((2, 3, 3, None)),
     }
+    hows = ("auto_remat",) if transform == "vmap of grad" else ("apply", "apply", "file", "auto_remat")
+    return [{"budget": budget, "how": rng.choice(hows), **search} for budget in ("high", "middle", "least")]
 
 
 def digits(spec: Spec) -> float:

@@ -62,7 +62,8 @@ def _simpler(spec: Spec) -> Iterator[Callable[[Spec], Spec]]:
         for key, values in CONSTRUCTS[name].choices.items():
             if params[key] != values[0]:
                 yield lambda spec, i=i, key=key, value=values[0]: _with(spec, i, key, value)
-    plain = {"how": "apply", "cost": "time", "solver": "auto", "target": None, "verify": False, "keep_checkpoints": True, "max_compiles": None}
+    plain = {"how": "apply", "cost": "time", "solver": "auto", "target": None, "verify": False}
+    plain |= {"keep_checkpoints": True, "max_compiles": None}
     for key, value in plain.items():
         yield lambda spec, key=key, value=value: {**spec, "plans": [{**p, key: value} for p in spec["plans"]]}
 

@@ -3,8 +3,8 @@
     python -m tests.fuzz.run --programs 2000 [--first 0] [--jobs 2] [--minutes 30] [--out benchmarks/out/fuzz]
 
 A row for each program is kept in a file for this code, so a run goes on where the last one stopped, and the table is of
-all rows that there are. Failures are made small and printed as programs for `tests/test_fuzz.py`. Returns 1 if a program
-failed or the range was not finished.
+all rows that there are. Failures are made small and printed as programs for `tests/test_fuzz.py`. Returns 1 if a
+program failed or the range was not finished.
 """
 
 import argparse
@@ -154,14 +154,18 @@ def _row(seed: int, reduces: bool) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]], num_wanted: int, kept: Path) -> None:
     """Print counts, and each failure as a program."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False
+    )
     failed = [row for row in rows if row["failures"]]
     console = Console(width=130)
     for row in failed:
         for failure in row["failures"]:
             console.print(f"seed {row['seed']}, {failure['oracle']}: {failure['text']}", markup=False, highlight=False)
             if "spec" in failure:
-                console.print(pprint.pformat(failure["spec"], width=110, sort_dicts=False), markup=False, highlight=False)
+                console.print(
+                    pprint.pformat(failure["spec"], width=110, sort_dicts=False), markup=False, highlight=False
+                )
     counts: Counter = Counter()
     for row in rows:
         counts.update(row["counts"])
@@ -169,7 +173,9 @@ def show(rows: list[dict[str, Any]], num_wanted: int, kept: Path) -> None:
     for row in failed:
         for failure in row["failures"]:
             oracles.setdefault(failure["oracle"], [0, 0])[1] += 1
-    table = Table("oracle", "comparisons", "failures", title=f"{len(rows)} of {num_wanted} programs, jax {jax.__version__}")
+    table = Table(
+        "oracle", "comparisons", "failures", title=f"{len(rows)} of {num_wanted} programs, jax {jax.__version__}"
+    )
     for name, numbers in oracles.items():
         table.add_row(name, *map(str, numbers))
     console.print(table)

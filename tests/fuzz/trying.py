@@ -1,12 +1,11 @@
 """One program through planning and all oracles."""
 
+import functools
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import jax
 
 import jaxckpt
 from jaxckpt.program.trace import trace
@@ -39,7 +38,7 @@ def tried(spec: Spec, asked: Sequence[str] = ORACLES) -> dict[str, Any]:
     """
     counts: Counter = Counter({f"construct: {name}": 1 for name, *_ in spec["ops"]})
     counts[f"transform: {spec['transform']}"] = counts[f"output: {spec['output']}"] = 1
-    for name, params, *_ in spec["ops"]:
+    for _, params, *_ in spec["ops"]:
         if "body" in params:
             counts[f"loop body: {params['body']}"] = counts[f"loop length: {params['length']}"] = 1
     comparisons: Counter = Counter()
@@ -98,14 +97,16 @@ def _plan(truth: Truth, number: int, asked: Sequence[str], counts: Counter, comp
     executable = oracles.compiled(case, fun)
     if plan is not None:
         count_plan(plan, trace(case.fun, case.args, keep_checkpoints=plan.keeps_checkpoints).program)
-        _ask("judge", asked, comparisons, lambda: oracles.judge(plan, executable, fits))
+        same = how["how"] != "auto_remat"
+        _ask("judge", asked, comparisons, lambda: oracles.judge(plan, executable, fits=fits, is_same=same))
     _ask("undecorated", asked, comparisons, lambda: oracles.undecorated(truth, executable))
     _ask("checkpoint", asked, comparisons, lambda: oracles.checkpointed(truth, executable))
-    # Once for each program: what they run does not depend on the budget's kind.
+    # Once for each program, and without `jit` for every third one, where each operation is compiled alone.
     if number == truth.spec["seed"] % len(truth.spec["plans"]):
         if case.has_forward and not case.batched:
             _ask("forward", asked, comparisons, lambda: oracles.forward(truth, fun))
-        _ask("eager", asked, comparisons, lambda: oracles.eager(truth, fun))
+        if truth.spec["seed"] % 3 == 0:
+            _ask("eager", asked, comparisons, lambda: oracles.eager(truth, fun))
 
 
 def planned(truth: Truth, how: dict[str, Any]) -> tuple[Callable, jaxckpt.Plan | None, bool]:
@@ -130,11 +131,16 @@ _SHARES = {"high": "95%", "middle": "75%", "least": 1}
 
 
 def _within(case: Any, budget: str, planning: dict[str, Any]) -> tuple[jaxckpt.Plan, bool]:
-    """A plan within a budget, or within the least that the refusal names; where it names none, one that fits nothing."""
-    try:
-        return jaxckpt.plan(case.fun, *case.args, budget=_SHARES[budget], **planning), True
-    except jaxckpt.InfeasibleBudgetError as error:
-        least = error.least_peak_bytes
-    if least is not None:
-        return jaxckpt.plan(case.fun, *case.args, budget=least, **planning), True
-    return jaxckpt.plan(case.fun, *case.args, budget=_SHARES[budget], on_infeasible="least", **planning), False
+    """A plan within a budget, or within the least that the refusal names, and whether it must fit.
+
+    A plan that is predicted has no least that could be named.
+    """
+    plan = functools.partial(jaxckpt.plan, case.fun, *case.args, **planning)
+    if planning["verify"]:
+        try:
+            return plan(budget=_SHARES[budget]), True
+        except jaxckpt.InfeasibleBudgetError as error:
+            least = error.least_peak_bytes
+        if least is not None:
+            return plan(budget=least), True
+    return plan(budget=_SHARES[budget], on_infeasible="least"), False
