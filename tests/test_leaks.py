@@ -8,7 +8,7 @@ import pytest
 
 CYCLES = """
 import gc, os
-import jax, jax.numpy as jnp
+import jax, jax.numpy as jnp, numpy as np
 import jaxckpt
 
 def cycle(i, verify):
@@ -18,9 +18,10 @@ def cycle(i, verify):
             x = jnp.tanh(x @ w)
         return jnp.sum(x**2)
     rows = 64 + 8 * (i // 2)
-    w, x = jnp.eye(8), jnp.ones((rows, 8))
+    # Of NumPy, and the gradient under jit: without a plan too JAX keeps, for each new shape, whatever it compiles alone.
+    w, x = np.eye(8, dtype=np.float32), np.ones((rows, 8), np.float32)
     plan = jaxckpt.plan(loss, w, x, budget="90%", verify=verify, calibration=None, on_infeasible="least")
-    jax.grad(plan.apply(loss))(w, x).block_until_ready()
+    jax.jit(jax.grad(plan.apply(loss)))(w, x).block_until_ready()
 
 def resident():
     gc.collect()
