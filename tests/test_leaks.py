@@ -18,7 +18,7 @@ def cycle(i, verify):
             x = jnp.tanh(x @ w)
         return jnp.sum(x**2)
     rows = 64 + 8 * (i // 2)
-    # Of NumPy, and the gradient under jit: without a plan too JAX keeps, for each new shape, whatever it compiles alone.
+    # Of NumPy, and the gradient under jit: JAX keeps what it compiles of single operations for each new shape.
     w, x = np.eye(8, dtype=np.float32), np.ones((rows, 8), np.float32)
     plan = jaxckpt.plan(loss, w, x, budget="90%", verify=verify, calibration=None, on_infeasible="least")
     jax.jit(jax.grad(plan.apply(loss)))(w, x).block_until_ready()
