@@ -5,19 +5,24 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Tests run in so many processes.
 JOBS ?= 2
+# `make fuzz` plans so many random programs.
+PROGRAMS ?= 2000
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help plan test test-slow test-targets lint format bench bench-quick bench-targets clean
+.PHONY: help plan test test-slow test-fuzz test-targets lint format bench bench-quick bench-targets fuzz nightly clean
 
 help:
 	@echo "make plan    plan GPT-2 small from shapes and print the chosen checkpoint set"
 	@echo "make test    run the tests"
 	@echo "make test-slow  run the long ones too: real sizes, every budget"
+	@echo "make test-fuzz  a hundred random programs"
 	@echo "make test-targets  install the TPU's and the GPU's compilers (no driver, no CUDA libraries), run their tests"
 	@echo "make lint    ruff, pyright, the import contract"
 	@echo "make bench   the benchmarks, as tables"
 	@echo "make bench-quick  plans against hand-written policies on three tiny models"
+	@echo "make fuzz    plan PROGRAMS=2000 random programs and compare them; goes on where it stopped"
+	@echo "make nightly the long checks, or PART=name of them; goes on where it stopped"
 	@echo "make bench-targets  GPT-2 small planned for an H100 and a TPU v5e"
 
 $(STAMP): pyproject.toml
@@ -34,6 +39,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not targets'
+
+test-fuzz: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'slow or not slow' tests/test_fuzz.py
 
 # The compilers go into an environment of their own: those who have them pay a second at every start of JAX.
 TARGETS_VENV ?= .venv-targets
@@ -72,6 +80,12 @@ bench-quick: $(STAMP)
 
 bench-targets: $(TARGETS_STAMP)
 	$(TARGETS_BIN)/python benchmarks/targets.py
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.run --programs $(PROGRAMS) --jobs $(JOBS)
+
+nightly: $(STAMP)
+	$(BIN)/python benchmarks/nightly.py $(PART)
 
 clean:
 	rm -rf $(VENV) $(TARGETS_VENV) .pytest_cache .ruff_cache .hypothesis

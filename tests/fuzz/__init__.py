@@ -1,0 +1,1 @@
+"""Random differentiable programs, planned and compared with what they are compared with by hand."""
