@@ -185,7 +185,7 @@ def test_where_nothing_can_be_saved_a_tight_budget_is_refused():
     weights, x = chain_args(layers=4)
     with pytest.raises(InfeasibleBudgetError) as caught:
         jax.grad(lambda s: decorated(lambda w: chain_loss(w, x) * s)(weights))(2.0)
-    assert caught.value.least_peak_bytes <= caught.value.unplanned_peak_bytes
+    assert caught.value.expected_least_bytes <= caught.value.unplanned_peak_bytes
 
 
 def forget():

@@ -45,8 +45,9 @@ def _with_choice(choice: Choice, fun: Callable, has_aux: bool) -> Callable:
     def chosen(*args: Any, **kwargs: Any) -> Any:
         with INSIDE(True):
             found = _traced(fun, args, kwargs, has_aux, choice.keep_checkpoints)
-            if found is None or not choice.may_plan(found.program):
-                return fun(*args, **kwargs)
+        if found.program is None or not choice.may_plan(found.program):
+            # As it was traced: there are functions that can be called only once.
+            return found.joined(jex.jaxpr_as_fun(found.closed)(*found.inputs[len(found.closed.consts) :]))
         call = Call(
             found.program, None, _name(fun), None, choice.solver, is_decorated=False, num_results=found.num_results
         )
@@ -60,14 +61,16 @@ class _Found:
     """A function as a program, at a call.
 
     Attributes:
-        program: the flat program.
+        closed: as it was traced.
+        program: the flat program; None where it is not to be planned here.
         inputs: closed-over values and leaves of the arguments.
         num_results: how many of the program's outputs are differentiated, those that are no auxiliary results.
         out_tree: of the result.
         leaves: of the result, None where an output of the program stands.
     """
 
-    program: Program
+    closed: Any
+    program: Program | None
     inputs: tuple[Any, ...]
     num_results: int
     out_tree: Any
@@ -85,8 +88,8 @@ _TRACED = object()
 
 def _traced(
     fun: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], has_aux: bool, keep_checkpoints: bool
-) -> _Found | None:
-    """Trace a function to a program; None where it is not to be planned here."""
+) -> _Found:
+    """Trace a function to a program."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     result: list[Any] = []
 
@@ -97,29 +100,33 @@ def _traced(
 
     flat.__name__ = _name(fun)
     closed = jax.make_jaxpr(flat)(*leaves)
-    if any(eqn.primitive is auto_remat_p for eqn in _equations(closed.jaxpr)):
-        return None
-    program = flatten(closed.jaxpr, keep_checkpoints=keep_checkpoints)
-    try:
-        refuse_effects(program, _name(fun))
-    except UnsupportedProgramError as error:
-        _LOG.warning("%s is differentiated without a plan: %s", _name(fun), error)
-        return None
     # Auxiliary results may be anything: what is not traced is handed on as it is.
     out = result.pop()
     main = out[0] if has_aux and isinstance(out, tuple) and out else out
     out_leaves, out_tree = jax.tree.flatten(out)
     is_traced = [isinstance(leaf, Tracer) for leaf in out_leaves]
     num_results = sum(is_traced[: len(jax.tree.leaves(main))])
-    if not num_results:
-        return None
     return _Found(
-        program=program,
+        closed=closed,
+        program=_program(closed, _name(fun), keep_checkpoints) if num_results else None,
         inputs=(*closed.consts, *leaves),
         num_results=num_results,
         out_tree=out_tree,
         leaves=tuple(_TRACED if dyn else leaf for leaf, dyn in zip(out_leaves, is_traced, strict=True)),
     )
+
+
+def _program(closed: Any, name: str, keep_checkpoints: bool) -> Program | None:
+    """The flat program of a function, if it may be planned: it calls no decorated one, and has no effect."""
+    if any(eqn.primitive is auto_remat_p for eqn in _equations(closed.jaxpr)):
+        return None
+    program = flatten(closed.jaxpr, keep_checkpoints=keep_checkpoints)
+    try:
+        refuse_effects(program, name)
+    except UnsupportedProgramError as error:
+        _LOG.warning("%s is differentiated without a plan: %s", name, error)
+        return None
+    return program
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

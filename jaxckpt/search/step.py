@@ -53,6 +53,7 @@ class Differentiated:
         is_decorated: by hand.
         solver: which finds its schedules.
         split: over how many devices its values are cut.
+        analysis: where named axes are mapped, since it is made where those have a meaning; None elsewhere.
     """
 
     program: Program
@@ -61,6 +62,7 @@ class Differentiated:
     is_decorated: bool
     solver: Any
     split: int
+    analysis: Analysis | None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -74,6 +76,7 @@ class Choice:
         functions: what was found; only a choice that collects adds to it.
         chosen: how those run that are planned.
         collects: whether functions are only looked for.
+        analyse: makes the analysis of a program, its objective, solver and split.
         used: those of the chosen ones that were met.
     """
 
@@ -83,6 +86,7 @@ class Choice:
     functions: dict[Key, Differentiated] = field(default_factory=dict)
     chosen: Mapping[Key, Runner] = field(default_factory=dict)
     collects: bool = False
+    analyse: Callable[[Program, Objective, Any, int], Analysis] | None = None
     used: set[Key] = field(default_factory=set)
 
     def planned(
@@ -100,8 +104,18 @@ class Choice:
         if self.collects and key not in self.functions:
             # Inside shard_map shapes are those of one device already.
             split = 1 if jax.sharding.get_abstract_mesh().manual_axes else self.split
+            analysis = None
+            if self.analyse is not None and _compat.axis_sizes():
+                with INSIDE(True):  # it differentiates, too
+                    analysis = self.analyse(program, goal, solver, split)
             self.functions[key] = Differentiated(
-                program=program, goal=goal, label=label, is_decorated=is_decorated, solver=solver, split=split
+                program=program,
+                goal=goal,
+                label=label,
+                is_decorated=is_decorated,
+                solver=solver,
+                split=split,
+                analysis=analysis,
             )
         if key not in self.chosen:
             return functools.partial(run, program)
@@ -159,7 +173,11 @@ class Step:
         self.target, self.donate_argnums = options.target, options.donate_argnums
         self.fun, self.args = self._pure(tuple(args)).positional
         self.free = Choice(
-            split=step_split(args), keep_checkpoints=options.keep_checkpoints, solver=options.solver, collects=True
+            split=step_split(args),
+            keep_checkpoints=options.keep_checkpoints,
+            solver=options.solver,
+            collects=True,
+            analyse=self._analysis,
         )
         # Shapes of a whole step are all that is asked for; its jaxpr says whether another one is the same.
         self.closed, self.results = jax.make_jaxpr(under(self.free, self.fun), return_shape=True)(*self.args)
@@ -170,13 +188,16 @@ class Step:
     @functools.cached_property
     def analyses(self) -> dict[Key, Analysis]:
         """Of each function that is planned, in the order they are differentiated."""
-        cost, target = self.options.cost, self.target
         found = {
-            key: Analysis(f.program, f.goal, cost, f.solver, target, f.split) for key, f in self.free.functions.items()
+            key: f.analysis or self._analysis(f.program, f.goal, f.solver, f.split)
+            for key, f in self.free.functions.items()
         }
         held = {key: a.unplanned.judgement.peak_bytes if a.candidates else 0 for key, a in found.items()}
         least = _LEAST_SHARE * sum(held.values())
         return {key: a for key, a in found.items() if self.free.functions[key].is_decorated or held[key] >= least}
+
+    def _analysis(self, program: Program, goal: Objective, solver: Any, split: int) -> Analysis:
+        return Analysis(program, goal, self.options.cost, solver, self.target, split)
 
     @functools.cached_property
     def keys(self) -> list[Key]:
