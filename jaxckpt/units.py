@@ -94,10 +94,13 @@ def _hint(size: object) -> str:
         number = float(size) if isinstance(size, str | numbers.Real) and len(str(size)) <= _MOST_DIGITS else 0.0
     except ValueError:
         return ""
+    if 0 < number < 1:
+        return f'; write "{number:.4g}GB" or "{100 * number:.4g}%"'
     if not 1 <= number <= _MOST_BYTES:
         return ""
-    whole = f"{number / 1e9:g}GB" if number >= 1e6 else f"{number:g}GB"
-    return f'; write {int(number)} or "{whole}"' if number >= 1e6 else f'; write "{whole}" or "{number:g}%"'
+    if number >= 1e6:
+        return f'; write {int(number)} or "{number / 1e9:g}GB"'
+    return f'; write "{number:g}GB" or "{number:g}%"'
 
 
 def show_bytes(size_bytes: int) -> str:

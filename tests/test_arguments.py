@@ -38,7 +38,7 @@ def with_aux(w, x):
         ("9" * 30 + "TB", "more than any machine has"),
         (8e9, 'write 8000000000 or "8GB"'),
         ("8e9", 'write 8000000000 or "8GB"'),
-        (0.8, "Accepted is"),
+        (0.8, 'write "0.8GB" or "80%"'),
         (80.0, 'write "80GB" or "80%"'),
         (np.float32(1e9), 'write 1000000000 or "1GB"'),
         (float("nan"), "Accepted is"),

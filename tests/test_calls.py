@@ -192,7 +192,7 @@ class Scaled:
         return jnp.sum(jnp.tanh(x) * self.scale)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.lists(st.integers(-5, 5), min_size=2, max_size=6))
 def test_objects_are_what_they_hold_now(scales):
     one, argument = Scaled(0), remat(lambda x, scaled: jnp.sum(jnp.tanh(x)) * scaled.scale)
@@ -277,7 +277,7 @@ def test_two_hundred_shapes_have_their_own_trees_twice():
         assert looked_at(fun, np.ones(size, np.float32)) == str(size)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=8, max_size=24), st.integers(2, 8))
 def test_threads_have_their_own_trees(sizes, num_threads):
     fun, wrong, barrier = remat(by_rows), [], threading.Barrier(num_threads)

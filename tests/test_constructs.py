@@ -274,7 +274,7 @@ def dropped(w, x, key):
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("make", [jax.random.key, pytest.param(jax.random.PRNGKey, marks=pytest.mark.slow)])
 def test_keys(make, wide):
     with x64() if wide else warnings.catch_warnings():
         args = (W.astype("float64"), X.astype("float64")) if wide else (W, X)

@@ -653,7 +653,7 @@ def test_closed_over_arrays_and_explicit_shapes():
 
 
 @pytest.mark.parametrize("donated", [None, (0, 1)])
-@pytest.mark.parametrize("budget", ["70%", "1GB"])
+@pytest.mark.parametrize("budget", ["70%", pytest.param("1GB", marks=pytest.mark.slow)])
 def test_modules_and_optimizers_of_nnx_change_in_place_as_under_nnx_jit(budget, donated):
     nnx = pytest.importorskip("flax.nnx")
     optax = pytest.importorskip("optax")

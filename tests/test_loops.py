@@ -118,7 +118,7 @@ def test_a_scan_of_nothing_and_a_scan_without_xs():
         assert carry == 64 and ys.tolist() == [1, 2, 4, 8, 16, 32]
 
 
-@pytest.mark.parametrize("kwargs", [{"num_checkpoints": 3}, {}])
+@pytest.mark.parametrize("kwargs", [{"num_checkpoints": 3}, pytest.param({}, marks=pytest.mark.slow)])
 def test_a_scan_under_other_transformations(kwargs):
     with x64():
         state, xs = loop_args(7)

@@ -22,7 +22,7 @@ RESIDUAL = residual_args(layers=4)
 UNET = unet_args(levels=5)
 CASES = [
     pytest.param((chain_loss, ARGS), id="chain"),
-    pytest.param((unet_loss, UNET), id="unet"),
+    pytest.param((unet_loss, UNET), id="unet", marks=pytest.mark.slow),
     pytest.param((residual_loss, RESIDUAL), id="residual", marks=pytest.mark.slow),
 ]
 BOTH_COSTS = ["flops", pytest.param("time", marks=pytest.mark.slow)]

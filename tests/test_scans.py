@@ -104,7 +104,9 @@ def some_candidates(s, most=5):
     return s.candidates[::step]
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("decoder", "reverse") else n for n in LOOPS]
+)
 def test_gradients_are_those_of_the_plain_loop(name):
     fun, make = LOOPS[name]
     with x64():

@@ -150,6 +150,7 @@ def _sizes(plan: PlanLike) -> Table:
         table.add_row("as it is written", show_bytes(plan.written_peak_bytes), "measured, with its own checkpoints")
     if plan.measured_peak_bytes is not None:
         said = "measured, at most" if plan.is_at_most else "measured"
+        said += ", its blocks profiled" if plan.is_profiled else ""
         table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), said)
     else:
         said = "profiled" if plan.is_profiled else "predicted"
