@@ -353,8 +353,6 @@ is_outermost: Callable[[], bool] = core.trace_state_clean
 
 def jit_context() -> Any:
     """What of JAX's configuration decides what a function is traced to, as `jax.jit` has it in its keys."""
-    from jax._src import config
-
     return config.trace_context()
 
 

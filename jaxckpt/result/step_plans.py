@@ -75,7 +75,7 @@ class StepPlans:
 
     def __str__(self) -> str:
         """What a person reads: the step's bytes, then each plan's report."""
-        rows = [f"step      {show_bytes(self.measurement.device_bytes)} measured for {self.measurement.target}"]
+        rows = [f"step      {self.measurement}"]
         if self.unplanned is not None:
             rows.append(f"unplanned {show_bytes(self.unplanned.device_bytes)} measured")
         return "\n".join([*rows, *map(str, self.plans)])
