@@ -73,12 +73,18 @@ def parts() -> dict[str, list[str]]:
     fidelity = [sys.executable, "benchmarks/fidelity.py", "--minutes", "28"]
     found["fidelity"] = [*fidelity, "--verified"]
     for target in _TARGETS:
-        found[f"fidelity-{target}"] = [*fidelity, "--targets", target, "--budgets", "10"]
+        found[f"fidelity-{target}"] = [_with_compilers(), *fidelity[1:], "--targets", target, "--budgets", "10"]
     each = _FUZZ_PROGRAMS // _FUZZ_RANGES
     for i in range(_FUZZ_RANGES):
         seeds = ["--first", str(i * each), "--programs", str(each), "--minutes", "25"]
         found[f"fuzz-{i:02}"] = [sys.executable, "-m", "tests.fuzz.run", *seeds]
     return found
+
+
+def _with_compilers() -> str:
+    """The Python that has the chips' compilers, where `make test-targets` made one."""
+    found = _ROOT / ".venv-targets" / "bin" / "python"
+    return str(found) if found.exists() else sys.executable
 
 
 def main() -> int:
