@@ -26,6 +26,8 @@ _ROOT = Path(__file__).parents[1]
 _OUT = _ROOT / "benchmarks" / "out" / "nightly"
 _LIMIT_S = 30 * 60
 _FUZZ_PROGRAMS, _FUZZ_RANGES = 2000, 20
+# Chips whose compilers run anywhere; `make test-targets` installs them into an environment of their own.
+_TARGETS = ("h100", "v5e")
 # Of the slow tests' output as much is kept as says what failed.
 _MOST_OUTPUT = 20_000
 # Files whose slow tests are parts of their own.
@@ -68,12 +70,21 @@ def parts() -> dict[str, list[str]]:
     others = [f"--ignore={file}" for file in sorted(apart)]
     found = {name: [*tests, *files] for name, files in _APART.items()}
     found["slow-tests"] = [*tests, "tests", *others]
-    found["fidelity"] = [sys.executable, "benchmarks/fidelity.py"]
+    fidelity = [sys.executable, "benchmarks/fidelity.py", "--minutes", "28"]
+    found["fidelity"] = [*fidelity, "--verified"]
+    for target in _TARGETS:
+        found[f"fidelity-{target}"] = [_with_compilers(), *fidelity[1:], "--targets", target, "--budgets", "10"]
     each = _FUZZ_PROGRAMS // _FUZZ_RANGES
     for i in range(_FUZZ_RANGES):
         seeds = ["--first", str(i * each), "--programs", str(each), "--minutes", "25"]
         found[f"fuzz-{i:02}"] = [sys.executable, "-m", "tests.fuzz.run", *seeds]
     return found
+
+
+def _with_compilers() -> str:
+    """The Python that has the chips' compilers, where `make test-targets` made one."""
+    found = _ROOT / ".venv-targets" / "bin" / "python"
+    return str(found) if found.exists() else sys.executable
 
 
 def main() -> int:
