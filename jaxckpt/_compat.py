@@ -298,6 +298,19 @@ def held_jaxpr(primitive: Any) -> Any:
     return getattr(held, "jaxpr", held)
 
 
+def ordered_checkpoints() -> contextlib.AbstractContextManager:
+    """Let `jax.checkpoint` inside be of the kind that recomputes in order.
+
+    Under `JAX_REMAT3=1` a compiler merges recomputation back before 0.12, where such checkpoints have no barriers, and
+    with `JAX_REMAT_BARRIER_NO_COTANGENTS=1`, where the barriers wait for nothing.
+    """
+    state, waits_less = getattr(config, "remat3", None), getattr(config, "remat_barrier_no_cotangents", None)
+    if state is None or not state.value:
+        return contextlib.nullcontext()
+    is_unordered = _release(JAX_VERSION) < (0, 12) or (waits_less is not None and waits_less.value)
+    return state(False) if is_unordered else contextlib.nullcontext()
+
+
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carried; the rest are stacked."""
     if "num_carry" in params:

@@ -9,6 +9,7 @@ import jax
 from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
 
+from jaxckpt import _compat
 from jaxckpt.kinds.base import KeptBlock, kind_named
 from jaxckpt.model.cut import Span, spans_at
 from jaxckpt.model.option import NOTHING_SAVED, Place, Save
@@ -68,7 +69,8 @@ class Application:
 
         def fun(*inputs: Any) -> list[Any]:
             env = dict(zip(program.inputs, inputs, strict=True))
-            runner.run(schedule.nodes, env)
+            with _compat.ordered_checkpoints():
+                runner.run(schedule.nodes, env)
             return outputs_of(program, env)
 
         return fun

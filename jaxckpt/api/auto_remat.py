@@ -33,9 +33,10 @@ from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError
 from jaxckpt.kinds.base import registered
 from jaxckpt.program.dataflow import dependent_values
 from jaxckpt.program.describe import Description
+from jaxckpt.program.effects import refuse_effects
 from jaxckpt.program.flatten import PROGRAM_CALLS
 from jaxckpt.program.interpret import run
-from jaxckpt.program.ir import Program, has_symbolic_shapes, is_differentiable, refuse_effects, spec_of
+from jaxckpt.program.ir import Program, has_symbolic_shapes, is_differentiable, spec_of
 from jaxckpt.program.nnx import pure
 from jaxckpt.program.objects import call_unchanged
 from jaxckpt.program.same_call import Itself, Recent

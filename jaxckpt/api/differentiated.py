@@ -18,8 +18,9 @@ from jax.core import Tracer
 from jaxckpt import _compat
 from jaxckpt.api.auto_remat import Call, auto_remat_p
 from jaxckpt.errors import UnsupportedProgramError
+from jaxckpt.program.effects import refuse_effects
 from jaxckpt.program.flatten import flatten
-from jaxckpt.program.ir import Program, refuse_effects
+from jaxckpt.program.ir import Program
 from jaxckpt.search.step import FITTING, INSIDE, Choice
 
 _LOG = logging.getLogger("jaxckpt")

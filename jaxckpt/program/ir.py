@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import AxisType
 
 from jaxckpt import _compat
-from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.program.describe import Description, describe
 from jaxckpt.program.source import relative_source
 
@@ -125,29 +124,21 @@ class Program:
 def live_equations(equations: Sequence[Equation], outputs: Iterable[Atom]) -> list[Equation]:
     """Those that an output or an effect needs, and those of libraries' own primitives, in order.
 
-    A library may look for its primitives, as K-FAC's tags are found, whether anything reads what they make or not.
+    A library may look for its primitives, as K-FAC's tags are found, whether anything reads what they make or not. What
+    makes nothing is there for something else, such as a reference that it writes to.
     """
     needed = {x for x in outputs if isinstance(x, int)}
     live = []
     for eqn in reversed(equations):
-        if eqn.has_effects or not needed.isdisjoint(eqn.outputs) or not _compat.is_jax_own(eqn.primitive):
+        if (
+            eqn.has_effects
+            or not eqn.outputs
+            or not needed.isdisjoint(eqn.outputs)
+            or not _compat.is_jax_own(eqn.primitive)
+        ):
             needed.update(eqn.reads)
             live.append(eqn)
     return live[::-1]
-
-
-def refuse_effects(program: Program, what: str) -> None:
-    """Refuse a program with effects that a plan cannot keep out of its regions. Calls of Python and checks it can.
-
-    Raises:
-        UnsupportedProgramError: with the first such operation's line.
-    """
-    for eqn in program.equations:
-        if eqn.has_effects and not all(map(_compat.can_stand_alone, eqn.effects)):
-            raise UnsupportedProgramError(
-                f"{eqn.primitive.name} at {eqn.source or 'an unknown line'} has side effects, which would happen again "
-                f"in every recomputation; move it out of {what}"
-            )
 
 
 def has_symbolic_shapes(program: Program) -> bool:

@@ -17,8 +17,9 @@ from jaxckpt.model.option import Save
 from jaxckpt.model.schedules import Candidate, keep_all
 from jaxckpt.model.time import timer
 from jaxckpt.program import dataflow
+from jaxckpt.program.effects import refuse_effects
 from jaxckpt.program.interpret import run
-from jaxckpt.program.ir import Program, refuse_effects, size_bytes
+from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.program.same_call import Recent
 from jaxckpt.search.candidates import candidates, check_solver
 from jaxckpt.search.profile import Profiler
