@@ -34,10 +34,11 @@ from ckptsolvers.chen import chen_schedules
 from ckptsolvers.errors import InfeasibleError, InvalidProblemError
 from ckptsolvers.intervals import Intervals, memory_unit
 from ckptsolvers.problem import Problem
+from ckptsolvers.proof import NESTED
 from ckptsolvers.revolve import revolve_schedules
 from ckptsolvers.schedule import Keep, Node, Schedule, region
 from ckptsolvers.simulate import simulate
-from ckptsolvers.solution import Solution, check_budget
+from ckptsolvers.solution import Solution, check_budget, least_work
 
 _INF = np.int64(2**60)
 _MOST_ROWS = 32  # added up at once: what fits in a core's cache
@@ -82,13 +83,15 @@ def solve_chain(problem: Problem, *, budget_bytes: int, num_levels: int | None =
     if bound is None and prove:
         lower = ChainTable(problem, max_bytes=budget_bytes, num_levels=levels, rounding="down")
         bound = int(lower.times()[-1])
+    if bound is None:
+        bound = least_work(problem)
     return Solution(
         schedule=schedule,
         judgement=judged,
         budget_bytes=budget_bytes,
         solver="chain",
-        optimal_for="nested schedules of this order" if bound == judged.work else None,
         bound_work=bound,
+        bound_for=NESTED,
         solve_s=time.perf_counter() - started,
     )
 
