@@ -51,7 +51,7 @@ class BlockGraph:
         forward: the node of each block's forward, `[n]`.
         backward: the node of each block's backward, `[n]`.
         cotangent: the node of each value's cotangent, for the values that have one.
-        stages: `[num_nodes]`, for `solve_checkmate`: nothing is computed between a backward and the cotangents it makes.
+        stages: `[num_nodes]`, for `solve_checkmate`: nothing runs between a backward and the cotangents it makes.
 
     Raises:
         InvalidProblemError: a block with more than one option, not exactly one output, saved interiors, or work that

@@ -74,7 +74,7 @@ def u_blocks(seed: int, max_blocks: int = 6) -> Problem:
         for k, node in enumerate(forward.nodes)
     )
     blocks = []
-    for k, node in enumerate(forward.nodes):
+    for node in forward.nodes:
         gradients = node.size_bytes + sum(forward.nodes[v].size_bytes for v in node.reads)
         keep = Option(
             name="inputs",

@@ -1,4 +1,4 @@
-"""Every solver of graphs against brute force, on any DAG and on U-shaped training graphs, at every budget that matters."""
+"""Every solver of graphs against brute force, on any DAG and on U-shaped training graphs, at every distinct budget."""
 
 import pytest
 from ckptsolvers import ChainTable, InfeasibleError, simulate, solve_chain, solve_lower_sets
