@@ -47,7 +47,7 @@ def check_budget(budget_bytes: int) -> None:
 
 
 def least_work(problem: Problem) -> int:
-    """No nested schedule does less work, whatever its budget: all is made in the first sweep, each block is kept once."""
+    """No nested schedule does less work: all is made in the first sweep, and each block is kept once."""
     return sum(
         min(min(o.forward_times[-1], block.forward_time + o.forward_times[0]) + o.recompute_time for o in block.options)
         for block in problem.blocks
