@@ -231,11 +231,7 @@ def _heavy(program: Program, graph: nx.DiGraph, order: Sequence[int], active: se
         heavy = [p for p in range(start, stop) if weights[p] and weights[p] >= least]
         if heavy:
             found += heavy
-            runs += [
-                (a + 1, b, math.inf)
-                for a, b in itertools.pairwise([start - 1, *heavy, stop])
-                if b - a > _LONG
-            ]
+            runs += [(a + 1, b, math.inf) for a, b in itertools.pairwise([start - 1, *heavy, stop]) if b - a > _LONG]
     return sorted(found)
 
 
