@@ -109,7 +109,7 @@ def least_peak_bytes(problem: Problem, *, num_levels: int = 500) -> int:
 
 
 def default_num_levels(num_blocks: int) -> int:
-    """As fine an axis as takes about a second: 4000 levels up to 70 blocks, 500 from 145 on, then two for each block."""
+    """As fine an axis as takes about a second: 4000 levels up to 70 blocks, 500 from 145 on, then two a block."""
     return max(500, 2 * num_blocks, min(4000, 250_000_000 // (num_blocks**3 // 6 + 1)))
 
 
@@ -209,7 +209,7 @@ class ChainTable:
         self._table[0] = 0
         # From which level on each row says that something fits.
         self._least_levels = np.zeros(len(self._table), np.int64)
-        # P'(s, t, .): block s is kept and what it does not read again is dropped, at the same M; row 0 fits nothing. The
+        # P'(s, t, .): block s is kept and drops what it does not read again, at the same M; row 0 fits nothing. The
         # first of a run of shared rows has another block before it than its twin, so other values to drop.
         firsts = [t - length + (length > 0) for t, (_, length) in enumerate(twins)]
         self._drop_rows = np.zeros((n + 1, n + 1), np.int32)
