@@ -36,6 +36,7 @@ _APART = {
     "models": ("tests/test_zoo.py", "tests/test_gpt2.py", "tests/test_examples.py", "tests/test_measured.py"),
     "transforms": ("tests/test_transforms.py",),
     "optima": ("tests/solvers/test_optima.py",),
+    "long": ("tests/test_long.py",),
 }
 
 

@@ -42,7 +42,7 @@ class SaveSet:
 
     @property
     def is_optimal(self) -> bool:
-        """Whether no other set within the budget is proven to take less time."""
+        """Whether it is proven that no other set within the budget takes less time."""
         return self.recompute_time == self.bound_time
 
     @property
