@@ -128,8 +128,8 @@ def test_without_candidates_what_is_saved_is_not_nothing():
 @pytest.mark.slow
 def test_a_recurrence_of_500_steps_is_planned_verified_and_equal():
     args = recurrence_args(500)
-    plan = jaxckpt.plan(recurrence, *args, budget="60%")
-    assert plan.measured_peak_bytes is not None and plan.peak_bytes <= 0.6 * plan.unplanned_peak_bytes
+    plan = jaxckpt.plan(recurrence, *args, budget="80%")
+    assert plan.measured_peak_bytes is not None and plan.peak_bytes <= 0.8 * plan.unplanned_peak_bytes
     assert plan.recompute_flops > 0
     rng = np.random.default_rng(0)
     values = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) / 2), args)
