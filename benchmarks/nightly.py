@@ -37,6 +37,8 @@ _APART = {
     "leaks": ("tests/test_leaks.py",),
     "models": ("tests/test_zoo.py", "tests/test_gpt2.py", "tests/test_examples.py", "tests/test_measured.py"),
     "transforms": ("tests/test_transforms.py",),
+    "optima": ("tests/solvers/test_optima.py",),
+    "long": ("tests/test_long.py",),
 }
 
 

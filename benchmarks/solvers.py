@@ -196,7 +196,7 @@ def gap_row(kind: str, n: int, seed: int) -> dict:
     budget = (levels[0] + levels[-1]) * table.unit_bytes // 2
     nested = solve_chain(problem, budget_bytes=budget)
     graph = BlockGraph(problem)
-    general = solve_checkmate(graph.dag, budget_bytes=budget, time_limit_s=60)
+    general = solve_checkmate(graph.dag, budget_bytes=budget, time_limit_s=60, stages=graph.stages)
     backward = 2 * problem.forward_time  # as for dense layers
     best, bound = general.judgement.work, general.bound_work or 0
     return {

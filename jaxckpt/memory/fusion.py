@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from jax.extend.core import primitives as prims
+
 from jaxckpt.program import primitives
 from jaxckpt.program.ir import Equation
 from jaxckpt.targets.rules import FusionRules
@@ -114,6 +116,7 @@ def resolve(
     runs = [Run((), (v,), True, True, False) for v in stacked]
     copying = _Copying()
     in_place = {scatter.outputs[0] for scatter in rules.scatters.values()}
+    padded = _added_pads(equations, size)
     for eqn in equations:
         reads = tuple(dict.fromkeys(same.get(v, v) for v in eqn.reads))
         if eqn.outputs[0] in in_place or eqn.outputs[0] in same:
@@ -131,8 +134,10 @@ def resolve(
             Run(
                 reads,
                 eqn.outputs,
-                eqn.primitive in primitives.FUSIBLE,
-                eqn.primitive in primitives.READS_FUSED or (rules.matmuls_fuse_operands and primitives.is_matmul(eqn)),
+                eqn.primitive in primitives.FUSIBLE or eqn.outputs[0] in padded,
+                eqn.primitive in primitives.READS_FUSED
+                or eqn.outputs[0] in padded
+                or (rules.matmuls_fuse_operands and primitives.is_matmul(eqn)),
                 eqn.primitive in primitives.EXPENSIVE and not rules.repeats_expensive,
                 reads[0] if eqn.primitive in primitives.IN_PLACE and reads else None,
                 rules.scratch_bytes(eqn),
@@ -145,6 +150,20 @@ def resolve(
     if rules.kernel_holds is not None:
         runs = _with_operands_made(runs, buffers, size, copying)
     return Resolved(runs, buffers, same, copying.keys)
+
+
+def _added_pads(equations: Sequence[Equation], size: Callable[[int], int]) -> set[int]:
+    """Slices' cotangents, padded to what was sliced: where they are only added up, no compiler makes them."""
+    num_readers = Counter(v for eqn in equations for v in eqn.reads)
+    added = {v for eqn in equations if eqn.primitive is prims.add_jaxvals_p for v in eqn.reads if num_readers[v] == 1}
+    return {
+        eqn.outputs[0]
+        for eqn in equations
+        # Less is padded where a vector is split, as into queries, keys and values: there it makes no difference.
+        if eqn.primitive is prims.pad_p
+        and eqn.outputs[0] in added
+        and all(_SMALL * size(v) <= size(eqn.outputs[0]) for v in eqn.reads)
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ them where bytes are equal, so that dropping a block's last output drops the cos
 """
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ from jaxckpt.program.ir import Equation, Program, size_bytes
 
 # What is sunk is made again by every block that reads it, so it must cost next to nothing.
 _SINKABLE = primitives.CHEAP | primitives.LAYOUT
+# So much of a program's work is what its costly equations do.
+_MOST_WORK = 0.75
+# So many equations without a costly one are a program of their own, however little of the work they do.
+_LONG = 200
 # A cut at which this many times more is alive than at both its neighbours is not worth a place in the table.
 _HIGH_CUT = 6
 # What repeats has so few blocks, and repeats so often.
@@ -206,15 +211,38 @@ def _around_alone(
 
 
 def _heavy(program: Program, graph: nx.DiGraph, order: Sequence[int], active: set[int], max_blocks: int) -> list[int]:
-    """Where the costly equations stand in the order; elementwise ones that no tangent flows through are not."""
+    """Where the costly equations stand in the order; elementwise ones that no tangent flows through are not.
+
+    Those that are some share of all work are, and in programs of so many equations that few are, those that do most of
+    it. What lies between two of them is looked at by itself where it is long.
+    """
 
     def is_light(i: int) -> bool:
         eqn = program.equations[i]
         return eqn.primitive in primitives.FUSIBLE and active.isdisjoint(eqn.outputs)
 
-    weights = [graph.nodes[i]["flops"] for i in order]
-    total = sum(weights)
-    return [p for p, w in enumerate(weights) if w * 4 * max_blocks >= total and w and not is_light(order[p])]
+    weights = [0 if is_light(i) else graph.nodes[i]["flops"] for i in order]
+    total = sum(graph.nodes[i]["flops"] for i in order)
+    found: list[int] = []
+    runs = [(0, len(order), total / (4 * max_blocks))]
+    while runs:
+        start, stop, most = runs.pop()
+        least = min(most, _least_of_most_work(weights[start:stop]))
+        heavy = [p for p in range(start, stop) if weights[p] and weights[p] >= least]
+        if heavy:
+            found += heavy
+            runs += [(a + 1, b, math.inf) for a, b in itertools.pairwise([start - 1, *heavy, stop]) if b - a > _LONG]
+    return sorted(found)
+
+
+def _least_of_most_work(weights: Sequence[int]) -> int:
+    """The least weight among the heaviest ones that add up to most of all: the same in n layers and in 4 n."""
+    done, total = 0, sum(weights)
+    for weight in sorted(weights, reverse=True):
+        done += weight
+        if done >= _MOST_WORK * total:
+            return weight
+    return 0
 
 
 def _borders(heavy: Sequence[int], alive: Sequence[int]) -> list[int]:

@@ -72,7 +72,8 @@ def spread_out(items: Sequence[_T], sizes: Sequence[float], works: Sequence[int]
 def chain_schedules(problem: Problem, *, is_fine: bool = False) -> Sequence[Schedule]:
     """Schedules from the least bytes to keeping everything: a table for all, and finer ones where bytes are fewer."""
     most = max(1, keep_all(problem).judgement.peak_bytes)
-    num_levels = _FINE_LEVELS if is_fine else default_num_levels(problem.num_blocks) // 2
+    # What one of very many blocks makes must not be less than a level.
+    num_levels = _FINE_LEVELS if is_fine else max(2 * problem.num_blocks, default_num_levels(problem.num_blocks) // 2)
     schedules: list[Schedule] = []
     about = None
     while most:

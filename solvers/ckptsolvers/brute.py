@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from ckptsolvers.errors import InvalidProblemError
 from ckptsolvers.problem import Problem
+from ckptsolvers.proof import NESTED
 from ckptsolvers.schedule import Keep, Node, Schedule, region
 from ckptsolvers.simulate import simulate
 from ckptsolvers.solution import Solution, best_of
@@ -32,8 +33,8 @@ def solve_brute_force(problem: Problem, *, budget_bytes: int) -> Solution:
         judgement=best.judgement,
         budget_bytes=budget_bytes,
         solver="brute force",
-        optimal_for="nested schedules of this order",
         bound_work=best.judgement.work,
+        bound_for=NESTED,
         solve_s=time.perf_counter() - started,
     )
 

@@ -53,8 +53,8 @@ def solve_brute_force_dag(dag: Dag, *, budget_bytes: int, order: Order = "any") 
                 judgement=judged,
                 budget_bytes=budget_bytes,
                 solver="brute force",
-                optimal_for=f"schedules with order {order!r}",
                 bound_work=judged.work,
+                bound_for=f"schedules with order {order!r}",
                 solve_s=time.perf_counter() - started,
             )
         for step, following, price in _moves(dag, state, budget_bytes, order):

@@ -34,10 +34,11 @@ from ckptsolvers.chen import chen_schedules
 from ckptsolvers.errors import InfeasibleError, InvalidProblemError
 from ckptsolvers.intervals import Intervals, memory_unit
 from ckptsolvers.problem import Problem
+from ckptsolvers.proof import NESTED
 from ckptsolvers.revolve import revolve_schedules
 from ckptsolvers.schedule import Keep, Node, Schedule, region
 from ckptsolvers.simulate import simulate
-from ckptsolvers.solution import Solution, check_budget
+from ckptsolvers.solution import Solution, check_budget, least_work
 
 _INF = np.int64(2**60)
 _MOST_ROWS = 32  # added up at once: what fits in a core's cache
@@ -82,13 +83,15 @@ def solve_chain(problem: Problem, *, budget_bytes: int, num_levels: int | None =
     if bound is None and prove:
         lower = ChainTable(problem, max_bytes=budget_bytes, num_levels=levels, rounding="down")
         bound = int(lower.times()[-1])
+    if bound is None:
+        bound = least_work(problem)
     return Solution(
         schedule=schedule,
         judgement=judged,
         budget_bytes=budget_bytes,
         solver="chain",
-        optimal_for="nested schedules of this order" if bound == judged.work else None,
         bound_work=bound,
+        bound_for=NESTED,
         solve_s=time.perf_counter() - started,
     )
 
@@ -106,8 +109,8 @@ def least_peak_bytes(problem: Problem, *, num_levels: int = 500) -> int:
 
 
 def default_num_levels(num_blocks: int) -> int:
-    """As fine a memory axis as takes about a second: 4000 levels up to 70 blocks, 500 from 145 on."""
-    return max(500, min(4000, 250_000_000 // (num_blocks**3 // 6 + 1)))
+    """As fine an axis as takes about a second: 4000 levels up to 70 blocks, 500 from 145 on, then two a block."""
+    return max(500, 2 * num_blocks, min(4000, 250_000_000 // (num_blocks**3 // 6 + 1)))
 
 
 class ChainTable:
@@ -206,18 +209,20 @@ class ChainTable:
         self._table[0] = 0
         # From which level on each row says that something fits.
         self._least_levels = np.zeros(len(self._table), np.int64)
-        # Beside each row P'(s, t, .): block s is kept and what it does not read again is dropped, at the same M.
-        self._dropped = np.full_like(self._table, _INF)
-        # The first of a run of shared rows has another block before it than its twin, so other values to drop.
-        self._drops_alike = np.ones((n + 1, n + 1), bool)
+        # P'(s, t, .): block s is kept and drops what it does not read again, at the same M; row 0 fits nothing. The
+        # first of a run of shared rows has another block before it than its twin, so other values to drop.
+        firsts = [t - length + (length > 0) for t, (_, length) in enumerate(twins)]
+        self._drop_rows = np.zeros((n + 1, n + 1), np.int32)
+        self._dropped = np.empty((1 + sum(sum(self._may_drop[:first]) for first in firsts), size), np.int64)
+        self._dropped[0] = _INF
+        self._num_dropped = 1
         rest = np.empty((n + 1, size), np.int64)
         used = 1
         for t in range(1, n + 1):
             twin, length = twins[t]
             alone = t - length
             self._rows[alone:t, t] = self._rows[twin - length : twin, twin]
-            self._drops_alike[alone:t, t] = self._drops_alike[twin - length : twin, twin]
-            self._drops_alike[alone, t] = length == 0
+            self._drop_rows[alone + 1 : t, t] = self._drop_rows[twin - length + 1 : twin, twin]
             self._rows[:alone, t] = np.arange(used, used + alone)
             used += alone
             self._solve_until(t, alone, rest[: t + 1])
@@ -227,15 +232,22 @@ class ChainTable:
         # rest[m] is P(m, t, .) plus the time of running blocks 0..m-1, so that (2) adds two rows and no number.
         np.take(self._table, self._rows[alone : t + 1, t], axis=0, out=rest[alone:], mode="clip")
         rest[alone:] += sweep[alone:, None]
+        if alone < t:
+            self._drop(alone, t)
         for s in range(alone - 1, -1, -1):
             best = self._row(s, t)
             self._keep(s, t, best, dropped=False)
-            if self._may_drop[s]:
-                self._keep(s, t, self._dropped[self._rows[s, t]], dropped=True)
+            self._drop(s, t)
             if s + 1 < t:
                 self._improve_by_splitting(s, t, rest, best)
             np.add(best, sweep[s], out=rest[s])
             self._least_levels[self._rows[s, t]] = np.searchsorted(-best, -_INF, side="right")
+
+    def _drop(self, s: int, t: int) -> None:
+        if self._may_drop[s]:
+            self._drop_rows[s, t] = self._num_dropped
+            self._num_dropped += 1
+            self._keep(s, t, self._dropped_row(s, t), dropped=True)
 
     def _keep(self, s: int, t: int, best: np.ndarray, *, dropped: bool) -> None:
         size = self.num_levels + 1
@@ -265,11 +277,7 @@ class ChainTable:
         return rows
 
     def _dropped_row(self, s: int, t: int) -> np.ndarray:
-        if self._drops_alike[s, t]:
-            return self._dropped[self._rows[s, t]]
-        row = np.empty(self.num_levels + 1, np.int64)
-        self._keep(s, t, row, dropped=True)
-        return row
+        return self._dropped[self._drop_rows[s, t]]
 
     def _find_drop_levels(self, s: int, t: int, o: int) -> int:
         sizes = (self.problem.values[v].size_bytes for v in self.problem.droppable(s, o, t))

@@ -4,32 +4,33 @@
 Keutzer, Stoica, Gonzalez, 2020), the frontier-advancing formulation of section 4, solved by HiGHS through
 `scipy.optimize.milp`. In stage t node t is computed for the first time, after whatever must be computed again:
 
-    R[t, i]     node i is computed in stage t
+    R[t, i]     node i is computed in stage t, the first time or again
     S[t, i]     node i is held from stage t - 1 into stage t
     F[t, i, k]  in stage t, node i is freed right after node k is computed
     U[t, k]     bytes alive once node k's turn in stage t is over
 
 This variant gives every reason against freeing its own constraint instead of one big one, which makes the relaxation
-tighter and lets F be continuous; it lets a node that must not be computed twice, and reads only such nodes, share the
-stage before it; and it judges what it finds in integers, as the program's numbers are floats.
+tighter and lets F be continuous; it has no variables for stages from which on nothing that reads a node can be of use;
+it lets several nodes share a stage, where asked; and it judges what it finds in integers, as the program's numbers are
+floats.
 
-Optimal among schedules that compute nodes for the first time in the given order and, between two such, each node at
-most once and in order. Schedules outside that class can be faster, on rare graphs. Relaxed, it gives a lower bound;
-rounded (section 5 of the paper: keep what the relaxation holds by more than a threshold, compute what is then
-missing), a schedule for when time runs out.
+Optimal among schedules that compute nodes for the first time in the given order and, between two such (two stages),
+each node at most once and in order. Schedules outside that class can be faster, on rare graphs. Relaxed, it gives a
+lower bound; rounded (section 5 of the paper: keep what the relaxation holds by more than a threshold, compute what is
+then missing), a schedule for when time runs out.
 
 O(n^2 + n edges) variables and constraints; the time is exponential at worst.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ckptsolvers.dag import Dag, DagJudgement, DagSolution, DagStep, plain_steps, simulate_dag
-from ckptsolvers.errors import InfeasibleError
+from ckptsolvers.dag import Dag, DagJudgement, DagSolution, DagStep, plain_steps, simulate_dag, steps_of_computes
+from ckptsolvers.errors import InfeasibleError, InvalidProblemError
 from ckptsolvers.linear import LinearProgram
 from ckptsolvers.solution import check_budget
 
@@ -38,7 +39,14 @@ _TOLERANCE = 1e-7
 _THRESHOLDS = (0.5, 0.3, 0.1, 0.7, 0.9, 0.01, 0.99)
 
 
-def solve_checkmate(dag: Dag, *, budget_bytes: int, time_limit_s: float = 60.0, gap: float = 0.0) -> DagSolution:
+def solve_checkmate(
+    dag: Dag,
+    *,
+    budget_bytes: int,
+    time_limit_s: float = 60.0,
+    gap: float = 0.0,
+    stages: Sequence[int] | None = None,
+) -> DagSolution:
     """Return the general schedule with the least work within the budget.
 
     Args:
@@ -46,12 +54,15 @@ def solve_checkmate(dag: Dag, *, budget_bytes: int, time_limit_s: float = 60.0, 
         budget_bytes: the most that may be alive at once.
         time_limit_s: when to stop and return the best schedule found, with its gap.
         gap: stop as soon as the work is proven to be within this fraction of the optimum.
+        stages: `[n]`, ascending from 0, the stage in which each node is computed first, where several share one, such
+            as `BlockGraph.stages`; by default each has its own. Those that share one are computed in a row.
 
     Returns:
         A judged solution with the solver's bound; proven optimal where the bound meets the work.
 
     Raises:
         InfeasibleError: nothing in the class fits, or nothing was found in time; `least_bytes` is None then.
+        InvalidProblemError: stages that are not such numbers.
 
     Source: Jain et al. 2020, sections 4 and 5.
     """
@@ -61,7 +72,7 @@ def solve_checkmate(dag: Dag, *, budget_bytes: int, time_limit_s: float = 60.0, 
     judged = simulate_dag(dag, plain)
     if judged.peak_bytes <= budget_bytes:
         return _solution(budget_bytes, plain, judged, judged.work, started)
-    program = _Program(dag, budget_bytes)
+    program = _Program(dag, budget_bytes, stages)
     found = program.solve(time_limit_s=time_limit_s, gap=gap)
     if found.is_infeasible:
         raise InfeasibleError(budget_bytes, None, "checkmate")
@@ -69,7 +80,7 @@ def solve_checkmate(dag: Dag, *, budget_bytes: int, time_limit_s: float = 60.0, 
     left_s = max(1.0, time_limit_s - (time.perf_counter() - started))
     best = None
     if found.values is not None:
-        best = _best(dag, [program.steps(found.values)], budget_bytes) or _tightened(dag, budget_bytes, left_s)
+        best = _best(dag, [program.steps(found.values)], budget_bytes) or _tightened(program, budget_bytes, left_s)
     if best is None or not _meets(bound, best[1].work):
         fallback = _best(dag, _roundings(dag, program, left_s), budget_bytes)
         best = min(filter(None, (best, fallback)), key=lambda found: found[1].work, default=None)
@@ -78,32 +89,27 @@ def solve_checkmate(dag: Dag, *, budget_bytes: int, time_limit_s: float = 60.0, 
     return _solution(budget_bytes, *best, bound, started)
 
 
-def relaxed_bound_work(dag: Dag, *, budget_bytes: int, time_limit_s: float = 60.0) -> int | None:
+def relaxed_bound_work(
+    dag: Dag, *, budget_bytes: int, time_limit_s: float = 60.0, stages: Sequence[int] | None = None
+) -> int | None:
     """Return a lower bound on the work of every schedule in the class, from the linear relaxation; None out of time.
 
     Raises:
         InfeasibleError: not even fractions of values fit.
     """
-    found = _Program(dag, budget_bytes).solve(time_limit_s=time_limit_s, relax=True)
+    found = _Program(dag, budget_bytes, stages).solve(time_limit_s=time_limit_s, relax=True)
     if found.is_infeasible:
         raise InfeasibleError(budget_bytes, None, "checkmate's relaxation")
     return None if found.values is None else max(dag.total_time, _whole(found.bound, dag.total_time))
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is held into each stage and computed in it, both `[num_stages, n]`."""
-
-    held: np.ndarray
-    computed: np.ndarray
-
-
 class _Program:
     """The program's variables and constraints; bytes are in units of the budget, time in units of one plain run."""
 
-    def __init__(self, dag: Dag, budget_bytes: int):
+    def __init__(self, dag: Dag, budget_bytes: int, stages: Sequence[int] | None = None):
         self.dag, self.readers = dag, dag.readers
-        self.stage_of = _stages(dag)
+        self.stage_of = _checked(stages, len(dag.nodes))
+        self.last_stage = _last_stages(dag, self.stage_of, self.readers)
         self.num_stages = self.stage_of[-1] + 1
         self.lp = LinearProgram()
         self._unit, self._time = max(1, budget_bytes), max(1, dag.total_time)
@@ -117,64 +123,46 @@ class _Program:
     def solve(self, *, time_limit_s: float, gap: float = 0.0, relax: bool = False):
         return self.lp.solve(time_limit_s=time_limit_s, gap=gap, relax=relax)
 
-    def plan(self, values: np.ndarray) -> _Plan:
-        shape = (self.num_stages, len(self.dag.nodes))
-        held, computed = np.zeros(shape), np.zeros(shape)
+    def held(self, values: np.ndarray) -> np.ndarray:
+        """What is held into each stage, `[num_stages, n]`."""
+        held = np.zeros((self.num_stages, len(self.dag.nodes)))
         for where, at in self._hold.items():
             held[where] = values[at]
-        for where, at in self._compute.items():
-            computed[where] = values[at]
-        return _Plan(held, computed)
+        return held
 
     def steps(self, values: np.ndarray) -> tuple[DagStep, ...]:
-        plan = self.plan(values)
-        return self.play(_Plan(plan.held > 0.5, plan.computed > 0.5))
+        """The steps of a solution, which drop every value as soon as nothing later needs it."""
+        computed = sorted(where for where, at in self._compute.items() if values[at] > 0.5)
+        return steps_of_computes(self.dag, [i for _, i in computed])
 
     def round(self, held: np.ndarray) -> tuple[DagStep, ...]:
         """Hold what is given where it can be, and compute whatever is then missing."""
-        n = len(self.dag.nodes)
+        nodes = self.dag.nodes
         keep, computed = held.astype(bool), np.zeros(held.shape, bool)
-        for i, node in enumerate(self.dag.nodes):
+        for i, node in enumerate(nodes):
             computed[self.stage_of[i], i] = True
-            if node.is_once and self.readers[i]:
-                keep[self.stage_of[i] + 1 : self.stage_of[self.readers[i][-1]] + 1, i] = True
+            if node.is_once:
+                keep[self.stage_of[i] + 1 : self.last_stage[i] + 1, i] = True
         for t in range(self.num_stages):
             if t:
                 keep[t] &= keep[t - 1] | computed[t - 1]
-            for k in range(n - 1, -1, -1):
+            for k in range(len(nodes) - 1, -1, -1):
                 if computed[t, k]:
-                    for read in self.dag.nodes[k].reads:
+                    for read in nodes[k].reads:
                         computed[t, read] |= not keep[t, read]
-        return self.play(_Plan(keep, computed))
-
-    def play(self, plan: _Plan) -> tuple[DagStep, ...]:
-        """Write a plan out as steps, dropping every value as soon as nothing later needs it."""
-        steps: list[DagStep] = []
-        live: set[int] = set()
-        for t in range(self.num_stages):
-            computed = np.flatnonzero(plan.computed[t]).tolist()
-            kept = set(np.flatnonzero(plan.held[t + 1]).tolist()) if t + 1 < self.num_stages else set()
-            uses = {i: [k for k in self.readers[i] if plan.computed[t, k]] for i in {*live, *computed}}
-            for k in [-1, *computed]:
-                if k >= 0:
-                    steps.append(DagStep("compute", k))
-                    live.add(k)
-                for i in sorted(live - kept):
-                    if not uses[i] or uses[i][-1] <= k:
-                        steps.append(DagStep("drop", i))
-                        live.remove(i)
-        return tuple(steps)
+        return steps_of_computes(self.dag, np.nonzero(computed)[1].tolist())
 
     def _add_variables(self) -> None:
         for i, node in enumerate(self.dag.nodes):
             born = self.stage_of[i]
-            dies = self.stage_of[self.readers[i][-1]] if self.readers[i] else born
-            for t in range(born, dies + 1):
+            # What is made once is there for every reader's first time.
+            stays = max((self.stage_of[k] for k in self.readers[i]), default=born) if node.is_once else born
+            for t in range(born, self.last_stage[i] + 1):
                 if t == born or not node.is_once:
                     fixed = 1.0 if t == born else None
                     self._compute[t, i] = self.lp.add_binary(cost=node.time / self._time, fixed=fixed)
                 if t > born:
-                    self._hold[t, i] = self.lp.add_binary(fixed=1.0 if node.is_once else None)
+                    self._hold[t, i] = self.lp.add_binary(fixed=1.0 if t <= stays else None)
 
     def _terms(self, t: int, i: int, sign: float = 1.0) -> dict[int, float]:
         """R[t, i] + S[t, i], as far as the two exist."""
@@ -227,18 +215,30 @@ class _Program:
         return freed
 
 
-def _stages(dag: Dag) -> list[int]:
-    """The stage in which each node is computed for the first time."""
-    stages: list[int] = []
-    for i, node in enumerate(dag.nodes):
-        joins = i > 0 and node.is_once and all(dag.nodes[read].is_once for read in node.reads)
-        stages.append(0 if i == 0 else stages[-1] + (not joins))
+def _checked(stages: Sequence[int] | None, num_nodes: int) -> Sequence[int]:
+    if stages is None:
+        return range(num_nodes)
+    if len(stages) != num_nodes or stages[0] or any(b - a not in (0, 1) for a, b in itertools.pairwise(stages)):
+        raise InvalidProblemError(
+            f"{stages=} must be a stage for each of {num_nodes} nodes: 0, then the same or the next"
+        )
     return stages
 
 
-def _tightened(dag: Dag, budget_bytes: int, time_limit_s: float) -> tuple[tuple[DagStep, ...], DagJudgement] | None:
+def _last_stages(dag: Dag, stage_of: Sequence[int], readers: Sequence[Sequence[int]]) -> list[int]:
+    """The last stage in which each node can be of use: a reader may be computed again, for readers of its own."""
+    last = list(stage_of)
+    for i in range(len(last) - 1, -1, -1):
+        last[i] = max([last[i], *(stage_of[k] if dag.nodes[k].is_once else last[k] for k in readers[i])])
+    return last
+
+
+def _tightened(
+    program: _Program, budget_bytes: int, time_limit_s: float
+) -> tuple[tuple[DagStep, ...], DagJudgement] | None:
     """Solve for a little less: floats let a schedule through whose integer peak is above the budget."""
-    program = _Program(dag, budget_bytes - budget_bytes // 100_000 - 1)
+    dag, less = program.dag, budget_bytes - budget_bytes // 100_000 - 1
+    program = _Program(dag, less, program.stage_of)
     found = program.solve(time_limit_s=time_limit_s)
     return None if found.values is None else _best(dag, [program.steps(found.values)], budget_bytes)
 
@@ -247,7 +247,7 @@ def _roundings(dag: Dag, program: _Program, time_limit_s: float) -> Iterator[tup
     """Round the relaxation at a few thresholds, then a few patterns."""
     relaxed = program.solve(time_limit_s=time_limit_s, relax=True)
     if relaxed.values is not None:
-        held = program.plan(relaxed.values).held
+        held = program.held(relaxed.values)
         yield from (program.round(held > threshold) for threshold in _THRESHOLDS)
     yield from map(program.round, _patterns(dag, program))
 
@@ -295,7 +295,7 @@ def _solution(
         judgement=judged,
         budget_bytes=budget_bytes,
         solver="checkmate",
-        optimal_for=CLASS if is_proven else None,
         bound_work=judged.work if is_proven else bound,
+        bound_for=CLASS,
         solve_s=time.perf_counter() - started,
     )

@@ -106,8 +106,8 @@ class DagSolution(Proof):
         judgement: what `simulate_dag` found.
         budget_bytes: what was allowed.
         solver: which solver made it.
-        optimal_for: the class of schedules in which none does less work, or None where nothing is proven.
-        bound_work: no schedule of that class does less work than this, or None.
+        bound_work: no schedule of a class does less work within the budget than this; None where no bound is known.
+        bound_for: which class that is.
         solve_s: wall time, judging included.
     """
 
@@ -115,8 +115,8 @@ class DagSolution(Proof):
     judgement: DagJudgement
     budget_bytes: int
     solver: str
-    optimal_for: str | None = None
     bound_work: int | None = None
+    bound_for: str = ""
     solve_s: float = 0.0
 
 

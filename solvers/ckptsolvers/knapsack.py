@@ -8,6 +8,7 @@ of the program, which HiGHS solves exactly through `scipy.optimize.milp`. Expone
 The relaxation for one price per byte is a minimum cut, which finds the trade-off's convex hull but no point inside it.
 """
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from ckptsolvers.dag import Dag
 from ckptsolvers.errors import InfeasibleError, InvalidProblemError
 from ckptsolvers.linear import LinearProgram
+from ckptsolvers.proof import claim
 from ckptsolvers.solution import check_budget
 
 
@@ -27,7 +29,7 @@ class SaveSet:
         recomputed: nodes to compute again in the backward pass, ascending.
         saved_bytes: of the saved nodes.
         recompute_time: of the recomputed nodes.
-        is_optimal: whether no other set takes less time within the budget.
+        bound_time: no set within the budget takes less time than this.
         solve_s: wall time.
     """
 
@@ -35,8 +37,23 @@ class SaveSet:
     recomputed: tuple[int, ...]
     saved_bytes: int
     recompute_time: int
-    is_optimal: bool
+    bound_time: int
     solve_s: float
+
+    @property
+    def is_optimal(self) -> bool:
+        """Whether it is proven that no other set within the budget takes less time."""
+        return self.recompute_time == self.bound_time
+
+    @property
+    def gap(self) -> float:
+        """Time above the bound, as a fraction of the time."""
+        return (self.recompute_time - self.bound_time) / max(1, self.recompute_time)
+
+    def __str__(self) -> str:
+        """One line: the set, its time, and what is proven of it."""
+        found = f"knapsack: {len(self.saved)} nodes of {self.saved_bytes:,} bytes, {self.recompute_time:,} to recompute"
+        return f"{found}; {claim(self.recompute_time, self.bound_time, 'all sets')}"
 
 
 def solve_knapsack(
@@ -73,13 +90,15 @@ def solve_knapsack(
     if saved_bytes > budget_bytes:
         raise InfeasibleError(budget_bytes, saved_bytes, "knapsack")
     recompute_time = sum(dag.nodes[v].time for v in recomputed)
-    bound = found.bound * max(1, dag.total_time)
+    # The solver's numbers are floats.
+    bound = found.bound * max(1, dag.total_time) if math.isfinite(found.bound) else 0.0
+    is_proven = recompute_time - bound < max(0.5, 1e-7 * recompute_time)
     return SaveSet(
         saved=tuple(sorted(saved)),
         recomputed=tuple(sorted(recomputed)),
         saved_bytes=saved_bytes,
         recompute_time=recompute_time,
-        is_optimal=recompute_time - bound < max(0.5, 1e-7 * recompute_time),
+        bound_time=recompute_time if is_proven else max(0, math.floor(bound)),
         solve_s=time.perf_counter() - started,
     )
 

@@ -24,7 +24,7 @@ from ckptsolvers.options import option_rules
 from ckptsolvers.problem import Problem
 from ckptsolvers.schedule import Keep, Node, Schedule, region
 from ckptsolvers.simulate import simulate
-from ckptsolvers.solution import Solution, check_budget
+from ckptsolvers.solution import Solution, check_budget, least_work
 
 _MOST_PAIRS = 1000
 
@@ -58,8 +58,8 @@ def solve_lower_sets(problem: Problem, *, budget_bytes: int) -> Solution:
         judgement=judged,
         budget_bytes=budget_bytes,
         solver="lower_sets",
-        optimal_for="schedules of this order without nested regions" if proven else None,
-        bound_work=judged.work if proven else None,
+        bound_work=judged.work if proven else least_work(problem),
+        bound_for="schedules of this order without nested regions",
         solve_s=time.perf_counter() - started,
     )
 

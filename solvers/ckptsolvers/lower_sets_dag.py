@@ -68,6 +68,8 @@ def solve_lower_sets_dag(
         judgement=best[1],
         budget_bytes=budget_bytes,
         solver=f"lower_sets ({family})",
+        bound_work=dag.total_time,  # of every node once
+        bound_for="all schedules",
         solve_s=time.perf_counter() - started,
     )
 

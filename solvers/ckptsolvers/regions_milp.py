@@ -26,9 +26,10 @@ from ckptsolvers.errors import InfeasibleError
 from ckptsolvers.intervals import Intervals
 from ckptsolvers.linear import LinearProgram
 from ckptsolvers.problem import Problem
+from ckptsolvers.proof import NESTED
 from ckptsolvers.revolve import revolve_schedules
 from ckptsolvers.schedule import Keep, Node, Schedule, region
-from ckptsolvers.solution import Solution, best_of, check_budget
+from ckptsolvers.solution import Solution, best_of, check_budget, least_work
 
 _TOLERANCE = 1e-7
 
@@ -64,8 +65,8 @@ def solve_regions_milp(problem: Problem, *, budget_bytes: int, time_limit_s: flo
         judgement=best.judgement,
         budget_bytes=budget_bytes,
         solver="regions_milp",
-        optimal_for="nested schedules of this order" if is_proven else None,
-        bound_work=work if is_proven else bound,
+        bound_work=work if is_proven else max(bound, least_work(problem)),
+        bound_for=NESTED,
         solve_s=time.perf_counter() - started,
     )
 

@@ -211,8 +211,8 @@ def _solve_uniform(problem: Problem, budget_bytes: int) -> Solution:
         judgement=judged,
         budget_bytes=budget_bytes,
         solver="revolve",
-        optimal_for="all schedules of a uniform chain",
         bound_work=judged.work,
+        bound_for="all schedules of a uniform chain",
         solve_s=time.perf_counter() - started,
     )
 

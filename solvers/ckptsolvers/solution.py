@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ckptsolvers.errors import InfeasibleError, InvalidProblemError
 from ckptsolvers.problem import Problem
-from ckptsolvers.proof import Proof
+from ckptsolvers.proof import NESTED, Proof
 from ckptsolvers.schedule import Schedule
 from ckptsolvers.simulate import Judgement, simulate
 
@@ -20,9 +20,8 @@ class Solution(Proof):
         judgement: what the simulator found; no solver reports numbers of its own.
         budget_bytes: what was allowed.
         solver: which solver made it.
-        optimal_for: the class of schedules in which no other does less work within the budget, or None where
-            nothing is proven.
-        bound_work: no schedule of the solver's class does less work than this, or None where no bound is known.
+        bound_work: no schedule of a class does less work within the budget than this; None where no bound is known.
+        bound_for: which class that is.
         solve_s: wall time of the solver, judging included.
         reason: why this solver was picked, where `solve` picked it.
     """
@@ -31,8 +30,8 @@ class Solution(Proof):
     judgement: Judgement
     budget_bytes: int
     solver: str
-    optimal_for: str | None = None
     bound_work: int | None = None
+    bound_for: str = ""
     solve_s: float = 0.0
     reason: str = ""
 
@@ -47,8 +46,18 @@ def check_budget(budget_bytes: int) -> None:
         raise InvalidProblemError(f"budget_bytes={budget_bytes!r} must be a whole number of bytes, 0 or more")
 
 
+def least_work(problem: Problem) -> int:
+    """No nested schedule does less work: all is made in the first sweep, and each block is kept once."""
+    return sum(
+        min(min(o.forward_times[-1], block.forward_time + o.forward_times[0]) + o.recompute_time for o in block.options)
+        for block in problem.blocks
+    )
+
+
 def best_of(problem: Problem, schedules: Iterable[Schedule], *, budget_bytes: int, solver: str) -> Solution:
     """Judge schedules and return the one with the least work within the budget; the lower peak breaks ties.
+
+    Its bound is what any schedule takes, which says little where memory is short.
 
     Raises:
         InfeasibleError: none fits; it says the least peak among them.
@@ -66,4 +75,12 @@ def best_of(problem: Problem, schedules: Iterable[Schedule], *, budget_bytes: in
     if best is None:
         raise InfeasibleError(budget_bytes, least, solver)
     solve_s = time.perf_counter() - started
-    return Solution(schedule=best[1], judgement=best[2], budget_bytes=budget_bytes, solver=solver, solve_s=solve_s)
+    return Solution(
+        schedule=best[1],
+        judgement=best[2],
+        budget_bytes=budget_bytes,
+        solver=solver,
+        bound_work=least_work(problem),
+        bound_for=NESTED,
+        solve_s=solve_s,
+    )

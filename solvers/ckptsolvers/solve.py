@@ -94,8 +94,8 @@ def _plain(problem: Problem, budget_bytes: int) -> Solution | None:
         judgement=judged,
         budget_bytes=budget_bytes,
         solver="plain",
-        optimal_for="all schedules",
         bound_work=judged.work,
+        bound_for="all schedules",
         reason="nothing has to be recomputed",
     )
 

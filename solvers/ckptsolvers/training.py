@@ -1,5 +1,6 @@
 """Training graphs: from a forward graph, and from a block problem, so that nested and general schedules compare."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from ckptsolvers.dag import Dag, DagStep, Node
@@ -50,6 +51,7 @@ class BlockGraph:
         forward: the node of each block's forward, `[n]`.
         backward: the node of each block's backward, `[n]`.
         cotangent: the node of each value's cotangent, for the values that have one.
+        stages: `[num_nodes]`, for `solve_checkmate`: nothing runs between a backward and the cotangents it makes.
 
     Raises:
         InvalidProblemError: a block with more than one option, not exactly one output, saved interiors, or work that
@@ -78,6 +80,8 @@ class BlockGraph:
                 self._add_cotangent(v, tuple(backward[-1:]))
         self.backward = tuple(reversed(backward))
         self.dag = Dag(tuple(self._nodes))
+        joined = set(self.cotangent.values()) - {0}
+        self.stages = tuple(itertools.accumulate((i not in joined for i in range(1, len(self._nodes))), initial=0))
 
     def steps(self, schedule: Schedule) -> Iterator[DagStep]:
         """Yield a nested schedule's steps on the graph."""

@@ -2,12 +2,14 @@
 
 import itertools
 import time
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
 from ckptsolvers import Block, ChainTable, InfeasibleError, Option, Problem, Value, chain, simulate, solve_chain
 from ckptsolvers.brute import all_schedules, brute_force_frontier
+from ckptsolvers.chain import default_num_levels
 from ckptsolvers.intervals import Intervals
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +53,44 @@ def test_the_recurrence_equals_brute_force_on_nine_blocks(n, seed):
     problem = chain(*rng.integers(1, 5, (2, n)).tolist(), cotangent_bytes=rng.integers(0, 3, n).tolist())
     frontier, _ = table_frontier(problem)
     assert frontier == brute_force_frontier(problem)
+
+
+def dropping(num_blocks):
+    """Equal blocks that may be kept without reading what the block before them made."""
+    block = Block(
+        forward_times=(0, 3),
+        forward_peak_bytes=10,
+        options=tuple(
+            Option(
+                name=name,
+                saved_bytes=saved,
+                recompute_time=again,
+                forward_times=(0, 3),
+                forward_peak_bytes=10 + saved,
+                backward_peak_bytes=20,
+                unread_inputs=unread,
+            )
+            for name, saved, again, unread in (("all", 8, 0, (0,)), ("inputs", 0, 2, ()))
+        ),
+    )
+    first = replace(block, options=tuple(replace(option, unread_inputs=()) for option in block.options))
+    values = (Value(size_bytes=10, made_by=k, read_by=(k + 1,), cotangent_bytes=10) for k in range(num_blocks))
+    return Problem(blocks=(first, *[block] * (num_blocks - 1)), values=tuple(values))
+
+
+def test_what_is_dropped_is_found_without_recursion():
+    small = dropping(4)
+    frontier, _ = table_frontier(small)
+    assert frontier == brute_force_frontier(small)
+    table = ChainTable(dropping(600), max_bytes=6_000, num_levels=150)
+    for level in table.steps()[len(table.steps()) // 2 :: 20]:
+        judged = simulate(table.problem, table.schedule(level))
+        assert judged.work == table.times()[level] and judged.peak_bytes <= level * table.unit_bytes
+
+
+@pytest.mark.parametrize("num_blocks", [10, 100, 300, 1000])
+def test_what_a_block_makes_is_never_less_than_a_level(num_blocks):
+    assert default_num_levels(num_blocks) >= 2 * num_blocks
 
 
 def every_chain(first_size):

@@ -1,5 +1,6 @@
 """The entry point, what it picks, bad input, and the import's cost."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -18,8 +19,10 @@ from ckptsolvers import (
     solve,
     solve_chain,
 )
+from ckptsolvers.brute import brute_force_frontier
 from ckptsolvers.problem import Block, Value
 from ckptsolvers.revolve import revolve_schedule
+from ckptsolvers.solution import least_work
 from ckptsolvers.solve import SOLVERS
 from hypothesis import given, settings
 from strategies import problems
@@ -41,8 +44,25 @@ def test_every_name_solves(name):
     solution = solve(MIXED, budget_bytes=25, solver=name)
     assert solution.judgement == simulate(MIXED, solution.schedule)
     assert solution.judgement.peak_bytes <= 25
-    assert solution.judgement.work >= solve(MIXED, budget_bytes=25).judgement.work
+    best = solve(MIXED, budget_bytes=25).judgement.work
+    assert solution.judgement.work >= best
+    assert solution.bound_work is not None and solution.bound_work <= best
+    assert solution.gap is not None and solution.is_optimal == (solution.gap == 0)
+    assert ("optimal among" if solution.is_optimal else "% above the least of") in str(solution)
     assert name == "brute_force" or cite(solution.solver)
+
+
+def test_a_solution_without_a_bound_says_so():
+    found = solve_chain(MIXED, budget_bytes=25)
+    found = dataclasses.replace(found, bound_work=None)
+    assert found.gap is None and not found.is_optimal and found.optimal_for is None
+    assert str(found) == f"chain: work {found.judgement.work}, peak 24 of 25 bytes; no bound is known"
+
+
+@settings(max_examples=60)
+@given(problems(max_blocks=4))
+def test_nothing_does_less_than_the_least_work(problem):
+    assert least_work(problem) <= brute_force_frontier(problem)[-1][1]
 
 
 def test_callables_and_unknown_names():
