@@ -14,6 +14,7 @@ from jaxckpt.api.arguments import (
 from jaxckpt.compilation.measure import Measurement, compiled_bytes
 from jaxckpt.compilation.objective import input_specs, measured_specs, objective
 from jaxckpt.program.interpret import run
+from jaxckpt.program.static import bound_call
 from jaxckpt.targets.sharding import described, trace_placed
 
 
@@ -24,6 +25,9 @@ def measure(
     differentiate: bool = True,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    **kwargs: Any,
 ) -> Measurement:
     """Compile a function, or its value and gradient, and read the device bytes.
 
@@ -35,11 +39,16 @@ def measure(
             gradient or a step is measured as it is, with a warning.
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
+        static_argnums: as in `plan`.
+        static_argnames: as in `plan`.
+        **kwargs: named arguments of `fun`, as in `plan`.
 
     Returns:
         The bytes, in parts.
 
     Raises:
+        OptionError: a static argument that `fun` does not have, or a name that is neither an option nor one of its
+            arguments.
         NotDifferentiableError: nothing to differentiate.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         CompilerError: the target's compiler is not here, or failed.
@@ -54,8 +63,9 @@ def measure(
     check_function(fun, "measure")
     check_argnums(argnums)
     check_flags(has_aux=has_aux, differentiate=differentiate)
+    call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "measure")
     with described(target):
-        traced = trace_placed(fun, args)
+        traced = trace_placed(call.fun, call.args, call.kwargs)
         program = traced.program
         plain = functools.partial(run, program)
         constants = program.closed_over

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -72,13 +73,19 @@ def devices_of(target: str | None) -> tuple[Any, ...]:
     return devices_for(find_chip(target), topology_of(target))
 
 
-def trace_placed(fun: Callable, args: Sequence[Any], *, keep_checkpoints: bool = True) -> Traced:
+def trace_placed(
+    fun: Callable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    keep_checkpoints: bool = True,
+) -> Traced:
     """Trace a function, and note on which devices its arguments lie.
 
     Raises:
         ShardingError: some arguments lie on several devices, and one that is not small does not say where it does.
     """
-    call = pure(fun, tuple(args), {})
+    call = pure(fun, tuple(args), kwargs)
     traced = trace(call.fun, call.args, call.kwargs, keep_checkpoints=keep_checkpoints)
     leaves = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
     if (variables := call.variables()) is not None:
