@@ -1,6 +1,7 @@
 """What the verbs have in common: named and static arguments, comparisons, reports of steps."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +124,221 @@ def test_compare_of_a_function_that_is_not_scalar_and_of_none():
     found = plan.compare(rows, W, X)
     assert found.is_close and found.gradients.path.startswith("args[0]")
     assert str(Difference(path="", absolute=0.0, relative=0.0, tolerance=0.0)) == "nothing to compare"
+
+
+def step(w, x, rate=0.1, *, num_layers=8):
+    value, gradient = jax.value_and_grad(loss)(w, x, num_layers=num_layers)
+    return w - rate * gradient, value
+
+
+def test_a_step_takes_named_static_and_donated_arguments():
+    fitted = jaxckpt.fit(step, W, x=X, num_layers=12, static_argnames="num_layers", donate_argnums=0, budget="70%")
+    same = jaxckpt.fit(lambda w, x: step(w, x, num_layers=12), W, X, donate_argnums=0, budget="70%")
+    assert fitted.measurement.device_bytes == same.measurement.device_bytes
+    assert fitted.measurement.alias_bytes == W.nbytes
+    w, value = fitted.step(W + 0, x=X, num_layers=12)
+    wanted = jax.jit(step, static_argnames="num_layers")(W, X, num_layers=12)
+    np.testing.assert_allclose(w, wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(value, wanted[1], rtol=1e-6)
+    memory = fitted.step.lower(W, x=X, num_layers=12).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == W.nbytes and memory.temp_size_in_bytes == fitted.measurement.temp_bytes
+    with pytest.raises(jaxckpt.PlanMismatchError, match="static arguments are"):
+        fitted.step(W, x=X, num_layers=11)
+    with pytest.raises(jaxckpt.PlanMismatchError, match=r"x is float32\[8,32\]"):
+        fitted.step(W, x=X[:8], num_layers=12)
+
+
+def test_arguments_by_name_are_donated_too():
+    fitted = jaxckpt.fit(step, x=X, w=W, donate_argnames="w", budget="80%")
+    assert fitted.measurement.alias_bytes == W.nbytes
+    given = W + 0
+    fitted.step(w=given, x=X)
+    assert given.is_deleted()
+    by_place = jaxckpt.fit(step, x=X, w=W, donate_argnums=0, budget="80%")
+    assert by_place.measurement.alias_bytes == W.nbytes
+    with pytest.raises(jaxckpt.OptionError, match="donate_argnames='v'"):
+        jaxckpt.fit(step, W, X, donate_argnames="v", budget="80%")
+
+
+def test_a_fitted_step_prints_a_report():
+    fitted = jaxckpt.fit(step, W, X, budget="70%")
+    text = str(fitted)
+    assert text.startswith(f"Step for {fitted.measurement.target}: ") and "1 of 1 function planned" in text
+    assert f"{fitted.budget_bytes:,} bytes" in text and f"{fitted.unplanned.device_bytes:,} bytes" in text
+    assert text.count("Plan for") == 1 and "max_compiles" not in text
+    stopped = jaxckpt.fit(step, W, X, budget="70%", max_compiles=2)
+    assert stopped.is_stopped == ("The search stopped at max_compiles" in str(stopped))
+    data = stopped.to_json()
+    assert data["budget_bytes"] == stopped.budget_bytes and len(data["plans"]) == 1 and "step" not in data
+
+
+def test_max_compiles_that_ended_a_steps_search_are_said():
+    from dataclasses import replace
+
+    fitted = jaxckpt.fit(step, W, X, budget="70%")
+    assert "The search stopped at max_compiles" in str(replace(fitted, is_stopped=True))
+
+
+def specs(batch):
+    return {"w": jax.ShapeDtypeStruct(W.shape, W.dtype), "x": jax.ShapeDtypeStruct((batch, 32), W.dtype)}
+
+
+def test_the_largest_batch_that_divides_a_global_one():
+    free = jaxckpt.largest_batch(step, specs, budget="400kB")
+    found = jaxckpt.largest_batch(step, specs, budget="400kB", global_batch=1000)
+    assert found.batch == max(n for n in range(1, free.batch + 1) if 1000 % n == 0)
+    assert found.accumulation_steps == 1000 // found.batch and found.next_bytes > 400_000
+    assert found.measurement.device_bytes <= 400_000
+    text = str(found)
+    assert f"accumulation steps     {found.accumulation_steps}" in text and "does not fit" in text
+    whole = jaxckpt.largest_batch(step, specs, budget="400kB", global_batch=free.batch // 2)
+    assert (whole.accumulation_steps, whole.batch, whole.next_bytes) == (1, free.batch // 2, None)
+    prime = jaxckpt.largest_batch(step, specs, budget="400kB", global_batch=10007)
+    assert (prime.batch, prime.accumulation_steps) == (1, 10007)
+    one = jaxckpt.largest_batch(step, specs, budget="400kB", global_batch=1)
+    assert (one.batch, one.accumulation_steps, one.next_bytes) == (1, 1, None)
+    for wrong in (0, -8, 2.0, True, "8"):
+        with pytest.raises(jaxckpt.OptionError, match="global_batch="):
+            jaxckpt.largest_batch(step, specs, budget="400kB", global_batch=wrong)
+
+
+def test_a_step_that_accumulates_itself():
+    def accumulated(w, xs):
+        def one(total, x):
+            return total + jax.grad(loss)(w, x), None
+
+        return w - 0.1 * jax.lax.scan(one, jnp.zeros_like(w), xs)[0]
+
+    args = lambda n: (specs(n)["w"], jax.ShapeDtypeStruct((4096 // n, n, 32), W.dtype))  # noqa: E731
+    found = jaxckpt.largest_batch(accumulated, args, budget="1MB", global_batch=4096)
+    assert 1 < found.batch < 4096 and found.batch * found.accumulation_steps == 4096
+    assert found.measurement.device_bytes <= 1_000_000 < found.next_bytes
+
+
+def test_the_largest_batch_with_static_and_named_arguments():
+    found = jaxckpt.largest_batch(
+        step, specs, budget="300kB", num_layers=6, static_argnames="num_layers", donate_argnames="w"
+    )
+    same = jaxckpt.largest_batch(
+        lambda w, x: step(w, x, num_layers=6), lambda n: tuple(specs(n).values()), budget="300kB", donate_argnums=0
+    )
+    assert (found.batch, found.next_bytes) == (same.batch, same.next_bytes)
+    assert found.measurement.device_bytes == same.measurement.device_bytes
+    with pytest.raises(jaxckpt.OptionError, match="'y' is neither"):
+        jaxckpt.largest_batch(step, lambda n: {**specs(n), "y": W}, budget="300kB")
+
+
+DATA = jnp.sin(jnp.arange(256 * 64.0)).reshape(256, 64)
+
+
+def closing(w):
+    @jax.jit
+    def inner(w):
+        return loss(w, DATA[:, :32] + DATA[:, 32:])
+
+    return inner(w)
+
+
+def scanned(w):
+    def body(x, _):
+        return jnp.tanh(x @ w + DATA[:, 32:]), None
+
+    return jnp.mean(jax.lax.scan(body, DATA[:, :32], None, length=8)[0])
+
+
+def of_data(data, w):
+    return loss(w, data[:, :32] + data[:, 32:])
+
+
+def own_bytes(fun, *args):
+    jitted = fun if hasattr(fun, "lower") else jax.jit(fun)
+    m = jitted.lower(*args).compile(jaxckpt.compiler_options()).memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("fun", [closing, scanned, functools.partial(of_data, DATA)])
+def test_arrays_that_are_closed_over_are_named_and_are_what_they_are_to_jit(fun):
+    plan = jaxckpt.plan(fun, W, budget="70%", calibration=None)
+    assert plan.constant_bytes == DATA.nbytes and plan.to_json()["constant_bytes"] == DATA.nbytes
+    assert "closed-over arrays   64.000 KiB (65,536 bytes)" in str(plan)
+    assert own_bytes(jax.value_and_grad(plan.apply(fun)), W) == plan.measured_peak_bytes
+    with pytest.raises(jaxckpt.InfeasibleBudgetError, match=r"closes over, 64.000 KiB \(65,536 bytes\), are constants"):
+        jaxckpt.plan(fun, W, budget=20_000)
+
+    def step(w):
+        return w - 0.1 * jax.grad(fun)(w)
+
+    fitted = jaxckpt.fit(step, W, budget="80%")
+    assert fitted.constant_bytes == DATA.nbytes and "65,536 bytes" in str(fitted)
+    assert own_bytes(fitted.step, W) == fitted.measurement.device_bytes
+    with pytest.raises(jaxckpt.InfeasibleBudgetError, match=r"closes over, 64\.000 KiB"):
+        jaxckpt.fit(step, W, budget=20_000)
+    planned = jaxckpt.jit(step, budget="80%")
+    planned(W)
+    assert planned.measurement.device_bytes == fitted.measurement.device_bytes and "65,536" in planned.report()
+
+
+def test_arrays_that_are_arguments_are_no_constants():
+    plan = jaxckpt.plan(loss, W, X, budget="70%", calibration=None)
+    assert plan.constant_bytes == 0 and "closed-over" not in str(plan)
+
+
+def test_an_old_cpu_compiler_is_not_warned_of_where_the_option_is_given(monkeypatch):
+    from jaxckpt import _compat
+    from jaxckpt.api import auto_remat as decorator
+
+    monkeypatch.setattr(_compat, "CPU_UNDOES_REMAT", True)
+    monkeypatch.setattr(_compat, "cpu_option_is_set", lambda: False)
+    decorator._warn_on_old_cpu.cache_clear()
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    make = lambda: jaxckpt.auto_remat(lambda w, x: loss(w, x), budget="70%", verify=False)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", jaxckpt.JaxckptWarning)
+        jax.jit(jax.grad(make()), compiler_options=options).trace(W, X)
+        jax.jit(lambda w: jax.jit(jax.grad(make()))(w, X), compiler_options=options).trace(W)
+        decorated = make()
+        jaxckpt.fit(lambda w, x: w - jax.grad(decorated)(w, x), W, X, budget="100%")
+    with pytest.warns(jaxckpt.JaxckptWarning, match="merges recomputation back"):
+        jax.jit(jax.grad(make()), compiler_options={"xla_cpu_enable_fast_math": False}).trace(W, X)
+    decorator._warn_on_old_cpu.cache_clear()
+
+
+def test_what_differentiates_already_is_measured_as_it_is():
+    def accumulated(w, xs):
+        def one(total, x):
+            return total + jax.grad(loss)(w, x), None
+
+        return jax.lax.scan(one, jnp.zeros_like(w), xs)[0]
+
+    xs = X.reshape(-1, 64, 32)
+    for fun, args in ((step, (W, X)), (accumulated, (W, xs)), (jax.jit(jax.grad(loss)), (W, X))):
+        with pytest.warns(jaxckpt.JaxckptWarning, match="differentiates already, and is measured as it is"):
+            found = jaxckpt.measure(fun, *args)
+        assert found.device_bytes == own_bytes(fun, *args)
+        with pytest.raises(jaxckpt.NotDifferentiableError, match="differentiates already"):
+            jaxckpt.plan(fun, *args, budget="80%")
+
+
+def test_turns_are_bounded_and_never_given_twice():
+    from jaxckpt.api.processes import _Turns
+
+    turns, given = _Turns(4), set()
+    for i in range(200):
+        label = f"f{i * i % 13}"
+        turn = turns.take(label), label
+        assert turn not in given
+        given.add(turn)
+    assert len(turns._next) == 4
+    assert [_Turns(4).take("f") for _ in range(2)] == [0, 0]
+
+
+def test_kept_step_plans_over_the_budget_warn_again(tmp_path):
+    def make():
+        return jaxckpt.jit(lambda w, x: step(w, x), budget=50_000, on_infeasible="least", cache_dir=tmp_path)
+
+    for _ in range(2):
+        planned = make()
+        with pytest.warns(jaxckpt.JaxckptWarning, match="nothing fits budget="):
+            planned(W, X)
+        assert "Nothing fits the budget" in planned.report()
+    assert len(list(tmp_path.glob("step-*.json"))) == 1

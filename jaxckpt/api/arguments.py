@@ -24,6 +24,11 @@ def check_function(fun: Any, verb: str) -> None:
         raise OptionError(f"{verb} takes a function, and was given {str(fun)[:60]!r}{hint}")
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number, of Python's or NumPy's, and neither True nor False."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_flags(**flags: Any) -> None:
     """Refuse flags that are neither True nor False.
 

@@ -272,7 +272,8 @@ class Call:
         found = _find_plan(self, goal, self.request)
         if found.schedule is None:
             return self.plain
-        _warn_on_old_cpu()
+        if _compat.here_undoes_remat() and FITTING.value is None and not _compat.enclosing_jit_keeps_remat():
+            _warn_on_old_cpu()
         return found.flat(self.program, is_forward_mode=is_forward_mode)
 
 
@@ -490,11 +491,10 @@ def _warn_no_budget() -> None:
 
 @functools.cache
 def _warn_on_old_cpu() -> None:
-    if _compat.here_undoes_remat():
-        warnings.warn(
-            "on CPU, jaxlib before 0.12 merges recomputation back and saves no memory. Compile with "
-            "jax.jit(..., compiler_options=jaxckpt.compiler_options()), or set "
-            "XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander",
-            JaxckptWarning,
-            3,
-        )
+    warnings.warn(
+        "on CPU, jaxlib before 0.12 merges recomputation back and saves no memory. Compile with "
+        "jax.jit(..., compiler_options=jaxckpt.compiler_options()), or set "
+        "XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander",
+        JaxckptWarning,
+        3,
+    )

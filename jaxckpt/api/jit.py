@@ -30,7 +30,7 @@ from jaxckpt.api.arguments import check_flags, check_function
 from jaxckpt.api.call_form import JitOptions, PlainForm, PureCall, form_of
 from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.api.fit import search_within
-from jaxckpt.api.kept import kept_key
+from jaxckpt.api.kept import kept_key, warn_infeasible
 from jaxckpt.api.plan import check_limits
 from jaxckpt.api.processes import Exchange, agreed
 from jaxckpt.api.switch import is_disabled
@@ -547,6 +547,8 @@ def _kept_or_made(step: Step, options: _Options) -> StepPlans:
     path = _path(step, options)
     found = _read(path, step)
     if found is not None:
+        if found.measurement.device_bytes > found.budget_bytes:
+            warn_infeasible(found.budget_bytes, found.measurement.device_bytes)
         return found
     wanted = options.budget or Budget(size_bytes=device_budget(options.target))
     fitted = search_within(

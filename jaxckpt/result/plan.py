@@ -34,7 +34,7 @@ from jaxckpt.result.comparison import Comparison, arrays_like, compare_runs
 from jaxckpt.result.report import show_plan
 from jaxckpt.targets.sharding import trace_placed
 
-SCHEMA = 6
+SCHEMA = 7
 _FORMAT = "jaxckpt plan"
 
 
@@ -97,6 +97,8 @@ class Plan:
         jax_version: under which JAX.
         keeps_checkpoints: whether the function's own checkpoints are left as they are.
         parameter_bytes: of what is differentiated.
+        constant_bytes: of the arrays that the function closes over, which are constants of the user's own jit. They are
+            in none of the peaks.
         saved: what is saved, grouped by equal blocks.
         schedule: the tree of regions; None where the program runs as it is.
         blocks: `[n]`, positions of each block's equations in the flat program.
@@ -137,6 +139,7 @@ class Plan:
     jax_version: str
     keeps_checkpoints: bool
     parameter_bytes: int
+    constant_bytes: int
     saved: tuple[SavedGroup, ...]
     schedule: Schedule | None
     blocks: tuple[tuple[int, ...], ...]

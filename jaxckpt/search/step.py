@@ -325,7 +325,7 @@ class Step:
             self._check(given)
             return planned(*given)
 
-        options = {"compiler_options": _compat.here_options() or None}
+        options: dict[str, Any] = {"compiler_options": _compat.here_options() or None}
         if not self._has_objects:
             # As users call it: it is `jax.jit` that tells static arguments and donated ones from others.
             for kind, (places, names) in (("static", self.options.static), ("donate", self.options.donated)):
