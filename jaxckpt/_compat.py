@@ -378,14 +378,22 @@ def jit_context() -> Any:
 
 def backward_lines(closed: Any) -> list[str]:
     """The lines whose operations are differentiated backward in a jaxpr, as `source_line` shows them."""
-    found: dict[str, None] = {}
-    jaxprs = [getattr(closed, "jaxpr", closed)]
+    found = dict.fromkeys(map(source_line, _backward([getattr(closed, "jaxpr", closed)])))
+    return [line for line in found if line]
+
+
+def is_differentiated_within(eqn: Any) -> bool:
+    """Whether an equation, of a jaxpr or a flat program, has a derivative in a jaxpr among its parameters."""
+    return any(True for _ in _backward(list(jaxprs_in_params(eqn.params))))
+
+
+def _backward(jaxprs: list[Any]) -> Iterator[Any]:
+    """Where operations come from that are differentiated backward, in jaxprs and those inside."""
     while jaxprs:
         for eqn in jaxprs.pop().eqns:
             if "transpose(" in str(eqn.source_info.name_stack):
-                found[source_line(eqn.source_info)] = None
+                yield eqn.source_info
             jaxprs += jaxprs_in_params(eqn.params)
-    return [line for line in found if line]
 
 
 def forget_fast_calls(jitted: Any) -> None:

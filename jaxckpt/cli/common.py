@@ -18,13 +18,30 @@ def command(commands: Any, name: str, run: Callable[[Any], int], text: str) -> a
     return made
 
 
+def takes_named(
+    command: argparse.ArgumentParser,
+    metavar: str = "MODULE:FUNCTION",
+    args: str = "returns the arguments; default: its example_args",
+) -> None:
+    """Let a command take a function and its arguments."""
+    command.add_argument("function", metavar=metavar, help="dotted module or path/file.py, and a name in it")
+    command.add_argument("--args", metavar="MODULE:FUNCTION", help=args)
+    command.add_argument("--target", help="chip to plan for, such as cpu; default: the backend that is here")
+
+
 def takes_function(command: argparse.ArgumentParser) -> None:
     """Let a command take a function that it differentiates, and its arguments."""
-    command.add_argument("function", metavar="MODULE:FUNCTION", help="dotted module or path/file.py, and a name in it")
-    command.add_argument("--args", metavar="MODULE:FUNCTION", help="returns the arguments; default: its example_args")
-    command.add_argument("--target", help="chip to plan for, such as cpu; default: the backend that is here")
+    takes_named(command)
     command.add_argument("--argnums", type=int, nargs="+", default=[0], help="what is differentiated")
     command.add_argument("--has-aux", action="store_true", help="the function returns (value, aux)")
+
+
+def takes_limits(command: argparse.ArgumentParser) -> None:
+    """Let a command say when a search ends, and what becomes of a budget that nothing fits into."""
+    command.add_argument("--max-compiles", type=int, help="stop with the best plan that fits after so many compiles")
+    command.add_argument(
+        "--least", action="store_true", help="where nothing fits take the plan with the least bytes, with a warning"
+    )
 
 
 def takes_checkpoints(command: argparse.ArgumentParser) -> None:

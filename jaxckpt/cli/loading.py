@@ -20,22 +20,31 @@ def function_and_args(options: argparse.Namespace) -> tuple[Callable, tuple]:
     Raises:
         UsageError: they are not there.
     """
+    fun, make = function_and_maker(options)
+    args = make() if callable(make) else make
+    return fun, args if isinstance(args, tuple) else (args,)
+
+
+def function_and_maker(options: argparse.Namespace) -> tuple[Callable, Any]:
+    """The function that a command names, and what makes its arguments, or is them.
+
+    Raises:
+        UsageError: they are not there.
+    """
     module, name = _load(options.function)
     fun = _attribute(module, name, options.function)
     if not callable(fun):
         raise UsageError(f"{options.function} is {type(fun).__name__}, not a function")
     if options.args:
         args_module, args_name = _load(options.args)
-        make = _attribute(args_module, args_name, options.args)
-    else:
-        make = getattr(module, "example_args", None)
-        if make is None:
-            raise UsageError(
-                f"{options.function.rpartition(':')[0]} has no example_args; give --args MODULE:FUNCTION, a function "
-                "that returns the tuple of arguments as arrays or ShapeDtypeStructs"
-            )
-    args = make() if callable(make) else make
-    return fun, args if isinstance(args, tuple) else (args,)
+        return fun, _attribute(args_module, args_name, options.args)
+    make = getattr(module, "example_args", None)
+    if make is None:
+        raise UsageError(
+            f"{options.function.rpartition(':')[0]} has no example_args; give --args MODULE:FUNCTION, a function that "
+            "returns the tuple of arguments as arrays or ShapeDtypeStructs"
+        )
+    return fun, make
 
 
 def _load(reference: str) -> tuple[Any, str]:

@@ -35,7 +35,7 @@ def _measure(options: argparse.Namespace) -> int:
         fun,
         *args,
         target=options.target,
-        differentiate=not options.forward,
+        differentiate=False if options.forward else None,
         argnums=argnums(options),
         has_aux=options.has_aux,
     )

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxckpt.cli import measures, plans, targets
+from jaxckpt._version import __version__
+from jaxckpt.cli import measures, plans, steps, targets
 from jaxckpt.cli.common import NO, USAGE, YES
 from jaxckpt.cli.loading import UsageError
 
@@ -78,11 +79,12 @@ def _progress() -> Iterator[None]:
 
 
 # In the order of `--help`.
-_GROUPS = (plans, measures, targets)
+_GROUPS = (plans, measures, steps, targets)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxckpt", description="Gradient checkpointing for JAX by memory budget.")
+    parser.add_argument("--version", action="version", version=f"jaxckpt {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for group in _GROUPS:
         group.add(commands)
