@@ -25,8 +25,7 @@ class Fitted:
         budget_bytes: what had to hold it.
         num_compiles: how many steps were compiled to find it.
         is_stopped: whether `max_compiles` ended the search before there was nothing left that is worth a compile.
-        constant_bytes: of the arrays that the step closes over, which are constants of its program. They are in none of
-            these bytes.
+        constant_bytes: of the arrays that the step closes over, which are constants of its program, as in `Plan`.
         next_bytes: the least that was measured at the next larger batch, which does not fit; None from `fit`, and where
             the global batch fits.
         calibration: the hash of the record it was found with; None without one.

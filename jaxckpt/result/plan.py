@@ -97,8 +97,8 @@ class Plan:
         jax_version: under which JAX.
         keeps_checkpoints: whether the function's own checkpoints are left as they are.
         parameter_bytes: of what is differentiated.
-        constant_bytes: of the arrays that the function closes over, which are constants of the user's own jit. They are
-            in none of the peaks.
+        constant_bytes: of the arrays that the function closes over, which are constants of the user's own jit: no
+            arguments, and in the peaks only where the compiler counts constants, as on TPUs.
         saved: what is saved, grouped by equal blocks.
         schedule: the tree of regions; None where the program runs as it is.
         blocks: `[n]`, positions of each block's equations in the flat program.

@@ -186,7 +186,7 @@ def _table() -> Table:
 
 def _add_constants(table: Table, size_bytes: int) -> None:
     if size_bytes:
-        table.add_row("closed-over arrays", show_bytes(size_bytes), "constants of the program, in none of the peaks")
+        table.add_row("closed-over arrays", show_bytes(size_bytes), "constants of the program, no arguments")
 
 
 def _add_compiles(table: Table, number: int, calibration: str | None) -> None:

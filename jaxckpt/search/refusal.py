@@ -94,7 +94,10 @@ def _sentences(known: Refusal) -> Iterator[str]:
         yield "No plan saves anything here."
     program = known.analysis.program
     if constants := program_constant_bytes(program):
-        yield f"Arrays that it closes over, {show_bytes(constants)}, are constants of the program and in none of these."
+        yield (
+            f"Arrays that it closes over, {show_bytes(constants)}, are constants, which no plan changes: they are in "
+            "these bytes on TPUs, and beside them elsewhere."
+        )
     if program.keeps_checkpoints and has_checkpoints(program.equations):
         yield (
             "The function's own jax.checkpoint calls are left as they are; keep_checkpoints=False "

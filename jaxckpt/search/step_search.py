@@ -211,7 +211,7 @@ def refuse(
     if state + step.gradient_bytes > budget:
         gradients += ": together more than the budget. Cut the arguments over more devices, or keep less state"
     if constants := jaxpr_constant_bytes(step.closed):
-        gradients += f". Arrays that it closes over, {show_bytes(constants)}, are constants and in none of these"
+        gradients += f". Arrays that it closes over, {show_bytes(constants)}, are constants, which no plan changes"
     said = "no plans were found in max_compiles that fit" if is_stopped else "no plans fit"
     named = f"The least feasible peak is {show_bytes(least or known)} (measured)"
     if is_stopped:

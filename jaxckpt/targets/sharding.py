@@ -93,7 +93,7 @@ def trace_placed(
         traced = replace(traced, out_tree=own_tree, variables=traced.dynamic(variables))
     names = [*(f"closed-over array {i}" for i in range(len(traced.consts))), *traced.arg_names]
     found = completed([*map(_replicable, traced.consts), *leaves], names)
-    return replace(traced, program=replace(traced.program, shardings=found, closed_over=())) if any(found) else traced
+    return replace(traced, program=replace(traced.program, shardings=found)) if any(found) else traced
 
 
 def described(target: str | None) -> AbstractContextManager:
@@ -118,7 +118,7 @@ def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
     first = next(filter(None, found), None)
     if first is None:
         return (None,) * len(found)
-    everywhere = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else None
+    everywhere = on_every_device(leaves)
     for i, leaf in enumerate(leaves):
         if found[i] is not None:
             continue
@@ -130,6 +130,12 @@ def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
             )
         found[i] = everywhere
     return tuple(found)
+
+
+def on_every_device(leaves: Sequence[Any]) -> NamedSharding | None:
+    """What lies whole on every device that these leaves lie on; None on one device, or where nobody knows."""
+    first = next(filter(None, map(_sharding, leaves)), None)
+    return NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else None
 
 
 class _Closed:
