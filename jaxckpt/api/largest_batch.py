@@ -110,8 +110,12 @@ def largest_batch(
             return Step(step, (), options, {**kwargs, **made})
         return Step(step, tuple(made), options, kwargs)
 
-    sizes = None if global_batch is None else [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-    return _Search(at, wanted.size_bytes, sizes).run()
+    return _Search(at, wanted.size_bytes, None if global_batch is None else _divisors(int(global_batch))).run()
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 class _Search:
