@@ -54,6 +54,26 @@ def here_undoes_remat() -> bool:
     return CPU_UNDOES_REMAT and jax.default_backend() == "cpu" and not cpu_option_is_set()
 
 
+def enclosing_jit_keeps_remat() -> bool:
+    """Whether a `jax.jit` that is being traced was given the compiler options with which recomputation survives.
+
+    JAX tells nobody inside, but each jit that is under way has a record of its options in a frame of the stack.
+    """
+    frame: Any = sys._getframe()
+    while frame is not None:
+        for value in frame.f_locals.values():
+            given = getattr(value, "compiler_options_kvs", None) if type(value).__name__ == "PjitInfo" else None
+            if given and _keeps_remat(dict(given)):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _keeps_remat(options: dict[str, Any]) -> bool:
+    disabled = str(options.get("xla_disable_hlo_passes", "")).split(",")
+    return "cse_barrier_expander" in disabled
+
+
 # The primitives without a public name that jax.numpy's functions bind.
 UNNAMED_PRIMITIVES = frozenset(filter(None, [getattr(conditionals, "platform_index_p", None)]))
 # Collectives over named axes, not all of which have public names, and those that add up or compare.
@@ -371,14 +391,22 @@ def jit_context() -> Any:
 
 def backward_lines(closed: Any) -> list[str]:
     """The lines whose operations are differentiated backward in a jaxpr, as `source_line` shows them."""
-    found: dict[str, None] = {}
-    jaxprs = [getattr(closed, "jaxpr", closed)]
+    found = dict.fromkeys(map(source_line, _backward([getattr(closed, "jaxpr", closed)])))
+    return [line for line in found if line]
+
+
+def is_differentiated_within(eqn: Any) -> bool:
+    """Whether an equation, of a jaxpr or a flat program, has a derivative in a jaxpr among its parameters."""
+    return any(True for _ in _backward(list(jaxprs_in_params(eqn.params))))
+
+
+def _backward(jaxprs: list[Any]) -> Iterator[Any]:
+    """Where operations come from that are differentiated backward, in jaxprs and those inside."""
     while jaxprs:
         for eqn in jaxprs.pop().eqns:
             if "transpose(" in str(eqn.source_info.name_stack):
-                found[source_line(eqn.source_info)] = None
+                yield eqn.source_info
             jaxprs += jaxprs_in_params(eqn.params)
-    return [line for line in found if line]
 
 
 def forget_fast_calls(jitted: Any) -> None:

@@ -170,3 +170,97 @@ def test_help_does_not_import_jax():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert "--budget" in done.stdout and done.stderr.strip() == "False"
+
+
+STEP = (
+    MODEL
+    + """
+def step(weights, x):
+    value, gradients = jax.value_and_grad(loss)(weights, x)
+    return [w - 0.1 * g for w, g in zip(weights, gradients)], value
+"""
+)
+
+
+@pytest.fixture
+def _with_a_step(tmp_path):
+    (tmp_path / "zoo_step.py").write_text(STEP)
+    yield
+    sys.modules.pop("zoo_step", None)
+
+
+@pytest.mark.usefixtures("_with_a_step")
+def test_fit_and_largest_batch(capsys):
+    assert main(["fit", "zoo_step:step", "--budget", "80%", "--donate", "0", "--max-compiles", "3"]) == 0
+    assert capsys.readouterr().out.startswith("Step for cpu: ")
+    assert main(["fit", "zoo_step:step", "--budget", "80%", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["measurement"]["device_bytes"] <= found["budget_bytes"] < found["unplanned"]["device_bytes"]
+    assert main(["fit", "zoo_step:step", "--budget", "1kB", "--json"]) == 1
+    assert not json.loads(capsys.readouterr().out)["feasible"]
+    assert main(["fit", "zoo_step:loss", "--budget", "80%"]) == 2
+    arguments = ["largest-batch", "zoo_step:step", "--budget", "100kB"]
+    assert main([*arguments, "--global-batch", "1024", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batch"] * found["accumulation_steps"] == 1024 and found["batch"] > 1
+    assert main([*arguments, "--global-batch", "0"]) == 2
+    assert main([*arguments, "--args", "zoo_step:small_args"]) == 2
+    assert "cannot be called with a batch size" in capsys.readouterr().err
+    assert main(["largest-batch", "zoo_step:step", "--budget", "50%"]) == 2
+
+
+def test_check_measures_and_compares(capsys, tmp_path):
+    path = str(tmp_path / "plan.json")
+    assert main(["plan", "zoo_model:loss", "--budget", "70%", "-o", path]) == 0
+    capsys.readouterr()
+    assert main(["check", path, "zoo_model:loss", "--measure", "--values", "--seed", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "fits the budget" in out and "gradients  " in out
+    assert main(["check", path, "zoo_model:loss", "--measure", "--values", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plan = jaxckpt.Plan.load(path)
+    assert found["matches"] and found["fits"] and found["measured_peak_bytes"] == plan.measured_peak_bytes
+    assert found["values"]["is_close"] and found["values"]["gradients"]["relative"] < 1e-4
+    # Under a compiler that takes more, the plan is the same and the answer a no.
+    data = plan.to_json() | {"budget_bytes": plan.peak_bytes - 1}
+    from jaxckpt.compilation.files import with_digest
+
+    del data["digest"]
+    (tmp_path / "tight.json").write_text(json.dumps(with_digest(data)))
+    assert main(["check", str(tmp_path / "tight.json"), "zoo_model:loss", "--measure"]) == 1
+    assert "no longer fits the budget" in capsys.readouterr().out
+    assert main(["check", path, "zoo_model:other", "--measure"]) == 1
+    assert main(["check", path, "zoo_model:loss", "--measure", "--target", "h100"]) == 2
+    assert "the plan is for cpu" in capsys.readouterr().err
+
+
+def test_diff_says_what_moved(capsys, tmp_path):
+    paths = [str(tmp_path / f"{name}.json") for name in ("a", "b", "c")]
+    small = ["--args", "zoo_model:small_args"]
+    for path, budget, extra in zip(paths, ("85%", "70%", "100%"), ([], [], small), strict=True):
+        assert main(["plan", "zoo_model:loss", "--budget", budget, "-o", path, *extra]) == 0
+    capsys.readouterr()
+    assert main(["diff", paths[0], paths[0]]) == 0
+    assert capsys.readouterr().out == "the plans are alike\n"
+    assert main(["diff", *paths[:2]]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "predicted peak bytes: " in out and "blocks:\n  equations " in out and " -> " in out and "zoo_model.py" in out
+    )
+    assert main(["diff", *paths[:2], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plans = [jaxckpt.Plan.load(path) for path in paths]
+    numbers = {change["name"]: (change["old"], change["new"]) for change in found["numbers"]}
+    assert numbers["predicted_peak_bytes"] == (plans[0].predicted_peak_bytes, plans[1].predicted_peak_bytes)
+    moved = sum(change["new"] - change["old"] for change in found["saved"])
+    assert moved == sum(g.size_bytes for g in plans[1].saved) - sum(g.size_bytes for g in plans[0].saved)
+    assert main(["diff", paths[0], paths[2]]) == 0
+    assert "of different programs" in capsys.readouterr().out
+    assert main(["diff", paths[0], "zoo_model.py"]) == 2
+    assert main(["diff", paths[0], "nowhere.json"]) == 2
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"jaxckpt {jaxckpt.__version__}\n"

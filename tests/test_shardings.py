@@ -170,6 +170,18 @@ def test_what_is_small_or_closed_over_lies_on_every_device():
     assert found.device_bytes > jaxckpt.measure(chain, ws, x, target="cpu:8").argument_bytes
 
 
+def test_closed_over_arrays_are_constants_on_several_devices_too(monkeypatch):
+    ws, x = specs(eight())
+    shift = jnp.sin(jnp.arange(x.size * 1.0)).reshape(x.shape)
+    shifted = lambda ws, x: chain(ws, x + shift)  # noqa: E731
+    found = jaxckpt.measure(shifted, ws, x, target="cpu:8")
+    assert found.argument_bytes == jaxckpt.measure(chain, ws, x, target="cpu:8").argument_bytes
+    monkeypatch.setattr("jaxckpt.compilation.measure._MOST_CONSTANT_BYTES", 0)
+    assert jaxckpt.measure(shifted, ws, x, target="cpu:8").argument_bytes == found.argument_bytes
+    plan = jaxckpt.plan(shifted, ws, x, budget="100%", target="cpu:8", verify=False)
+    assert plan.constant_bytes == shift.nbytes
+
+
 def test_devices_that_are_not_the_targets_are_refused():
     for target in ("cpu:4", "h100:8", "v5e:2x4"):
         if target != "cpu:4" and install.unusable(find_chip(target)):

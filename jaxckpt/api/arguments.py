@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxckpt import _compat
 from jaxckpt.compilation.objective import Objective
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, OptionError
 from jaxckpt.program.ir import Program
@@ -22,6 +23,11 @@ def check_function(fun: Any, verb: str) -> None:
     if not callable(fun):
         hint = '; a budget is written budget="1GB"' if isinstance(fun, str | int) else ""
         raise OptionError(f"{verb} takes a function, and was given {str(fun)[:60]!r}{hint}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number, of Python's or NumPy's, and neither True nor False."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_flags(**flags: Any) -> None:
@@ -54,9 +60,18 @@ def check_argnums(argnums: Any, name: str = "argnums", num_args: int | None = No
             raise OptionError(f"{name}={argnums!r} names an argument that is not there; the call has {num_args}")
 
 
-def is_differentiated_already(program: Program, goal: Objective) -> bool:
-    """Whether a function is a gradient or a step: it differentiates, and its result is no loss."""
-    return not goal.is_scalar and any("transpose(" in str(s) for eqn in program.equations for s in eqn.name_stacks)
+def is_differentiated_already(program: Program, goal: Objective, *, within: bool = False) -> bool:
+    """Whether a function is a gradient or a step: it differentiates, and its result is no loss.
+
+    Args:
+        program: the function's.
+        goal: what of it would be differentiated.
+        within: whether a derivative inside a loop or a branch counts, such as one that is accumulated.
+    """
+    return not goal.is_scalar and any(
+        any("transpose(" in str(s) for s in eqn.name_stacks) or (within and _compat.is_differentiated_within(eqn))
+        for eqn in program.equations
+    )
 
 
 def refuse_differentiated(program: Program, goal: Objective, verb: str) -> None:
@@ -75,7 +90,8 @@ def refuse_differentiated(program: Program, goal: Objective, verb: str) -> None:
 def say_measured_as_it_is() -> None:
     """Say that a gradient or a step was not differentiated once more."""
     warnings.warn(
-        "the function differentiates already, and is measured as it is; differentiate=False says so",
+        "the function differentiates already, and is measured as it is; differentiate=False says so, and "
+        "differentiate=True differentiates it once more",
         JaxckptWarning,
         stacklevel=4,
     )

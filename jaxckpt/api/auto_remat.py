@@ -6,13 +6,11 @@ differentiated, at the shapes and for the tangents it then has.
 """
 
 import functools
-import hashlib
 import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,17 +18,13 @@ import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
-from jaxckpt._version import __version__
 from jaxckpt.api.arguments import check_flags, check_function
-from jaxckpt.api.plan import make_request, plan_program, warn_infeasible
+from jaxckpt.api.kept import kept_or_made, plan_key
+from jaxckpt.api.plan import make_request, plan_program
 from jaxckpt.api.processes import Exchange, agreed
-from jaxckpt.api.static import places_and_names
 from jaxckpt.api.switch import is_disabled
-from jaxckpt.compilation import cache
-from jaxckpt.compilation.files import keep_text
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
-from jaxckpt.errors import JaxckptWarning, NotDifferentiableError, PlanFileError, PlanMismatchError
-from jaxckpt.kinds.base import registered
+from jaxckpt.errors import JaxckptWarning, NotDifferentiableError
 from jaxckpt.program.dataflow import dependent_values
 from jaxckpt.program.describe import Description
 from jaxckpt.program.effects import refuse_effects
@@ -38,13 +32,12 @@ from jaxckpt.program.flatten import PROGRAM_CALLS
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, has_symbolic_shapes, is_differentiable, spec_of
 from jaxckpt.program.nnx import pure
-from jaxckpt.program.objects import call_unchanged
 from jaxckpt.program.same_call import Itself, Recent
+from jaxckpt.program.static import bind_static, places_and_names
 from jaxckpt.program.trace import Memory, trace
-from jaxckpt.result.plan import SCHEMA, Plan
+from jaxckpt.result.plan import Plan
 from jaxckpt.search.request import Request
 from jaxckpt.search.step import FITTING
-from jaxckpt.targets.chip import device_label, find_target
 from jaxckpt.units import short_bytes, short_count
 
 _LOG = logging.getLogger("jaxckpt")
@@ -176,10 +169,15 @@ class _Decorated:
             return fun(*args, **kwargs)
         if _compat.jit_is_disabled():
             return fun(*args, **kwargs)  # nothing is traced, operation by operation
-        inner, args, kwargs, fixed = _bind_static(fun, args, kwargs, self.positions, self.names)
-        state = pure(inner, args, kwargs)
+        bound = bind_static(fun, args, kwargs, self.positions, self.names)
+        state = pure(bound.fun, bound.args, bound.kwargs)
         traced = trace(
-            state.fun, state.args, state.kwargs, self._memory, (fun, fixed), keep_checkpoints=self.keep_checkpoints
+            state.fun,
+            state.args,
+            state.kwargs,
+            self._memory,
+            (fun, bound.static),
+            keep_checkpoints=self.keep_checkpoints,
         )
         program = traced.program
         refuse_effects(program, label)
@@ -275,7 +273,8 @@ class Call:
         found = _find_plan(self, goal, self.request)
         if found.schedule is None:
             return self.plain
-        _warn_on_old_cpu()
+        if _compat.here_undoes_remat() and FITTING.value is None and not _compat.enclosing_jit_keeps_remat():
+            _warn_on_old_cpu()
         return found.flat(self.program, is_forward_mode=is_forward_mode)
 
 
@@ -428,28 +427,15 @@ def _objective(program: Program, active: tuple[int, ...], num_results: int | Non
 def _find_plan(call: Call, goal: Objective, request: Request) -> Plan:
     """The plan of this program for these inputs: from memory, process 0, disk, or made now."""
     program = call.program
-    key = _key(program, goal, request)
+    key = plan_key(program, goal, request)
 
     def taken(data: dict[str, Any]) -> Plan:
         plan = Plan.from_json(data, "the plan of process 0")
         plan.check(program)
         return plan
 
-    def make() -> Plan:
-        exchange = Exchange(label=call.label, write=Plan.to_json, read=taken)
-        return agreed(exchange, lambda: _kept_or_made(call, goal, request, key))
-
-    if program.description.opaque:  # another program may have this fingerprint
-        return call.remembered(("plan", goal), make)
-    return _PLANS.get(key, make)
-
-
-def _kept_or_made(call: Call, goal: Objective, request: Request, key: str) -> Plan:
-    is_kept = isinstance(request.solver, str) and not call.program.description.opaque
-    path = _path(call.cache_dir, key) if is_kept else None
-    found = _read(path, call.program)
-    if found is None:
-        found = plan_program(call.program, goal, request, call.cache_dir)
+    def planned() -> Plan:
+        found = plan_program(program, goal, request, call.cache_dir)
         _LOG.info(
             "planned %s: peak %s of budget %s, %sFLOP recomputed",
             call.label,
@@ -457,77 +443,15 @@ def _kept_or_made(call: Call, goal: Objective, request: Request, key: str) -> Pl
             short_bytes(found.budget_bytes or 0),
             short_count(found.recompute_flops),
         )
-        if found.measured_peak_bytes is not None or not request.verify:
-            _write(path, found)  # a prediction for want of a compiler is made again once there is one
-    elif found.budget_bytes is not None and found.peak_bytes > found.budget_bytes:
-        warn_infeasible(found.budget_bytes, found.peak_bytes)
-    return found
+        return found
 
+    def make() -> Plan:
+        exchange = Exchange(label=call.label, write=Plan.to_json, read=taken)
+        return agreed(exchange, lambda: kept_or_made(program, goal, request, call.cache_dir, planned))
 
-def _key(program: Program, goal: Any, request: Request) -> str:
-    program_key = program.fingerprint(), program.keeps_checkpoints, len(program.closed_over)
-    return kept_key((*program_key, goal, request), request.target)
-
-
-def kept_key(parts: tuple[Any, ...], target: str | None) -> str:
-    """A name under which plans are kept: of what they are for, the versions, the target and its compiler."""
-    versions = (SCHEMA, __version__, _compat.JAX_VERSION, _compat.JAXLIB_VERSION)
-    chip = find_target(target)
-    place = (
-        _compat.axis_sizes(),
-        device_label(None),
-        os.environ.get("XLA_FLAGS", ""),
-        chip,
-        chip.compiler,
-        registered(),
-    )
-    return hashlib.sha256(repr((*parts, versions, place)).encode()).hexdigest()[:32]
-
-
-def _path(cache_dir: str | None, key: str) -> Path:
-    return cache.folder(cache_dir) / f"{key}.json"
-
-
-def _read(path: Path | None, program: Program) -> Plan | None:
-    if path is None:
-        return None
-    try:
-        found = Plan.load_kept(path, path.parent)
-        found.check(program)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (PlanFileError, OSError, PlanMismatchError) as error:
-        _LOG.warning("the kept plan %s cannot be used and is made again: %s", path, error)
-        return None
-    return found
-
-
-def _write(path: Path | None, found: Plan) -> None:
-    if path is None:
-        return
-    try:
-        keep_text(path, found.to_text())
-    except OSError as error:
-        _LOG.warning("the plan could not be kept at %s: %s", path, error)
-
-
-def _bind_static(
-    fun: Callable, args: tuple, kwargs: dict[str, Any], positions: tuple[int, ...], names: tuple[str, ...]
-) -> tuple[Callable, tuple, dict[str, Any], tuple]:
-    """Fix the static arguments, so that only the others are traced."""
-    if not positions and not names:
-        return fun, args, kwargs, ()
-    fixed = {p % len(args): args[p] for p in sorted(positions) if -len(args) <= p < len(args)}
-    fixed_names = {name: kwargs[name] for name in names if name in kwargs}
-
-    def inner(*rest: Any, **named: Any) -> Any:
-        left = iter(rest)
-        full = [fixed[i] if i in fixed else next(left) for i in range(len(args))]
-        return call_unchanged(fun, tuple(full), {**named, **fixed_names})
-
-    rest = tuple(a for i, a in enumerate(args) if i not in fixed)
-    left = {k: v for k, v in kwargs.items() if k not in fixed_names}
-    return inner, rest, left, (tuple(fixed), *fixed.values(), tuple(fixed_names), *fixed_names.values())
+    if program.description.opaque:  # another program may have this fingerprint
+        return call.remembered(("plan", goal), make)
+    return _PLANS.get(key, make)
 
 
 def _warn_if_mapped(call: Call, primals: Sequence[Any]) -> None:
@@ -568,11 +492,10 @@ def _warn_no_budget() -> None:
 
 @functools.cache
 def _warn_on_old_cpu() -> None:
-    if _compat.here_undoes_remat():
-        warnings.warn(
-            "on CPU, jaxlib before 0.12 merges recomputation back and saves no memory. Compile with "
-            "jax.jit(..., compiler_options=jaxckpt.compiler_options()), or set "
-            "XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander",
-            JaxckptWarning,
-            3,
-        )
+    warnings.warn(
+        "on CPU, jaxlib before 0.12 merges recomputation back and saves no memory. Compile with "
+        "jax.jit(..., compiler_options=jaxckpt.compiler_options()), or set "
+        "XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander",
+        JaxckptWarning,
+        3,
+    )

@@ -15,10 +15,10 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxckpt import _compat
-from jaxckpt.api.static import places_and_names
 from jaxckpt.errors import OptionError
 from jaxckpt.program import nnx
 from jaxckpt.program.same_call import ChangingError, key_of, tree_key
+from jaxckpt.program.static import places_and_names
 from jaxckpt.program.trace import traced_leaves
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from jaxckpt.api.arguments import check_argnums, check_flags, check_function
 from jaxckpt.api.differentiated import see_differentiated
-from jaxckpt.api.plan import check_limits, warn_infeasible
+from jaxckpt.api.kept import warn_infeasible
+from jaxckpt.api.plan import check_limits
 from jaxckpt.errors import BudgetError
+from jaxckpt.program.static import check_names, places_and_names
 from jaxckpt.result.build import build_step
 from jaxckpt.result.fitted import Fitted
 from jaxckpt.search.budget_search import FAR
@@ -26,6 +28,10 @@ def fit(
     keep_checkpoints: bool = True,
     max_compiles: int | None = None,
     on_infeasible: str = "raise",
+    donate_argnames: str | Sequence[str] = (),
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    **kwargs: Any,
 ) -> Fitted:
     """Choose the plans of the functions that a step differentiates so that the whole step fits the budget.
 
@@ -44,6 +50,10 @@ def fit(
         keep_checkpoints: as in `plan`, for functions that are not decorated.
         max_compiles: as in `plan`.
         on_infeasible: as in `plan`.
+        donate_argnames: as in `jax.jit`.
+        static_argnums: as in `jax.jit`.
+        static_argnames: as in `jax.jit`.
+        **kwargs: named arguments of the step, as in `plan`.
 
     Returns:
         The jitted step with its plans and what it measured. A step that fits gets plans only where they make it 5 %
@@ -53,7 +63,8 @@ def fit(
 
     Raises:
         BudgetError: a budget that cannot be read.
-        OptionError: a cost or a solver that is none, or a step that differentiates nothing that can be seen.
+        OptionError: a cost or a solver that is none, a step that differentiates nothing that can be seen, a static or
+            donated argument that it does not have, or a name that is neither an option nor one of its arguments.
         InfeasibleBudgetError: no choice of plans fits.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         TargetError: an unknown target, or a compiler that is not here: a step cannot be fitted without.
@@ -71,16 +82,22 @@ def fit(
         1
     """
     check_function(step, "fit")
-    check_argnums(donate_argnums, "donate_argnums", len(args))
+    check_argnums(donate_argnums, "donate_argnums", len(args) + len(kwargs))
     check_flags(keep_checkpoints=keep_checkpoints)
     wanted = parse_budget(budget)
     check_limits(max_compiles, on_infeasible)
+    check_names(step, kwargs, "fit")
     see_differentiated()
     options = StepOptions(
-        cost=cost, target=target, solver=solver, keep_checkpoints=keep_checkpoints, donate_argnums=donate_argnums
+        cost=cost,
+        target=target,
+        solver=solver,
+        keep_checkpoints=keep_checkpoints,
+        static=places_and_names(step, static_argnums, static_argnames),
+        donated=places_and_names(step, donate_argnums, donate_argnames, "donate"),
     )
-    found = search_within(Step(step, args, options), wanted, max_compiles=max_compiles, on_infeasible=on_infeasible)
-    return build_step(found)
+    whole = Step(step, args, options, kwargs)
+    return build_step(search_within(whole, wanted, max_compiles=max_compiles, on_infeasible=on_infeasible))
 
 
 def search_within(

@@ -12,6 +12,7 @@ from jaxckpt.compilation.objective import Objective, measured_specs, objective
 from jaxckpt.errors import OptionError
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.interpret import run
+from jaxckpt.program.static import bound_call
 from jaxckpt.program.trace import Traced
 from jaxckpt.result.build import build
 from jaxckpt.result.frontier import Frontier, Point
@@ -38,6 +39,9 @@ def frontier(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     keep_checkpoints: bool = True,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    **kwargs: Any,
 ) -> Frontier:
     """Trace the trade-off of peak bytes against step cost, refined where it bends.
 
@@ -56,12 +60,16 @@ def frontier(
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
         keep_checkpoints: as in `plan`.
+        static_argnums: as in `plan`.
+        static_argnames: as in `plan`.
+        **kwargs: named arguments of `fun`, as in `plan`.
 
     Returns:
         The frontier. Its `str` is a table.
 
     Raises:
-        OptionError: `num_points` below 2, or a cost that is none.
+        OptionError: `num_points` below 2, a cost that is none, a static argument that `fun` does not have, or a name
+            that is neither an option nor one of its arguments.
         NotDifferentiableError: nothing to differentiate.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         TargetError: an unknown target; with `verify`, a compiler that is not here or fails (`CompilerError`).
@@ -83,8 +91,9 @@ def frontier(
     check_function(fun, "frontier")
     check_argnums(argnums)
     check_flags(has_aux=has_aux, verify=verify, keep_checkpoints=keep_checkpoints)
+    call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "frontier")
     with described(target):
-        traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+        traced = trace_placed(call.fun, call.args, call.kwargs, keep_checkpoints=keep_checkpoints)
         goal = objective(traced, argnums, has_aux)
         refuse_differentiated(traced.program, goal, "frontier")
         return _frontier(traced, goal, cost, target, verify, num_points)

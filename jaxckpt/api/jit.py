@@ -27,10 +27,10 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
 from jaxckpt.api.arguments import check_flags, check_function
-from jaxckpt.api.auto_remat import kept_key
 from jaxckpt.api.call_form import JitOptions, PlainForm, PureCall, form_of
 from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.api.fit import search_within
+from jaxckpt.api.kept import kept_key, warn_infeasible
 from jaxckpt.api.plan import check_limits
 from jaxckpt.api.processes import Exchange, agreed
 from jaxckpt.api.switch import is_disabled
@@ -496,7 +496,7 @@ class PlannedJit:
                 target=options.target,
                 solver=options.solver,
                 keep_checkpoints=options.keep_checkpoints,
-                donate_argnums=call.donate_argnums,
+                donated=(call.donate_argnums, ()),
                 jit=options.jit.measured(),
             ),
         )
@@ -547,6 +547,8 @@ def _kept_or_made(step: Step, options: _Options) -> StepPlans:
     path = _path(step, options)
     found = _read(path, step)
     if found is not None:
+        if found.measurement.device_bytes > found.budget_bytes:
+            warn_infeasible(found.budget_bytes, found.measurement.device_bytes)
         return found
     wanted = options.budget or Budget(size_bytes=device_budget(options.target))
     fitted = search_within(
@@ -579,7 +581,7 @@ def _path(step: Step, options: _Options) -> Path | None:
         *(f.goal for f in functions),
         *solvers,
         specs,
-        tuple(step.options.donate_argnums) if not isinstance(step.options.donate_argnums, int) else (),
+        step.donate_argnums,
         sorted((name, str(value)) for name, value in step.options.jit.items()),
         options.budget or device_budget(options.target),
         (options.reserve_bytes, options.cost, options.keep_checkpoints, options.target),

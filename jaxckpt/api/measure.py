@@ -14,6 +14,7 @@ from jaxckpt.api.arguments import (
 from jaxckpt.compilation.measure import Measurement, compiled_bytes
 from jaxckpt.compilation.objective import input_specs, measured_specs, objective
 from jaxckpt.program.interpret import run
+from jaxckpt.program.static import bound_call
 from jaxckpt.targets.sharding import described, trace_placed
 
 
@@ -21,9 +22,12 @@ def measure(
     fun: Callable,
     *args: Any,
     target: str | None = None,
-    differentiate: bool = True,
+    differentiate: bool | None = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    **kwargs: Any,
 ) -> Measurement:
     """Compile a function, or its value and gradient, and read the device bytes.
 
@@ -31,15 +35,20 @@ def measure(
         fun: a function of pytrees.
         *args: arrays or `ShapeDtypeStruct`s. Shardings on a mesh of several devices make the bytes those of each.
         target: a chip's name; None is the default backend.
-        differentiate: measure value and gradient (for a result that is not scalar, the vjp) and not `fun` itself. A
-            gradient or a step is measured as it is, with a warning.
+        differentiate: measure value and gradient (for a result that is not scalar, the vjp), or `fun` itself. None is
+            value and gradient, but for a gradient or a step, which is measured as it is, with a warning.
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
+        static_argnums: as in `plan`.
+        static_argnames: as in `plan`.
+        **kwargs: named arguments of `fun`, as in `plan`.
 
     Returns:
         The bytes, in parts.
 
     Raises:
+        OptionError: a static argument that `fun` does not have, or a name that is neither an option nor one of its
+            arguments.
         NotDifferentiableError: nothing to differentiate.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         CompilerError: the target's compiler is not here, or failed.
@@ -53,14 +62,15 @@ def measure(
     """
     check_function(fun, "measure")
     check_argnums(argnums)
-    check_flags(has_aux=has_aux, differentiate=differentiate)
+    check_flags(has_aux=has_aux, differentiate=differentiate is None or differentiate)
+    call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "measure")
     with described(target):
-        traced = trace_placed(fun, args)
+        traced = trace_placed(call.fun, call.args, call.kwargs)
         program = traced.program
         plain = functools.partial(run, program)
         constants = program.closed_over
-        goal = objective(traced, argnums, has_aux) if differentiate else None
-        if goal is not None and is_differentiated_already(program, goal):
+        goal = None if differentiate is False else objective(traced, argnums, has_aux)
+        if differentiate is None and goal is not None and is_differentiated_already(program, goal, within=True):
             say_measured_as_it_is()
             goal = None
         if goal is None:

@@ -1,19 +1,23 @@
 """From a function and a budget to a plan."""
 
+import functools
 import math
 import numbers
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from jaxckpt.api.arguments import check_argnums, check_flags, check_function, refuse_differentiated
+from jaxckpt.api.kept import kept_or_made, warn_infeasible
 from jaxckpt.api.measure import measure
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.compilation.objective import Objective, objective
 from jaxckpt.errors import BudgetError, CompilerError, JaxckptWarning, OptionError
 from jaxckpt.model.time import check_cost
 from jaxckpt.program.ir import Program
+from jaxckpt.program.static import bound_call
 from jaxckpt.result.build import build
 from jaxckpt.result.plan import Plan
 from jaxckpt.search.analysis import find_analysis
@@ -42,6 +46,10 @@ def plan(
     profile: bool = False,
     max_compiles: int | None = None,
     on_infeasible: str = "raise",
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    cache_dir: str | os.PathLike | None = None,
+    **kwargs: Any,
 ) -> Plan:
     """Find the cheapest recomputation plan of a function's value and gradient within a budget.
 
@@ -67,6 +75,11 @@ def plan(
             the device that is here, instead of modelling it. That takes a small compile for each.
         max_compiles: after so many compiles the best plan that was measured to fit is used; None is no such limit.
         on_infeasible: "raise", or "least" to take the plan with the least bytes, with a warning, where none fits.
+        static_argnums: positional arguments to treat as static, as in `auto_remat`.
+        static_argnames: arguments to treat as static by name, as in `auto_remat`.
+        cache_dir: where the plan and the calibration record are kept, for `auto_remat` with this directory too, and
+            found again. None keeps the record in the user's cache directory, and no plan.
+        **kwargs: named arguments of `fun`, like `args`. One that has the name of an option goes in by place.
 
     Returns:
         The plan. Its `str` is the report. Where everything fits its schedule is None, unless a plan makes loops stack
@@ -75,7 +88,8 @@ def plan(
     Raises:
         BudgetError: a budget that cannot be read, neither or both of `budget` and `max_cost`, or a reserve without a
             budget.
-        OptionError: a cost, a solver or a calibration that is none.
+        OptionError: a cost, a solver or a calibration that is none, a static argument that `fun` does not have, or a
+            name that is neither an option nor an argument of it.
         InfeasibleBudgetError: no plan fits.
         NotDifferentiableError: nothing to differentiate, or a function that differentiates already.
         ShardingError: arguments on several devices, of which one does not say where it lies.
@@ -111,15 +125,19 @@ def plan(
         max_compiles=max_compiles,
         on_infeasible=on_infeasible,
     )
+    call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "plan")
+    kept_at = None if cache_dir is None else str(cache_dir)
     with described(target):
-        traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-        goal = objective(traced, argnums, has_aux)
-        refuse_differentiated(traced.program, goal, "plan")
-        made = plan_program(traced.program, goal, request)
+        traced = trace_placed(call.fun, call.args, call.kwargs, keep_checkpoints=keep_checkpoints)
+        program, goal = traced.program, objective(traced, argnums, has_aux)
+        refuse_differentiated(program, goal, "plan")
+        make = functools.partial(plan_program, program, goal, request, kept_at)
+        made = make() if kept_at is None else kept_or_made(program, goal, request, kept_at, make)
     is_share = request.budget is not None and request.budget.size_bytes is None
     if keep_checkpoints or not is_share or made.measured_peak_bytes is None:
         return made
-    return _beside_as_written(made, lambda: measure(fun, *args, target=target, argnums=argnums, has_aux=has_aux))
+    options: dict[str, Any] = {"target": target, "argnums": argnums, "has_aux": has_aux}
+    return _beside_as_written(made, lambda: measure(call.fun, *call.args, **options, **call.kwargs))
 
 
 def _beside_as_written(made: Plan, measured: Callable[[], Measurement]) -> Plan:
@@ -224,13 +242,3 @@ def _planned(program: Program, goal: Objective, request: Request, cache_dir: str
     if made.budget_bytes is not None and made.peak_bytes > made.budget_bytes:
         warn_infeasible(made.budget_bytes, made.peak_bytes)
     return made
-
-
-def warn_infeasible(budget_bytes: int, peak_bytes: int) -> None:
-    """Say that the least plan is used although it is over the budget."""
-    warnings.warn(
-        f'nothing fits budget={show_bytes(budget_bytes)}: as on_infeasible="least" asks for, the plan with the least '
-        f"bytes is used, which takes {show_bytes(peak_bytes)}",
-        JaxckptWarning,
-        stacklevel=3,
-    )

@@ -6,8 +6,8 @@ through the coordinator's key-value store, which takes no collective and may be 
 
 import inspect
 import json
+import threading
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -22,7 +22,37 @@ Made = TypeVar("Made")
 _WAIT_S = 3600
 
 _ERROR_FIELDS = tuple(inspect.signature(InfeasibleBudgetError).parameters)[1:]
-_SEEN: Counter = Counter()
+# Functions whose turns are counted each on its own.
+_MOST_LABELS = 4096
+
+
+class _Turns:
+    """How often each function's plans were asked for, the same in all processes.
+
+    Beyond so many functions the one that was not asked for longest is forgotten, and whoever is new begins after all
+    that were forgotten: no turn is given twice.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self.clear()
+
+    def take(self, label: str) -> int:
+        """The next turn of a function."""
+        with self._lock:
+            turn = self._next.pop(label, self._first)
+            self._next[label] = turn + 1
+            if len(self._next) > self._most:
+                self._first = max(self._first, self._next.pop(next(iter(self._next))))
+            return turn
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._next: dict[str, int] = {}
+        self._first = 0
+
+
+_SEEN = _Turns(_MOST_LABELS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +88,7 @@ def agreed(exchange: Exchange[Made], make: Callable[[], Made]) -> Made:
     if client is None or jax.process_count() == 1:
         return make()
     label = exchange.label
-    key = f"jaxckpt/plans/{label}/{_SEEN[label]}"
-    _SEEN[label] += 1
+    key = f"jaxckpt/plans/{label}/{_SEEN.take(label)}"
     if jax.process_index() != 0:
         return _taken(client, key, exchange)
     try:

@@ -27,7 +27,7 @@ from jaxckpt.errors import CompilerError
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.targets import install
 from jaxckpt.targets.chip import Target, device_label, find_target
-from jaxckpt.targets.sharding import local_bytes, place, step_split
+from jaxckpt.targets.sharding import local_bytes, on_every_device, place, step_split
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
@@ -174,7 +174,9 @@ def _lowered_with_constants(
     if num_bytes <= _MOST_CONSTANT_BYTES:
         return lowered_for(functools.partial(fun, *closed_over), specs, target)
     # As text they would take several times their bytes. As arguments they change nothing that is held in between.
-    finish = lowered_for(fun, [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in closed_over), *specs], target)
+    everywhere = on_every_device(jax.tree.leaves(list(specs)))
+    constants = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in closed_over]
+    finish = lowered_for(fun, [*constants, *specs], target)
 
     def finished() -> Measurement:
         found = finish()

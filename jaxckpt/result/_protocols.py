@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ckptsolvers import Schedule
 
+from jaxckpt.compilation.measure import Measurement
 from jaxckpt.model.option import Save
 
 
@@ -122,6 +123,9 @@ class PlanLike(Protocol):
     def parameter_bytes(self) -> int: ...
 
     @property
+    def constant_bytes(self) -> int: ...
+
+    @property
     def saved(self) -> Sequence[Group]: ...
 
     @property
@@ -138,6 +142,34 @@ class PlanLike(Protocol):
 
     @property
     def unknown(self) -> Sequence[str]: ...
+
+
+class StepLike(Protocol):
+    """A step with its plans, as far as it is reported."""
+
+    @property
+    def plans(self) -> Sequence[PlanLike]: ...
+
+    @property
+    def measurement(self) -> Measurement: ...
+
+    @property
+    def unplanned(self) -> Measurement | None: ...
+
+    @property
+    def budget_bytes(self) -> int: ...
+
+    @property
+    def num_compiles(self) -> int: ...
+
+    @property
+    def is_stopped(self) -> bool: ...
+
+    @property
+    def calibration(self) -> str | None: ...
+
+    @property
+    def constant_bytes(self) -> int: ...
 
 
 class PointLike(Protocol):

@@ -11,6 +11,7 @@ from jaxckpt import _compat
 from jaxckpt.compilation.compiled import flags
 from jaxckpt.kinds.base import kind_of
 from jaxckpt.model.schedules import Candidate
+from jaxckpt.program.constants import jaxpr_constant_bytes, program_constant_bytes
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.result.fitted import Fitted
@@ -52,6 +53,7 @@ def build(found: Found) -> Plan:
         keeps_checkpoints=program.keeps_checkpoints,
         is_profiled=analysis.is_profiled,
         parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in analysis.objective.inputs),
+        constant_bytes=program_constant_bytes(program),
         lines=line_digests(program),
         unknown=tuple(sorted(set().union(*(analysis.graph.nodes[i]["unknown"] for i in analysis.graph)))),
         budget_bytes=found.budget_bytes,
@@ -82,8 +84,11 @@ def build_step(found: FoundStep) -> Fitted:
         plans=tuple(map(build, found.functions)),
         measurement=found.measurement,
         unplanned=found.unplanned,
+        budget_bytes=found.budget_bytes,
         num_compiles=found.num_compiles,
+        is_stopped=found.is_stopped,
         calibration=found.calibration,
+        constant_bytes=jaxpr_constant_bytes(found.step.closed),
     )
 
 

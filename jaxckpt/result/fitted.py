@@ -1,10 +1,14 @@
 """A whole step with its plans, as a record."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.result.plan import Plan
+from jaxckpt.result.report import show_step
+from jaxckpt.units import show_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,17 +22,55 @@ class Fitted:
         measurement: of the whole step.
         unplanned: the same without plans; None where it was expected so far above the budget, in bytes, that nobody
             compiled it.
+        budget_bytes: what had to hold it.
         num_compiles: how many steps were compiled to find it.
-        next_bytes: the least that was measured at a batch larger by one, which does not fit; None from `fit`.
+        is_stopped: whether `max_compiles` ended the search before there was nothing left that is worth a compile.
+        constant_bytes: of the arrays that the step closes over, which are constants of its program, as in `Plan`.
+        next_bytes: the least that was measured at the next larger batch, which does not fit; None from `fit`, and where
+            the global batch fits.
         calibration: the hash of the record it was found with; None without one.
         batch: what `largest_batch` found; None from `fit`.
+        global_batch: as `largest_batch` was given it.
     """
 
     step: Callable
     plans: tuple[Plan, ...]
     measurement: Measurement
     unplanned: Measurement | None
+    budget_bytes: int
     num_compiles: int
+    is_stopped: bool = False
+    constant_bytes: int = 0
     batch: int | None = None
     next_bytes: int | None = None
+    global_batch: int | None = None
     calibration: str | None = None
+
+    @property
+    def accumulation_steps(self) -> int | None:
+        """How many batches make the global batch; None without one."""
+        return None if self.global_batch is None or self.batch is None else self.global_batch // self.batch
+
+    def __str__(self) -> str:
+        """The report a person reads."""
+        return show_step(self, more=self._batch_rows())
+
+    def _batch_rows(self) -> list[tuple[str, str, str]]:
+        if self.batch is None:
+            return []
+        rows = [("batch", f"{self.batch:,}", "measured to fit")]
+        if self.next_bytes is not None:
+            rows.append(("next larger batch", show_bytes(self.next_bytes), "measured at its least, does not fit"))
+        if self.global_batch is not None:
+            said = f"of {self.batch:,} each make the global batch of {self.global_batch:,}"
+            rows.append(("accumulation steps", f"{self.accumulation_steps:,}", said))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Its numbers and plans as plain data, under the names of its attributes."""
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
+        data["accumulation_steps"] = self.accumulation_steps
+        data["measurement"] = asdict(self.measurement)
+        data["unplanned"] = None if self.unplanned is None else asdict(self.unplanned)
+        data["plans"] = [plan.to_json() for plan in self.plans]
+        return json.loads(json.dumps(data))  # lists for tuples

@@ -16,6 +16,7 @@ from ckptsolvers import Keep, Schedule
 from jaxckpt import _compat
 from jaxckpt.apply import planned
 from jaxckpt.compilation.files import check_digest, read_object, with_digest, write_text
+from jaxckpt.compilation.objective import objective
 from jaxckpt.compilation.records import Signed, check_record, record_of
 from jaxckpt.errors import PlanFileError, PlanMismatchError
 from jaxckpt.kinds.base import UnknownKindError, save_from_json, save_to_json
@@ -27,10 +28,13 @@ from jaxckpt.model.tree import Tree, blocks_from_json, check_cover
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
 from jaxckpt.program.nnx import pure
+from jaxckpt.program.static import bind_static, bound_call, places_and_names
 from jaxckpt.program.trace import trace
+from jaxckpt.result.comparison import Comparison, arrays_like, compare_runs
 from jaxckpt.result.report import show_plan
+from jaxckpt.targets.sharding import trace_placed
 
-SCHEMA = 6
+SCHEMA = 7
 _FORMAT = "jaxckpt plan"
 
 
@@ -93,6 +97,8 @@ class Plan:
         jax_version: under which JAX.
         keeps_checkpoints: whether the function's own checkpoints are left as they are.
         parameter_bytes: of what is differentiated.
+        constant_bytes: of the arrays that the function closes over, which are constants of the user's own jit: no
+            arguments, and in the peaks only where the compiler counts constants, as on TPUs.
         saved: what is saved, grouped by equal blocks.
         schedule: the tree of regions; None where the program runs as it is.
         blocks: `[n]`, positions of each block's equations in the flat program.
@@ -133,6 +139,7 @@ class Plan:
     jax_version: str
     keeps_checkpoints: bool
     parameter_bytes: int
+    constant_bytes: int
     saved: tuple[SavedGroup, ...]
     schedule: Schedule | None
     blocks: tuple[tuple[int, ...], ...]
@@ -153,11 +160,19 @@ class Plan:
         """The report a person reads."""
         return show_plan(self)
 
-    def apply(self, fun: Callable) -> Callable:
+    def apply(
+        self,
+        fun: Callable,
+        *,
+        static_argnums: int | Sequence[int] = (),
+        static_argnames: str | Sequence[str] = (),
+    ) -> Callable:
         """Return the function with the plan in it.
 
         Args:
             fun: the function the plan was made for; it is traced at each call, as under `jax.jit`.
+            static_argnums: as the plan was made with.
+            static_argnames: likewise.
 
         Returns:
             A function of the same arguments with the same results, which recomputes as planned when differentiated.
@@ -166,10 +181,12 @@ class Plan:
             PlanMismatchError: when called, if the function or its shapes are not those of the plan.
             PlanFileError: when called, if the plan came from a file and is none of this program.
         """
+        static = places_and_names(fun, static_argnums, static_argnames)
 
         @functools.wraps(fun)
         def with_plan(*args: Any, **kwargs: Any) -> Any:
-            call = pure(fun, args, kwargs)
+            bound = bind_static(fun, args, kwargs, *static)
+            call = pure(bound.fun, bound.args, bound.kwargs)
             traced = trace(call.fun, call.args, call.kwargs, keep_checkpoints=self.keeps_checkpoints)
             self.check(traced.program)
             if self.schedule is None and self.keeps_checkpoints:
@@ -179,6 +196,54 @@ class Plan:
             return call.finish(jax.tree.unflatten(traced.out_tree, results))
 
         return with_plan
+
+    def compare(
+        self,
+        fun: Callable,
+        *args: Any,
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+        static_argnums: int | Sequence[int] = (),
+        static_argnames: str | Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Comparison:
+        """Run the function with the plan and without, value and gradients, and say how far they differ.
+
+        Args:
+            fun: the function the plan was made for.
+            *args: its arguments, arrays. Specs stand for random ones, the same each time.
+            argnums: as in `jax.grad`.
+            has_aux: as in `jax.grad`.
+            static_argnums: as the plan was made with.
+            static_argnames: likewise.
+            **kwargs: its named arguments.
+
+        Returns:
+            The largest differences, each with the leaf that it is at. Where the result is no scalar, gradients are a
+            vjp's, for random cotangents.
+
+        Raises:
+            PlanMismatchError: the function or its shapes are not those of the plan.
+            NotDifferentiableError: nothing to differentiate.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, jaxckpt
+            >>> def loss(w, x):
+            ...     for _ in range(8):
+            ...         x = jnp.tanh(x @ w)
+            ...     return jnp.sum(x**2)
+            >>> w, x = jnp.eye(64), jnp.ones((1024, 64))
+            >>> jaxckpt.plan(loss, w, x, budget="80%").compare(loss, w, x).is_close
+            True
+        """
+        bound = bound_call(fun, args, kwargs, static_argnums, static_argnames, "compare")
+        args, kwargs = arrays_like((bound.args, bound.kwargs))
+        traced = trace_placed(bound.fun, args, kwargs, keep_checkpoints=self.keeps_checkpoints)
+        self.check(traced.program)
+        call = pure(bound.fun, args, kwargs)
+        leaves = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
+        goal = objective(traced, argnums, has_aux)
+        return compare_runs(call.fun, traced, self._planned(traced.program), goal, leaves)
 
     def flat(self, program: Program, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
         """Return the planned program as a function of flat inputs.

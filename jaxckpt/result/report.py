@@ -12,11 +12,12 @@ from rich.text import Text
 from rich.tree import Tree
 
 from jaxckpt.kinds.base import kind_named
-from jaxckpt.result._protocols import FrontierLike, Group, PlanLike, PointLike
+from jaxckpt.result._protocols import FrontierLike, Group, PlanLike, PointLike, StepLike
 from jaxckpt.units import short_bytes, short_count, show_bytes
 
 _WIDTH = 118
 _MAX_ROWS = 24
+_STOPPED = "The search stopped at max_compiles; with more of them there may be a cheaper plan."
 
 
 def show_plan(plan: PlanLike, *, color: bool = False, width: int = _WIDTH) -> str:
@@ -31,6 +32,45 @@ def show_plan(plan: PlanLike, *, color: bool = False, width: int = _WIDTH) -> st
     if plan.schedule is not None:
         parts += [_tree(plan), _saved(plan.saved)]
     return _rendered([*parts, *_notes(plan)], color, width)
+
+
+def show_step(
+    step: StepLike, *, more: Sequence[tuple[str, str, str]] = (), color: bool = False, width: int = _WIDTH
+) -> str:
+    """Return the report of a whole step as text: its own bytes, and the reports of its plans.
+
+    Args:
+        step: what to report.
+        more: rows to begin the table with.
+        color: with terminal colours.
+        width: columns.
+    """
+    measured, unplanned = step.measurement, step.unplanned
+    planned = sum(plan.schedule is not None for plan in step.plans)
+    instead = "" if unplanned is None else f" instead of {short_bytes(unplanned.device_bytes)}"
+    headline = (
+        f"Step for {measured.target}: {short_bytes(measured.device_bytes)}{instead}, {planned} of {len(step.plans)} "
+        f"function{'' if len(step.plans) == 1 else 's'} planned."
+    )
+    table = _table()
+    for row in more:
+        table.add_row(*row)
+    table.add_row("budget", show_bytes(step.budget_bytes), "given")
+    if unplanned is not None:
+        table.add_row("unplanned step", show_bytes(unplanned.device_bytes), "measured")
+    said = "measured, at most" if measured.is_at_most else "measured"
+    table.add_row("step", show_bytes(measured.device_bytes), said)
+    held = measured.argument_bytes + measured.output_bytes - measured.alias_bytes
+    table.add_row("arguments and results", show_bytes(held), "measured, the same under every plan")
+    _add_constants(table, step.constant_bytes)
+    _add_compiles(table, step.num_compiles, step.calibration)
+    notes = []
+    if measured.device_bytes > step.budget_bytes:
+        notes.append('Nothing fits the budget; these are the plans with the least bytes (on_infeasible="least").')
+    if step.is_stopped:
+        notes.append(_STOPPED)
+    own = _rendered([Text(headline, style="bold"), table, *notes], color, width)
+    return "\n".join([own, *(show_plan(plan, color=color, width=width) for plan in step.plans)])
 
 
 def show_frontier(frontier: FrontierLike, *, color: bool = False, width: int = _WIDTH) -> str:
@@ -137,10 +177,24 @@ def _label(is_measured: bool) -> str:
     return "measured" if is_measured else "predicted"
 
 
-def _sizes(plan: PlanLike) -> Table:
+def _table() -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for _ in range(3):
         table.add_column()
+    return table
+
+
+def _add_constants(table: Table, size_bytes: int) -> None:
+    if size_bytes:
+        table.add_row("closed-over arrays", show_bytes(size_bytes), "constants of the program, no arguments")
+
+
+def _add_compiles(table: Table, number: int, calibration: str | None) -> None:
+    table.add_row("compiles", str(number), f"calibrated by {calibration}" if calibration else "")
+
+
+def _sizes(plan: PlanLike) -> Table:
+    table = _table()
     if plan.budget_bytes is not None:
         table.add_row("budget", show_bytes(plan.budget_bytes), "given")
     elif plan.max_cost is not None:
@@ -169,7 +223,8 @@ def _sizes(plan: PlanLike) -> Table:
         step = plan.recompute_cost / max(1, plan.unplanned_cost)
         said = "" if step >= 0 else " saved: loops stack less"
         table.add_row("", f"{abs(step):.2%} of the unplanned step's time{said}", "modelled")
-    table.add_row("compiles", str(plan.num_compiles), f"calibrated by {plan.calibration}" if plan.calibration else "")
+    _add_constants(table, plan.constant_bytes)
+    _add_compiles(table, plan.num_compiles, plan.calibration)
     return table
 
 
@@ -243,7 +298,7 @@ def _notes(plan: PlanLike) -> Iterator[str]:
     if plan.unknown:
         yield f"Counted by their bytes, for want of a rule: {', '.join(plan.unknown)}."
     if plan.is_stopped:
-        yield "The search stopped at max_compiles; with more of them there may be a cheaper plan."
+        yield _STOPPED
     yield from _of_the_compiler(plan)
     if plan.measured_peak_bytes is None and is_part:
         yield "Sizes are predicted, of the value and gradient alone; where fit or jit chose it, the step was measured."

@@ -15,11 +15,11 @@ from jaxckpt.errors import PlanFileError, PlanMismatchError
 from jaxckpt.program.ir import Program
 from jaxckpt.result.fitted import Fitted
 from jaxckpt.result.plan import Plan
+from jaxckpt.result.report import show_step
 from jaxckpt.search.step import Key, Runner
-from jaxckpt.units import show_bytes
 
 _FORMAT = "jaxckpt step"
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,10 @@ class StepPlans:
         goals: what of each is differentiated.
         measurement: of the whole step.
         unplanned: the same without plans; None where nobody compiled it.
+        budget_bytes: what had to hold it.
         num_compiles: how many steps were compiled to find it.
+        is_stopped: whether `max_compiles` ended the search.
+        constant_bytes: of the arrays that the step closes over.
         calibration: the hash of the record it was found with; None without one.
     """
 
@@ -39,7 +42,10 @@ class StepPlans:
     goals: tuple[Objective, ...]
     measurement: Measurement
     unplanned: Measurement | None
+    budget_bytes: int
     num_compiles: int
+    is_stopped: bool
+    constant_bytes: int
     calibration: str | None
 
     @classmethod
@@ -50,7 +56,10 @@ class StepPlans:
             goals=goals,
             measurement=fitted.measurement,
             unplanned=fitted.unplanned,
+            budget_bytes=fitted.budget_bytes,
             num_compiles=fitted.num_compiles,
+            is_stopped=fitted.is_stopped,
+            constant_bytes=fitted.constant_bytes,
             calibration=fitted.calibration,
         )
 
@@ -74,11 +83,8 @@ class StepPlans:
             plan.check(program)
 
     def __str__(self) -> str:
-        """What a person reads: the step's bytes, then each plan's report."""
-        rows = [f"step      {self.measurement}"]
-        if self.unplanned is not None:
-            rows.append(f"unplanned {show_bytes(self.unplanned.device_bytes)} measured")
-        return "\n".join([*rows, *map(str, self.plans)])
+        """The report a person reads."""
+        return show_step(self)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with a digest of it all."""
@@ -89,8 +95,7 @@ class StepPlans:
             "goals": [asdict(goal) for goal in self.goals],
             "measurement": asdict(self.measurement),
             "unplanned": None if self.unplanned is None else asdict(self.unplanned),
-            "num_compiles": self.num_compiles,
-            "calibration": self.calibration,
+            **{name: getattr(self, name) for name in _PLAIN},
         }
         return with_digest(json.loads(json.dumps(data)))  # lists for tuples
 
@@ -129,11 +134,11 @@ class StepPlans:
             goals=tuple(Objective(**{**goal, **_tuples(goal)}) for goal in data["goals"]),
             measurement=sizes[0],
             unplanned=sizes[1],
-            num_compiles=data["num_compiles"],
-            calibration=data["calibration"],
+            **{name: data[name] for name in _PLAIN},
         )
 
 
+_PLAIN = ("budget_bytes", "num_compiles", "is_stopped", "constant_bytes", "calibration")
 _Sizes = record_of(Measurement)
 _RECORD = record_of(
     StepPlans,

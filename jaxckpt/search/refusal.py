@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from jaxckpt.errors import InfeasibleBudgetError
 from jaxckpt.model.schedules import Candidate
+from jaxckpt.program.constants import program_constant_bytes
 from jaxckpt.program.describe import show_aval
 from jaxckpt.program.flatten import has_checkpoints
 from jaxckpt.program.ir import size_bytes
@@ -92,6 +93,11 @@ def _sentences(known: Refusal) -> Iterator[str]:
     if known.expected_least_bytes > _SAVES * known.unplanned_peak_bytes:
         yield "No plan saves anything here."
     program = known.analysis.program
+    if constants := program_constant_bytes(program):
+        yield (
+            f"Arrays that it closes over, {show_bytes(constants)}, are constants, which no plan changes: they are in "
+            "these bytes on TPUs, and beside them elsewhere."
+        )
     if program.keeps_checkpoints and has_checkpoints(program.equations):
         yield (
             "The function's own jax.checkpoint calls are left as they are; keep_checkpoints=False "

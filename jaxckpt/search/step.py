@@ -4,7 +4,8 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import jax
 
@@ -20,6 +21,7 @@ from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program, size_bytes
 from jaxckpt.program.nnx import Pure, pure
 from jaxckpt.program.objects import call_unchanged
+from jaxckpt.program.static import Bound, bind_static
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.candidates import check_solver
 from jaxckpt.search.shared_budget import Picks
@@ -142,7 +144,8 @@ class StepOptions:
         target: a chip's name; None is the default backend.
         solver: of functions that are not decorated, as in `plan`.
         keep_checkpoints: of functions that are not decorated, as in `auto_remat`.
-        donate_argnums: as in `jax.jit`.
+        static: places and names of static arguments.
+        donated: places and names of arguments that give their buffers away.
         jit: what else it is compiled with, keywords of `jax.jit`.
     """
 
@@ -150,7 +153,8 @@ class StepOptions:
     target: str | None = None
     solver: Any = "auto"
     keep_checkpoints: bool = True
-    donate_argnums: int | Sequence[int] = ()
+    static: tuple[tuple[int, ...], tuple[str, ...]] = ((), ())
+    donated: tuple[tuple[int, ...], tuple[str, ...]] = ((), ())
     jit: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -161,19 +165,33 @@ class Step:
         fun: the step.
         args: its arguments, pytrees of arrays or `ShapeDtypeStruct`s.
         options: how it is planned and compiled.
+        kwargs: its named arguments.
 
     Raises:
         OptionError: the step differentiates nothing.
     """
 
-    def __init__(self, fun: Callable, args: Sequence[Any], options: StepOptions):
+    def __init__(
+        self,
+        fun: Callable,
+        args: Sequence[Any],
+        options: StepOptions,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ):
         check_cost(options.cost)
         check_solver(options.solver)
         self._given, self.options = fun, options
-        self.target, self.donate_argnums = options.target, options.donate_argnums
-        self.fun, self.args = self._pure(tuple(args)).positional
+        self.target = options.target
+        self._bound = bind_static(fun, args, kwargs, *options.static)
+        self._names = tuple(sorted(self._bound.kwargs))
+        places, names = options.donated
+        self.donate_argnums = tuple(p % len(args) for p in places if -len(args) <= p < len(args))
+        self.donate_argnums += tuple(len(args) + i for i, name in enumerate(self._names) if name in names)
+        call = self._pure(self._bound)
+        self.fun, self.args = call.positional
+        self._has_objects = call.objects is not None
         self.free = Choice(
-            split=step_split(args),
+            split=step_split((args, kwargs)),
             keep_checkpoints=options.keep_checkpoints,
             solver=options.solver,
             collects=True,
@@ -302,26 +320,42 @@ class Step:
         """The step with these plans inside; it refuses arguments that it was not planned for."""
         planned = under(self.choice(picks), self.fun)
 
-        @functools.wraps(self.fun)
-        def fitted(*args: Any) -> Any:
-            self._check(args)
-            return planned(*args)
+        def fitted(*args: Any, **kwargs: Any) -> Any:
+            given = args if self._has_objects else self._pure(self._rebound(args, kwargs)).positional[1]
+            self._check(given)
+            return planned(*given)
 
-        options = _compat.here_options() or None
-        jitted = jax.jit(fitted, donate_argnums=self.donate_argnums, compiler_options=options)
-        if self.fun is self._given:
-            return jitted
+        options: dict[str, Any] = {"compiler_options": _compat.here_options() or None}
+        if not self._has_objects:
+            # As users call it: it is `jax.jit` that tells static arguments and donated ones from others.
+            for kind, (places, names) in (("static", self.options.static), ("donate", self.options.donated)):
+                options |= {f"{kind}_argnums": places, f"{kind}_argnames": names}
+            return jax.jit(functools.wraps(self._given)(fitted), **options)
+        jitted = jax.jit(functools.wraps(self.fun)(fitted), donate_argnums=self.donate_argnums, **options)
 
         @functools.wraps(self._given)
-        def with_objects(*args: Any) -> Any:
-            call = self._pure(args)
+        def with_objects(*args: Any, **kwargs: Any) -> Any:
+            call = self._pure(self._rebound(args, kwargs))
             return call.finish(jitted(*call.positional[1]))
 
         return with_objects
 
-    def _pure(self, args: tuple[Any, ...]) -> Pure:
+    def _rebound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+        """Another call of the step.
+
+        Raises:
+            PlanMismatchError: its static arguments are others.
+        """
+        found = bind_static(self._given, args, kwargs, *self.options.static)
+        ours, theirs = self._bound.static, found.static
+        if len(ours) != len(theirs) or any(type(a) is not type(b) or a != b for a, b in zip(ours, theirs, strict=True)):
+            self._refuse_call(f"its static arguments are {theirs}, and it was planned for {ours}")
+        return found
+
+    def _pure(self, call: Bound) -> Pure:
         """The step as a function of the state of its objects; what is donated comes back whatever became of it."""
-        return pure(self._given, args, {}, returns_all=self.donate_argnums not in ((), []))
+        named = {name: call.kwargs[name] for name in sorted(call.kwargs)}
+        return pure(call.fun, call.args, named, returns_all=bool(self.donate_argnums))
 
     def _check(self, args: tuple[Any, ...]) -> None:
         """Refuse another tree, shape or dtype: at those nothing was planned or measured. Weak types are no difference.
@@ -337,13 +371,22 @@ class Step:
                 wanted = _spec(mine if hasattr(mine, "shape") else jax.typeof(mine))
                 if wanted != _spec(jax.typeof(given)):
                     shown = show_aval(jax.typeof(given)), show_aval(wanted)
-                    what = f"args{jax.tree_util.keystr(path)} is {shown[0]}, and it was planned for {shown[1]}"
+                    what = f"{self._shown(path)} is {shown[0]}, and it was planned for {shown[1]}"
                     break
         if what is not None:
-            raise PlanMismatchError(
-                f"the fitted step is called at other arguments than it was planned and measured for: "
-                f"{what[:_MOST_SHOWN]}; call jaxckpt.fit again with these"
-            )
+            self._refuse_call(what)
+
+    def _shown(self, path: Any) -> str:
+        """A path among the arguments, as a user would write it."""
+        number = path[0].idx - len(self._bound.args)
+        named = number >= 0 and number < len(self._names)
+        return f"{self._names[number] if named else 'args'}{jax.tree_util.keystr(path[named:])}"
+
+    def _refuse_call(self, what: str) -> NoReturn:
+        raise PlanMismatchError(
+            f"the fitted step is called at other arguments than it was planned and measured for: "
+            f"{what[:_MOST_SHOWN]}; call jaxckpt.fit again with these"
+        )
 
 
 def _tree_difference(ours: Any, theirs: Any) -> str:

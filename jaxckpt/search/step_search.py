@@ -13,6 +13,7 @@ from jaxckpt.compilation.cache import digest
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.errors import InfeasibleBudgetError
 from jaxckpt.model.schedules import Candidate
+from jaxckpt.program.constants import jaxpr_constant_bytes
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.budget_search import FASTER, BudgetSearch
 from jaxckpt.search.calibration import Calibration, add_samples, remembered_of
@@ -38,6 +39,7 @@ class FoundStep:
             the step that was measured.
         measurement: of the step with the chosen options.
         unplanned: the same without plans; None if it was not compiled.
+        budget_bytes: what had to hold it.
         num_compiles: how many steps were compiled.
         is_stopped: whether `max_compiles` ended the search.
         calibration: hash of the calibration record; None without one.
@@ -48,6 +50,7 @@ class FoundStep:
     functions: tuple[Found, ...]
     measurement: Measurement
     unplanned: Measurement | None
+    budget_bytes: int
     num_compiles: int
     calibration: str | None
     is_stopped: bool = False
@@ -88,6 +91,7 @@ def search_step(
         functions=tuple(_functions(step, picks)),
         measurement=step.measured[picks],
         unplanned=unplanned,
+        budget_bytes=budget_bytes,
         num_compiles=len(step.measured),
         calibration=calibration,
         is_stopped=is_stopped,
@@ -206,6 +210,8 @@ def refuse(
     gradients = f", and the gradients {show_bytes(step.gradient_bytes)}"
     if state + step.gradient_bytes > budget:
         gradients += ": together more than the budget. Cut the arguments over more devices, or keep less state"
+    if constants := jaxpr_constant_bytes(step.closed):
+        gradients += f". Arrays that it closes over, {show_bytes(constants)}, are constants, which no plan changes"
     said = "no plans were found in max_compiles that fit" if is_stopped else "no plans fit"
     named = f"The least feasible peak is {show_bytes(least or known)} (measured)"
     if is_stopped:

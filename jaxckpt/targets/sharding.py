@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -72,13 +73,19 @@ def devices_of(target: str | None) -> tuple[Any, ...]:
     return devices_for(find_chip(target), topology_of(target))
 
 
-def trace_placed(fun: Callable, args: Sequence[Any], *, keep_checkpoints: bool = True) -> Traced:
+def trace_placed(
+    fun: Callable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    keep_checkpoints: bool = True,
+) -> Traced:
     """Trace a function, and note on which devices its arguments lie.
 
     Raises:
         ShardingError: some arguments lie on several devices, and one that is not small does not say where it does.
     """
-    call = pure(fun, tuple(args), {})
+    call = pure(fun, tuple(args), kwargs)
     traced = trace(call.fun, call.args, call.kwargs, keep_checkpoints=keep_checkpoints)
     leaves = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
     if (variables := call.variables()) is not None:
@@ -86,7 +93,7 @@ def trace_placed(fun: Callable, args: Sequence[Any], *, keep_checkpoints: bool =
         traced = replace(traced, out_tree=own_tree, variables=traced.dynamic(variables))
     names = [*(f"closed-over array {i}" for i in range(len(traced.consts))), *traced.arg_names]
     found = completed([*map(_replicable, traced.consts), *leaves], names)
-    return replace(traced, program=replace(traced.program, shardings=found, closed_over=())) if any(found) else traced
+    return replace(traced, program=replace(traced.program, shardings=found)) if any(found) else traced
 
 
 def described(target: str | None) -> AbstractContextManager:
@@ -111,7 +118,7 @@ def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
     first = next(filter(None, found), None)
     if first is None:
         return (None,) * len(found)
-    everywhere = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else None
+    everywhere = on_every_device(leaves)
     for i, leaf in enumerate(leaves):
         if found[i] is not None:
             continue
@@ -123,6 +130,12 @@ def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
             )
         found[i] = everywhere
     return tuple(found)
+
+
+def on_every_device(leaves: Sequence[Any]) -> NamedSharding | None:
+    """What lies whole on every device that these leaves lie on; None on one device, or where nobody knows."""
+    first = next(filter(None, map(_sharding, leaves)), None)
+    return NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else None
 
 
 class _Closed:

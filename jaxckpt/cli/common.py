@@ -1,0 +1,76 @@
+"""What several commands share: their options, exit statuses, and how results are printed."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+YES, NO, USAGE = 0, 1, 2
+
+
+def command(commands: Any, name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+    """Add a command; what is given to its parser becomes the options of `run`."""
+    made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    made.set_defaults(run=run)
+    return made
+
+
+def takes_named(
+    command: argparse.ArgumentParser,
+    metavar: str = "MODULE:FUNCTION",
+    args: str = "returns the arguments; default: its example_args",
+) -> None:
+    """Let a command take a function and its arguments."""
+    command.add_argument("function", metavar=metavar, help="dotted module or path/file.py, and a name in it")
+    command.add_argument("--args", metavar="MODULE:FUNCTION", help=args)
+    command.add_argument("--target", help="chip to plan for, such as cpu; default: the backend that is here")
+
+
+def takes_function(command: argparse.ArgumentParser) -> None:
+    """Let a command take a function that it differentiates, and its arguments."""
+    takes_named(command)
+    command.add_argument("--argnums", type=int, nargs="+", default=[0], help="what is differentiated")
+    command.add_argument("--has-aux", action="store_true", help="the function returns (value, aux)")
+
+
+def takes_limits(command: argparse.ArgumentParser) -> None:
+    """Let a command say when a search ends, and what becomes of a budget that nothing fits into."""
+    command.add_argument("--max-compiles", type=int, help="stop with the best plan that fits after so many compiles")
+    command.add_argument(
+        "--least", action="store_true", help="where nothing fits take the plan with the least bytes, with a warning"
+    )
+
+
+def takes_checkpoints(command: argparse.ArgumentParser) -> None:
+    """Let a command say what becomes of the function's own checkpoints."""
+    command.add_argument(
+        "--inline-checkpoints", action="store_true", help="let the plan replace the function's own jax.checkpoint calls"
+    )
+
+
+def number_or_text(text: str) -> int | str:
+    """Bytes or text, as budgets are written."""
+    return int(text) if text.isdigit() else text
+
+
+def argnums(options: argparse.Namespace) -> int | tuple[int, ...]:
+    """What is differentiated, as `jax.grad` takes it."""
+    return options.argnums[0] if len(options.argnums) == 1 else tuple(options.argnums)
+
+
+def color() -> bool:
+    """Whether standard output shows colours."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def print_plan(found: Any, as_json: bool) -> None:
+    """Print a plan."""
+    from jaxckpt.result.report import show_plan
+
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print(show_plan(found, color=color()))
