@@ -140,7 +140,11 @@ def test_the_command_line_has_both(capsys, tmp_path, monkeypatch):
     )
     assert main(["plan", "model.py:loss", "--budget", "1000", "--json"]) == 1
     refused = json.loads(capsys.readouterr().out)
-    assert refused["least_peak_bytes"] is None and refused["expected_least_bytes"] > 1000
+    assert refused["least_peak_bytes"] == refused["expected_least_bytes"] > 1000
+    assert main(["plan", "model.py:loss", "--budget", str(refused["least_peak_bytes"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measured_peak_bytes"] <= refused["least_peak_bytes"]
+    assert main(["plan", "model.py:loss", "--budget", "1000", "--no-verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["least_peak_bytes"] is None
     with pytest.warns(JaxckptWarning, match="nothing fits"):
         assert main(["plan", "model.py:loss", "--budget", "1000", "--least", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["measured_peak_bytes"] > 1000

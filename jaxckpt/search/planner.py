@@ -212,16 +212,17 @@ class _Search:
 
     def _least(self, budget: int, unplanned: int) -> Found:
         """Refuse a budget, or take the least plan that there is, if that is asked for."""
+        if self.request.verify and self.candidates:
+            chosen = self.search.least()
+        else:
+            chosen = self._expected_least() if self.candidates else None
         self._remember()
         if self.request.on_infeasible == "raise":
             refuse(self._refusal(budget, unplanned))
         if not self.candidates:
             return self._found(None, budget, unplanned)
-        if self.request.verify:
-            chosen = self.search.least()
-            unplanned = self._unplanned_bytes() if self.search.least_bytes is not None else unplanned
-        else:
-            chosen = self._expected_least()
+        if self.search.least_bytes is not None:
+            unplanned = self._unplanned_bytes()
         is_less = chosen is not None and self._bytes_of(chosen) < unplanned
         return self._found(chosen if is_less else None, budget, unplanned)
 
