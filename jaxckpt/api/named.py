@@ -7,90 +7,103 @@ from typing import Any
 
 from ckptsolvers.names import needed_names
 
-from jaxckpt.api.arguments import is_differentiated_already
-from jaxckpt.api.differentiated import see_differentiated
+from jaxckpt.api.arguments import check_flags
 from jaxckpt.compilation.objective import Objective, objective
-from jaxckpt.errors import CompilerError, JaxckptWarning, NotDifferentiableError, OptionError
+from jaxckpt.errors import CompilerError, JaxckptWarning, OptionError
+from jaxckpt.model.time import check_cost
 from jaxckpt.program.ir import Program
 from jaxckpt.result.names import NOWHERE, Name, Names
 from jaxckpt.search.names import WITHOUT, WRITTEN, FoundNames, NamesRequest, places_of, search_names
-from jaxckpt.search.subjects import Named, NamedLoss, NamedStep
+from jaxckpt.search.subjects import Named, NamedLoss
 from jaxckpt.targets.chip import device_label
 from jaxckpt.targets.sharding import described, trace_placed
+from jaxckpt.units import parse_budget, parse_bytes, show_bytes
+
+
+def named_loss(
+    fun: Callable, args: tuple[Any, ...], cost: str, target: str | None, argnums: Any, has_aux: bool
+) -> NamedLoss:
+    """A function that is differentiated here.
+
+    Raises:
+        NotDifferentiableError: nothing to differentiate.
+    """
+    check_cost(cost)
+
+    @functools.cache
+    def programs(keep_checkpoints: bool) -> tuple[Program, Objective]:
+        with described(target):
+            traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+        return traced.program, objective(traced, argnums, has_aux)
+
+    return NamedLoss(target=target, cost=cost, label=_label(fun), programs=programs)
+
+
+def _label(fun: Callable) -> str:
+    return getattr(fun, "__name__", type(fun).__name__)
 
 
 def choose_names(
-    fun: Callable,
-    args: tuple[Any, ...],
-    request: NamesRequest,
+    subject: Named,
     *,
-    cost: str,
-    target: str | None,
-    argnums: Any = 0,
-    has_aux: bool = False,
-    donate_argnums: int | Sequence[int] = (),
-    wanted: Sequence[str] | None = None,
+    budget: Any,
+    reserve: Any,
+    verify: bool,
+    max_compiles: int | None,
+    on_infeasible: str,
+    only: Sequence[str] | None = None,
 ) -> Names:
-    """Choose among a function's names; see `names`."""
-    with described(target):
-        subject = _subject(fun, args, cost, target, argnums, has_aux, donate_argnums)
-        problem = subject.problem()
-        if not subject.regions or not (problem.names or any(r.names for r in subject.regions)):
-            raise OptionError(_nothing_found(getattr(fun, "__name__", type(fun).__name__), subject))
-        if wanted is not None:
-            problem = problem.restricted(wanted)
-        needed = needed_names(problem)
-        problem = problem.restricted([problem.names[i] for i in sorted(needed)])
-        try:
-            found = search_names(problem, subject, request)
-        except CompilerError as error:
-            if not request.verify:
-                raise
-            warnings.warn(f"{error}. Until then this choice is predicted, not measured", JaxckptWarning, stacklevel=4)
-            found = search_names(problem, subject, request.predicted())
-        return _result(subject, problem, found, request, wanted)
+    """Choose among the names of a function or a step; see `names`."""
+    check_flags(verify=verify)
+    if only is not None and (isinstance(only, str) or not all(isinstance(name, str) for name in only)):
+        raise OptionError(f'only={only!r} is not accepted; write a list of names, such as ["query_proj", "mlpwo"]')
+    request = NamesRequest(
+        budget=parse_budget(budget),
+        reserve_bytes=parse_bytes(reserve, "reserve", least=0),
+        verify=verify,
+        max_compiles=max_compiles,
+        on_infeasible=on_infeasible,
+    )
+    with described(subject.target):
+        made = _chosen(subject, request, None if only is None else list(only))
+    if made.peak_bytes > made.budget_bytes:
+        warnings.warn(
+            f'nothing fits budget={show_bytes(made.budget_bytes)}: as on_infeasible="least" asks for, the names with '
+            f"the least bytes are saved, which takes {show_bytes(made.peak_bytes)}",
+            JaxckptWarning,
+            stacklevel=3,
+        )
+    return made
 
 
-def _subject(
-    fun: Callable,
-    args: tuple[Any, ...],
-    cost: str,
-    target: str | None,
-    argnums: Any,
-    has_aux: bool,
-    donate_argnums: int | Sequence[int],
-) -> Named:
-    @functools.cache
-    def programs(keep_checkpoints: bool) -> tuple[Program, Objective]:
-        traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
-        return traced.program, objective(traced, argnums, has_aux)
-
-    is_step = False
+def _chosen(subject: Named, request: NamesRequest, only: Sequence[str] | None) -> Names:
+    problem = subject.problem()
+    if not problem.names and not any(region.names for region in subject.regions):
+        raise OptionError(_nothing_found(subject))
+    if only is not None:
+        problem = problem.restricted(only)
+    needed = needed_names(problem)
+    problem = problem.restricted([problem.names[i] for i in sorted(needed)])
     try:
-        is_step = is_differentiated_already(*programs(True))
-    except NotDifferentiableError:
-        traced = trace_placed(fun, args)
-        is_step = any("transpose(" in str(s) for eqn in traced.program.equations for s in eqn.name_stacks)
-        if not is_step:
+        found = search_names(problem, subject, request)
+    except CompilerError as error:
+        if not request.verify:
             raise
-    if is_step:
-        see_differentiated()
-        return NamedStep(target=target, cost=cost, step=fun, args=args, donate_argnums=donate_argnums)
-    if donate_argnums not in ((), []):
-        raise OptionError("donate_argnums is for a step, and this function differentiates nothing itself")
-    return NamedLoss(target=target, cost=cost, programs=programs)
+        warnings.warn(f"{error}. Until then this choice is predicted, not measured", JaxckptWarning, stacklevel=4)
+        found = search_names(problem, subject, request.predicted())
+    return _result(subject, problem, found, request, only)
 
 
-def _nothing_found(label: str, subject: Named) -> str:
+def _nothing_found(subject: Named) -> str:
     if not subject.regions:
         return (
-            f"{label} has no jax.checkpoint of its own whose policy could save names. Put one around each layer, or let "
-            "jaxckpt.plan choose the regions too. Of a step those are seen whose function it gives to jax.grad, "
+            f"{subject.label} has no jax.checkpoint of its own whose policy could save names. Put one around each layer, "
+            "or let jaxckpt.plan choose the regions too. In a step those of functions are seen that it gives to jax.grad, "
             "value_and_grad, vjp or jacrev"
         )
     lines = ", ".join(dict.fromkeys(r.source for r in subject.regions if r.source))
     return (
-        f"no value has a name inside the jax.checkpoint regions of {label} ({lines}): name some with "
+        f"no value has a name inside the jax.checkpoint regions of {subject.label} ({lines}): name some with "
         "jax.ad_checkpoint.checkpoint_name, or let jaxckpt.plan choose (keep_checkpoints=False)"
     )
 

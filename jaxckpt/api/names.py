@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxckpt.api.arguments import check_argnums, check_flags, check_function
-from jaxckpt.api.named import choose_names
-from jaxckpt.api.plan import check_limits, warn_infeasible
-from jaxckpt.errors import OptionError
-from jaxckpt.model.time import check_cost
+from jaxckpt.api.arguments import check_argnums, check_flags, check_function, is_differentiated_already
+from jaxckpt.api.differentiated import see_differentiated
+from jaxckpt.api.named import choose_names, named_loss
+from jaxckpt.api.plan import check_limits
+from jaxckpt.errors import NotDifferentiableError, OptionError
 from jaxckpt.result.names import Names
-from jaxckpt.search.names import NamesRequest
-from jaxckpt.units import parse_budget, parse_bytes
+from jaxckpt.search.subjects import Named, NamedStep
+from jaxckpt.targets.sharding import described, trace_placed
 
 
 def names(
@@ -82,29 +82,46 @@ def names(
     check_function(fun, "names")
     check_argnums(argnums)
     check_argnums(donate_argnums, "donate_argnums", len(args))
-    check_flags(has_aux=has_aux, verify=verify)
-    check_cost(cost)
+    check_flags(has_aux=has_aux)
     check_limits(max_compiles, on_infeasible)
-    if only is not None and (isinstance(only, str) or not all(isinstance(name, str) for name in only)):
-        raise OptionError(f'only={only!r} is not accepted; write a list of names, such as ["query_proj", "mlpwo"]')
-    request = NamesRequest(
-        budget=parse_budget(budget),
-        reserve_bytes=parse_bytes(reserve, "reserve", least=0),
+    return choose_names(
+        _subject(fun, args, cost, target, argnums, has_aux, donate_argnums),
+        budget=budget,
+        reserve=reserve,
         verify=verify,
+        only=only,
         max_compiles=max_compiles,
         on_infeasible=on_infeasible,
     )
-    found = choose_names(
-        fun,
-        args,
-        request,
-        cost=cost,
-        target=target,
-        argnums=argnums,
-        has_aux=has_aux,
-        donate_argnums=donate_argnums,
-        wanted=None if only is None else list(only),
-    )
-    if found.peak_bytes > found.budget_bytes:
-        warn_infeasible(found.budget_bytes, found.peak_bytes)
-    return found
+
+
+def _subject(
+    fun: Callable,
+    args: tuple[Any, ...],
+    cost: str,
+    target: str | None,
+    argnums: Any,
+    has_aux: bool,
+    donate_argnums: int | Sequence[int],
+) -> Named:
+    """The function, differentiated here, or a step that differentiates functions of its own."""
+    try:
+        loss = named_loss(fun, args, cost, target, argnums, has_aux)
+        is_step = is_differentiated_already(*loss.programs(True))
+    except NotDifferentiableError:
+        if not _differentiates(fun, args, target):
+            raise
+    else:
+        if not is_step:
+            if donate_argnums not in ((), []):
+                raise OptionError("donate_argnums is for a step, and this function differentiates nothing itself")
+            return loss
+    see_differentiated()
+    label = getattr(fun, "__name__", type(fun).__name__)
+    return NamedStep(target=target, cost=cost, label=label, step=fun, args=args, donate_argnums=donate_argnums)
+
+
+def _differentiates(fun: Callable, args: tuple[Any, ...], target: str | None) -> bool:
+    with described(target):
+        program = trace_placed(fun, args).program
+    return any("transpose(" in str(stack) for eqn in program.equations for stack in eqn.name_stacks)

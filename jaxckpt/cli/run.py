@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxckpt.cli import measures, plans, targets
+from jaxckpt.cli import measures, names, plans, targets
 from jaxckpt.cli.common import NO, USAGE, YES
 from jaxckpt.cli.loading import UsageError
 
@@ -78,7 +78,7 @@ def _progress() -> Iterator[None]:
 
 
 # In the order of `--help`.
-_GROUPS = (plans, measures, targets)
+_GROUPS = (plans, names, measures, targets)
 
 
 def _parser() -> argparse.ArgumentParser:

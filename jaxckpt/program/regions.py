@@ -110,11 +110,9 @@ def with_policy(program: Program, policy: Callable[..., Any]) -> Program:
 
 
 def _with_policy(eqn: Any, policy: Callable[..., Any]) -> dict[str, Any]:
-    return (
-        {**eqn.params, "policy": policy}
-        if eqn.primitive is prims.remat_p and _region(eqn).is_about_names
-        else eqn.params
-    )
+    if eqn.primitive is not prims.remat_p or not _region(eqn).is_about_names:
+        return eqn.params
+    return {**eqn.params, "policy": policy}
 
 
 def opened(jaxpr: Any) -> Any:

@@ -1,9 +1,9 @@
 """From a budget to the names to save: judged by what is done again, and confirmed by the compiler.
 
-Which choices are worth a compile is decided as in `budget_search`: by what is expected of their bytes. What a name holds
-is known exactly, and what a compiler makes of it nearly: where a value is saved, the buffer goes that it was made again
-in. So the error of each name is a random variable in proportion to its bytes, correlated with those of the others, and
-every measurement says something about all choices (a Gaussian process with a linear kernel).
+Which choices are worth a compile is decided as in `budget_search`, by what is expected of their bytes. What a name
+holds is known exactly, and what a compiler makes of it nearly: where a value is saved, the buffer goes that it was made
+again in. So the error of each name is a random variable in proportion to its bytes, correlated with those of the
+others, and every measurement says something about all choices (a Gaussian process with a linear kernel).
 """
 
 import math
@@ -220,9 +220,8 @@ class _Search:
         asked = budget + self.request.reserve_bytes
         raise InfeasibleBudgetError(
             f"no choice of names fits budget={show_bytes(asked)}. The least is {shown} ({label}, {len(self.sizes)} "
-            f"compiles), without the function's own jax.checkpoint calls it takes {short_bytes(unplanned)}. The regions "
-            "stay as they are written, and what they hold with nothing saved is the least; jaxckpt.plan with "
-            "keep_checkpoints=False chooses other ones",
+            f"compiles); without the function's own jax.checkpoint calls it takes {short_bytes(unplanned)}. The "
+            "regions stay as they are written; jaxckpt.plan with keep_checkpoints=False chooses others",
             budget_bytes=budget,
             least_peak_bytes=least if self.sizes else None,
             expected_least_bytes=needed,

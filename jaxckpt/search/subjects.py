@@ -59,12 +59,14 @@ class Named:
     Attributes:
         target: a chip's name; None is the default backend.
         cost: "time" or "flops".
+        label: what it is called.
         regions: its regions as they are written.
         lines: of each name that occurs in it the first line.
     """
 
     target: str | None
     cost: str
+    label: str
     regions: dict[Region, None] = field(default_factory=dict)
     lines: dict[str, str] = field(default_factory=dict)
 
@@ -108,7 +110,8 @@ class Named:
         flat = flatten(opened(jaxpr), is_differentiated=True)
         outputs = {x for x in flat.outputs if isinstance(x, int)}
         size = lambda v: size_bytes(flat.avals[v])  # noqa: E731
-        peak = peak_bytes(flat.equations, size, external=outputs)
+        rules = find_target(self.target).compiler.rules(flat.avals, flat.equations)
+        peak = peak_bytes(flat.equations, size, external=outputs, rules=rules)
         return self.argument_bytes() + -(-(peak + sum(map(size, outputs))) // self.split)
 
     def _read(self, treatment: Treatment, cost: str) -> NameProblem:

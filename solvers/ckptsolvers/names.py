@@ -219,28 +219,25 @@ def simplified(problem: NameProblem) -> NameProblem:
     Returns:
         A problem with the same choices, of the same work and bytes.
     """
-    kind: list[int | None] = [None] * len(problem.readers)
+    kind: dict[int, int] = {}
     kinds: dict[object, int] = {"always": 0}
-    rows: list[tuple[tuple[int, int], ...] | None] = [()]
+    rows: list[tuple[tuple[int, int], ...]] = [()]
     for part in _readers_first(problem):
-        if part == 0:
-            kind[0] = 0
-            continue
-        pairs = {(kind[r], a) for r, a in problem.readers[part]}
-        if (0, -1) in pairs:
+        pairs = frozenset((kind.get(reader, -1), name) for reader, name in problem.readers[part])
+        if part == 0 or (0, -1) in pairs:
             key: object = "always"
-        elif any(k is None for k, _ in pairs):  # in a circle: a kind of its own, whose readers are filled in below
+        elif any(k < 0 for k, _ in pairs):  # in a circle: a kind of its own, whose readers are filled in below
             key = ("circle", part)
         elif len(pairs) == 1 and next(iter(pairs))[1] == -1:
             kind[part] = next(iter(pairs))[0]
             continue
         else:
-            key = frozenset(pairs)
+            key = pairs
         if key not in kinds:
             kinds[key] = len(rows)
-            rows.append(tuple(sorted(key)) if isinstance(key, frozenset) else None)
+            rows.append(tuple(sorted(pairs)))
         kind[part] = kinds[key]
-    merged: list[int] = [k if k is not None else 0 for k in kind]
+    merged = [kind[part] for part in range(len(problem.readers))]
     for key, number in kinds.items():
         if isinstance(key, tuple):
             rows[number] = tuple(sorted({(merged[r], a) for r, a in problem.readers[key[1]]}))
@@ -254,7 +251,7 @@ def simplified(problem: NameProblem) -> NameProblem:
         values[merged[v.part], v.name] = size + v.size_bytes, extra + v.work
     return NameProblem(
         names=problem.names,
-        readers=tuple(row or () for row in rows),
+        readers=tuple(rows),
         work=tuple(work),
         held_bytes=tuple(held),
         values=tuple(
@@ -265,7 +262,7 @@ def simplified(problem: NameProblem) -> NameProblem:
 
 def _readers_first(problem: NameProblem) -> list[int]:
     """All parts, each after its readers where there is no circle."""
-    waiting = [len(set(r for r, _ in pairs)) for pairs in problem.readers]
+    waiting = [len({r for r, _ in pairs}) for pairs in problem.readers]
     waiting[0] = 0
     followers: list[list[int]] = [[] for _ in waiting]
     for part, pairs in enumerate(problem.readers):
