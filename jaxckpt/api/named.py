@@ -97,9 +97,9 @@ def _chosen(subject: Named, request: NamesRequest, only: Sequence[str] | None) -
 def _nothing_found(subject: Named) -> str:
     if not subject.regions:
         return (
-            f"{subject.label} has no jax.checkpoint of its own whose policy could save names. Put one around each layer, "
-            "or let jaxckpt.plan choose the regions too. In a step those of functions are seen that it gives to jax.grad, "
-            "value_and_grad, vjp or jacrev"
+            f"{subject.label} has no jax.checkpoint of its own whose policy could save names. Put one around each "
+            "layer, or let jaxckpt.plan choose the regions too. Of a step those are seen that stand in functions it "
+            "gives to jax.grad, value_and_grad, vjp or jacrev"
         )
     lines = ", ".join(dict.fromkeys(r.source for r in subject.regions if r.source))
     return (

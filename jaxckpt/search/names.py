@@ -34,8 +34,8 @@ WRITTEN, WITHOUT = "written", "without"
 _MOST_COMPILES = 14
 # What a compiler makes of a name's bytes is off by such a share, of its own and with all others.
 _OWN_ERROR, _COMMON_ERROR, _NOISE = 0.08, 0.12, 0.005
-# A cheaper choice that fits with less probability than this is not compiled.
-_LEAST_CHANCE = 0.05
+# A cheaper choice that fits with less probability than this is not compiled: among the first compiles, and later.
+_LEAST_CHANCE, _LATE_CHANCE, _MANY_COMPILES = 0.05, 0.2, 8
 # What is left of a budget where nothing is measured, of what is predicted.
 _UNVERIFIED_MARGIN = 0.1
 # Of the choices that hold less than nothing saved, so many are tried where that does not fit.
@@ -162,7 +162,11 @@ class _Search:
                 return choice
         chances = [self.surrogate.chance(c, budget) for c in open_]
         likely = max(range(len(open_)), key=chances.__getitem__, default=None)
-        return None if likely is None or chances[likely] < _LEAST_CHANCE else open_[likely]
+        return None if likely is None or chances[likely] < self._least_chance else open_[likely]
+
+    @property
+    def _least_chance(self) -> float:
+        return _LEAST_CHANCE if len(self.known) < _MANY_COMPILES else _LATE_CHANCE
 
     def _next_bounded(self, budget: int, best: NameChoice | None) -> NameChoice | None:
         for spread in (0.0, 1.5):
@@ -174,13 +178,14 @@ class _Search:
                 continue
             choice = judge_names(self.problem, answer.choice.saved)
             is_better = choice.saved not in self.known and (best is None or choice.work < best.work)
-            if is_better and (not spread or self.surrogate.chance(choice, budget) >= _LEAST_CHANCE):
+            if is_better and (not spread or self.surrogate.chance(choice, budget) >= self._least_chance):
                 return choice
         return None
 
     def _least(self, budget: int, unplanned: int) -> NameChoice:
         """The choice with the least bytes, or a refusal of the budget."""
-        candidates = sorted(self.all or (), key=lambda c: (self.surrogate.expected(c), c.work))
+        less = [c for c in self.all or () if c.held_bytes < self.nothing.held_bytes]
+        candidates = sorted(less, key=lambda c: (self.surrogate.expected(c), c.work))
         for choice in candidates[:_NUM_LEAST]:
             if choice.saved not in self.known and self._may_compile():
                 self._measure(choice)

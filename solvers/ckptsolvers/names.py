@@ -69,6 +69,9 @@ class NameProblem:
             raise InvalidProblemError("readers, work and held_bytes have one entry for each part, and there is one")
         if any(p not in parts or (a != -1 and a not in names) for p, a in pairs):
             raise InvalidProblemError("a reader or a value is of a part or a name that is not there")
+        stand = {(v.part, v.name) for v in self.values}
+        if any(a >= 0 and (p, a) not in stand for pairs in self.readers for p, a in pairs):
+            raise InvalidProblemError("a name stands before a reader whose value does not have it")
 
     def restricted(self, names: Sequence[str]) -> "NameProblem":
         """The same problem with these names to choose among; the others are not saved."""
