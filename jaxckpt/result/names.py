@@ -182,7 +182,7 @@ def _sizes(found: Names) -> Iterator[tuple[str, ...]]:
     else:
         gap = (found.recompute_cost - found.bound_recompute_cost) / max(1, found.unplanned_cost)
         yield "bound", bound, f"by branch and bound; {gap:.2%} of the step between"
-    stopped = "stopped by max_compiles; with more there may be a better choice" if found.is_stopped else ""
+    stopped = "and no more were made; with more there may be a better choice" if found.is_stopped else ""
     yield "compiles", str(found.num_compiles), stopped
 
 

@@ -143,6 +143,7 @@ class _Search:
         """The cheapest choice that is measured to fit, and that no cheaper one is likely to."""
         while (choice := self._next(budget, best)) is not None:
             if not self._may_compile():
+                self.bound_work = min(self.bound_work, choice.work)  # nobody knows whether it fits
                 break
             self._measure(choice)
             if self._bytes(choice) <= budget and (best is None or choice.work < best.work):
