@@ -330,10 +330,10 @@ def test_the_command_prints_the_policy(capsys, tmp_path, monkeypatch):
 @pytest.mark.targets
 @pytest.mark.parametrize("target", ["h100", "v5e"])
 def test_names_for_chips_that_are_not_here(target):
-    args, fun = named.specs(num_layers=4, width=128, hidden=512, batch=8, tokens=128), named.decoder()
+    args, fun = named.specs(num_layers=4, width=128, hidden=512, batch=64, tokens=128), named.decoder()
     with warnings.catch_warnings():
         warnings.simplefilter("error", jaxckpt.JaxckptWarning)
-        found = jaxckpt.names(fun, *args, budget="80%", cost="flops", target=target)
+        found = jaxckpt.names(fun, *args, budget="80%", cost="flops", target=target, max_compiles=5)
     assert found.measured_peak_bytes <= found.budget_bytes
     pasted = jaxckpt.measure(named.decoder(pasted_policy(found)), *args, target=target)
     assert pasted.device_bytes == found.measured_peak_bytes

@@ -132,7 +132,8 @@ def _result(
                 idle="" if name in of else _idle(name, subject, inside),
             )
         )
-    sizes = {key: m.device_bytes for key, m in found.sizes.items()}
+    # What saving takes is in the choice's time, and not in the program.
+    cost = found.choice.work if subject.cost == "time" else chosen.flops
     return Names(
         target=found.measurement.target if found.measurement else device_label(subject.target, 1),
         cost=subject.cost,
@@ -143,14 +144,14 @@ def _result(
         predicted_peak_bytes=found.predicted_bytes,
         unplanned_peak_bytes=found.unplanned_bytes,
         is_unplanned_measured=found.is_unplanned_measured,
-        written_peak_bytes=sizes.get(WRITTEN),
+        written_peak_bytes=None if found.written is None else found.written.device_bytes,
         written_flops=written.flops,
         least_peak_bytes=found.least_bytes,
         unplanned_flops=without.flops,
         recompute_flops=chosen.flops - without.flops,
         unplanned_cost=without.cost,
-        recompute_cost=chosen.cost - without.cost,
-        bound_recompute_cost=round(min(found.bound_work, chosen.cost)) - without.cost,
+        recompute_cost=cost - without.cost,
+        bound_recompute_cost=round(min(found.bound_work, cost)) - without.cost,
         num_judged=found.num_judged,
         is_stopped=found.is_stopped,
         num_compiles=found.num_compiles,

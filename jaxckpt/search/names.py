@@ -7,7 +7,7 @@ others, and every measurement says something about all choices (a Gaussian proce
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -53,6 +53,10 @@ class Subject(Protocol):
         """Device bytes from the model."""
         ...
 
+    def written_names(self) -> frozenset[str] | None:
+        """The names that its regions save as they are written, where they save nothing else."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamesRequest:
@@ -78,7 +82,7 @@ class FoundNames:
         budget_bytes: what they had to fit.
         measurement: of them; None where nothing was compiled.
         predicted_bytes: what was expected of them before they were measured.
-        sizes: device bytes of the treatments that were measured.
+        written: of the program as it is written; None where that was not compiled.
         unplanned_bytes: without the program's own checkpoints.
         is_unplanned_measured: or predicted.
         least_bytes: the least that was measured, or predicted where nothing was.
@@ -92,7 +96,7 @@ class FoundNames:
     budget_bytes: int
     measurement: Measurement | None
     predicted_bytes: int
-    sizes: Mapping[Treatment, Measurement]
+    written: Measurement | None
     unplanned_bytes: int
     is_unplanned_measured: bool
     least_bytes: int
@@ -119,6 +123,7 @@ class _Search:
         self.all = all_name_choices(problem) if len(problem.names) <= MOST_JUDGED else None
         self.sizes: dict[Treatment, Measurement] = {}
         self.known: dict[tuple[int, ...], NameChoice] = {}
+        self.written: Measurement | None = None
         self.is_stopped = False
         self.bound_work = math.inf
 
@@ -135,9 +140,19 @@ class _Search:
         if best is None:
             best = self._least(budget, unplanned)
         expected = self.surrogate.expected(best) if best is not self.nothing else self._bytes(best)
-        if WRITTEN not in self.sizes and self._may_compile(stops=False):
-            self.sizes[WRITTEN] = self.subject.measure(WRITTEN)
+        self._measure_written()
         return self._found(best, budget, unplanned, self.sizes[self._names(best)], round(expected))
+
+    def _measure_written(self) -> None:
+        """Measure the program as it is written, unless that is a choice which was measured already."""
+        names = self.subject.written_names()
+        if names is not None:
+            numbers = [i for i, name in enumerate(self.problem.names) if name in names]
+            names = self._names(judge_names(self.problem, numbers))
+        if names in self.sizes:
+            self.written = self.sizes[names]
+        elif self._may_compile(stops=False):
+            self.written = self.sizes[WRITTEN] = self.subject.measure(WRITTEN)
 
     def _improved(self, budget: int, best: NameChoice | None) -> NameChoice | None:
         """The cheapest choice that is measured to fit, and that no cheaper one is likely to."""
@@ -278,7 +293,7 @@ class _Search:
             budget_bytes=budget,
             measurement=measurement,
             predicted_bytes=predicted,
-            sizes=dict(self.sizes),
+            written=self.written,
             unplanned_bytes=unplanned,
             is_unplanned_measured=WITHOUT in self.sizes,
             least_bytes=least,

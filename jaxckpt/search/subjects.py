@@ -87,6 +87,14 @@ class Named:
         """Over how many devices its values are cut."""
         return step_split(self.differentiated(WRITTEN)[1])
 
+    def written_names(self) -> frozenset[str] | None:
+        """The names that its regions save as they are written, where all save the same ones and nothing else."""
+        about = [region for region in self.regions if region.is_about_names]
+        if any(region.num_others or region.offloads for region in about):
+            return None
+        told = {frozenset(name for name in region.names if name in region.saves) for region in about if region.names}
+        return next(iter(told)) if len(told) == 1 else None
+
     def jaxpr(self, treatment: Treatment) -> Any:
         """Its jaxpr without dead code."""
         fun, specs = self.differentiated(treatment)
