@@ -74,7 +74,7 @@ def test_layers_that_are_written_out_are_one_problem():
 def test_the_pasted_policy_measures_the_same_bytes(scanned):
     args = named.specs(num_layers=3)
     written = named.decoder(save_only("query_proj", "lost"), scanned=scanned)
-    found = jaxckpt.names(written, *args, budget="75%", cost="flops", max_compiles=5)
+    found = jaxckpt.names(written, *args, budget="85%", cost="flops", max_compiles=5)
     assert found.measured_peak_bytes <= found.budget_bytes < found.unplanned_peak_bytes
     pasted = named.decoder(pasted_policy(found), scanned=scanned)
     temp, size = temp_and_all_bytes(jax.value_and_grad(pasted), *args)

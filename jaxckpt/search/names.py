@@ -33,7 +33,7 @@ WRITTEN, WITHOUT = "written", "without"
 # Choices are compiled at most so many times, by default.
 _MOST_COMPILES = 14
 # What a compiler makes of a name's bytes is off by such a share, of its own and with all others.
-_OWN_ERROR, _COMMON_ERROR, _NOISE = 0.08, 0.12, 0.005
+_OWN_ERROR, _COMMON_ERROR, _NOISE = 0.15, 0.25, 0.005
 # A cheaper choice that fits with less probability than this is not compiled: among the first compiles, and later.
 _LEAST_CHANCE, _LATE_CHANCE, _MANY_COMPILES = 0.05, 0.2, 8
 # What is left of a budget where nothing is measured, of what is predicted.
@@ -136,23 +136,27 @@ class _Search:
             return self._predicted(budget, unplanned)
         self._measure(self.nothing)
         self.surrogate = _Surrogate(self.problem, self.nothing, self._bytes(self.nothing))
-        best = self._improved(budget, self.nothing if self._bytes(self.nothing) <= budget else None)
+        self._measure_written()
+        fits = [c for c in self.known.values() if self._bytes(c) <= budget]
+        best = self._improved(budget, min(fits, key=lambda c: c.work, default=None))
         if best is None:
             best = self._least(budget, unplanned)
         expected = self.surrogate.expected(best) if best is not self.nothing else self._bytes(best)
-        self._measure_written()
         return self._found(best, budget, unplanned, self.sizes[self._names(best)], round(expected))
 
     def _measure_written(self) -> None:
-        """Measure the program as it is written, unless that is a choice which was measured already."""
+        """Measure the program as it is written; where that is one of the choices, it tells about the others."""
+        if not self._may_compile(stops=False):
+            return
         names = self.subject.written_names()
-        if names is not None:
-            numbers = [i for i, name in enumerate(self.problem.names) if name in names]
-            names = self._names(judge_names(self.problem, numbers))
-        if names in self.sizes:
-            self.written = self.sizes[names]
-        elif self._may_compile(stops=False):
+        if names is None:
             self.written = self.sizes[WRITTEN] = self.subject.measure(WRITTEN)
+            return
+        numbers = [i for i, name in enumerate(self.problem.names) if name in names]
+        choice = judge_names(self.problem, numbers)
+        if choice.saved not in self.known:
+            self._measure(choice)
+        self.written = self.sizes[self._names(choice)]
 
     def _improved(self, budget: int, best: NameChoice | None) -> NameChoice | None:
         """The cheapest choice that is measured to fit, and that no cheaper one is likely to."""
