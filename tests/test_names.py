@@ -323,6 +323,11 @@ def test_the_command_prints_the_policy(capsys, tmp_path, monkeypatch):
     assert main(call) == 0
     out = capsys.readouterr().out
     assert data["code"] in out and data["maxtext"] in out and "does nothing" in out
+    same = ["plan", "own_decoder:loss", "--solver", "names", "--budget", "90%", "--no-verify", "--cost", "flops"]
+    assert main([*same, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == data
+    assert main([*same, "-o", "plan.json"]) == 2
+    assert "no plan file" in capsys.readouterr().err
     assert main(["names", "own_decoder:loss", "--budget", "1KB", "--no-verify"]) == 1
     assert "no choice of names fits" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxckpt.cli.common import YES, argnums, command, number_or_text, print_plan, takes_checkpoints, takes_function
-from jaxckpt.cli.loading import function_and_args
+from jaxckpt.cli.loading import UsageError, function_and_args
 
 
 def add(commands: Any) -> None:
@@ -45,6 +45,8 @@ def _plan(options: argparse.Namespace) -> int:
     import jaxckpt
     from jaxckpt.compilation.files import check_writable
 
+    if options.output and options.solver == "names":
+        raise UsageError("--solver names makes no plan file: it prints a policy to paste, as jaxckpt names does")
     if options.output:
         check_writable(options.output)  # known before planning, which takes long
     fun, args = function_and_args(options)
@@ -65,6 +67,9 @@ def _plan(options: argparse.Namespace) -> int:
         max_compiles=options.max_compiles,
         on_infeasible="least" if options.least else "raise",
     )
+    if isinstance(found, jaxckpt.Names):
+        print(json.dumps(found.to_json(), indent=1) if options.json else found)
+        return YES
     if options.output:
         found.save(options.output)
         print(f"wrote {options.output}", file=sys.stderr)

@@ -17,9 +17,9 @@ from jaxckpt.model.schedules import FEW_BLOCKS, Candidate, chain_schedules, keep
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
 _MAX_DEPTH = 20
 _ILP_TIME_S = 3.0
-# Brute force is for the tests of the others: a program has too many blocks for it.
 # Of `plan` alone: it is no solver of block problems.
 NAMES = "names"
+# Brute force is for the tests of the others: a program has too many blocks for it.
 SOLVERS = ("auto", *(name for name in by_name if name != "brute_force"))
 
 
