@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxckpt.api.jit import jit as jit
     from jaxckpt.api.largest_batch import largest_batch as largest_batch
     from jaxckpt.api.measure import measure as measure
+    from jaxckpt.api.names import names as names
     from jaxckpt.api.plan import plan as plan
     from jaxckpt.api.scan import scan as scan
     from jaxckpt.api.while_loop import while_loop as while_loop
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from jaxckpt.kinds.base import register_kind as register_kind
     from jaxckpt.result.fitted import Fitted as Fitted
     from jaxckpt.result.frontier import Frontier as Frontier
+    from jaxckpt.result.names import Names as Names
     from jaxckpt.result.plan import Plan as Plan
     from jaxckpt.search.calibration import Calibration as Calibration
     from jaxckpt.targets.chip import define_target as define_target
@@ -69,6 +71,8 @@ _HOMES = {
     "Measurement": "compilation.measure",
     "measure": "api.measure",
     "mesh": "targets.sharding",
+    "Names": "result.names",
+    "names": "api.names",
     "Plan": "result.plan",
     "plan": "api.plan",
     "Frontier": "result.frontier",

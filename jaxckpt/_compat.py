@@ -116,6 +116,22 @@ def described_device(kind: str, platform: str) -> contextlib.AbstractContextMana
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
+def policy_says(policy: Any, eqn: Any) -> str:
+    """What a checkpoint policy does with an equation's results: "save", "offload" or "remat"."""
+    case = policy(eqn.primitive, *(v.aval for v in eqn.invars), **eqn.params)
+    if isinstance(case, bool):
+        return "save" if case else "remat"
+    return {"Offloadable": "offload", "SaveableType": "save"}.get(type(case).__name__, "remat")
+
+
+def names_in_policy(policy: Any) -> frozenset[str]:
+    """The names that a checkpoint policy of JAX's was made with; it holds them in a closure or in attributes."""
+    cells = [cell.cell_contents for cell in getattr(policy, "__closure__", None) or ()]
+    held = [*cells, *getattr(policy, "__dict__", {}).values()]
+    sets = [x for x in held if isinstance(x, set | frozenset | tuple | list)]
+    return frozenset(name for x in sets for name in x if isinstance(name, str))
+
+
 def contexts(equations: Any) -> set[Any]:
     """The contexts that equations were traced in, those of nested jaxprs too; JAX makes each but once."""
     found = {eqn.ctx for eqn in equations}

@@ -83,7 +83,8 @@ def refuse_differentiated(program: Program, goal: Objective, verb: str) -> None:
     if is_differentiated_already(program, goal):
         raise NotDifferentiableError(
             f"{verb} differentiates a loss itself, and was given a function that differentiates already: give it the "
-            "loss, or give the whole step to jaxckpt.jit or jaxckpt.fit; jaxckpt.measure measures it as it is"
+            "loss, or give the whole step to jaxckpt.jit or jaxckpt.fit, or to jaxckpt.names for its own names; "
+            "jaxckpt.measure measures it as it is"
         )
 
 

@@ -20,8 +20,10 @@ from jaxckpt.api.auto_remat import Call, auto_remat_p
 from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.program.effects import refuse_effects
 from jaxckpt.program.flatten import flatten
+from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
 from jaxckpt.search.step import FITTING, INSIDE, Choice
+from jaxckpt.search.subjects import TREATED, Treated
 
 _LOG = logging.getLogger("jaxckpt")
 
@@ -33,6 +35,8 @@ def see_differentiated() -> bool:
 
 
 def _hand() -> Callable[[Callable, bool], Callable] | None:
+    if TREATED.value is not None and not INSIDE.value:
+        return functools.partial(_as_treated, TREATED.value)
     choice = FITTING.value
     if choice is None or INSIDE.value or not choice.wants_undecorated:
         return None
@@ -53,6 +57,20 @@ def _with_choice(choice: Choice, fun: Callable, has_aux: bool) -> Callable:
             found.program, None, _name(fun), None, choice.solver, is_decorated=False, num_results=found.num_results
         )
         return found.joined(auto_remat_p.bind(*found.inputs, call=call))
+
+    return chosen
+
+
+def _as_treated(choice: Treated, fun: Callable, has_aux: bool) -> Callable:
+    """The same function with other policies in its own regions, unless it calls a decorated one."""
+
+    @functools.wraps(fun)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        with INSIDE(True):
+            found = _traced(fun, args, kwargs, has_aux, True)
+        if any(eqn.primitive is auto_remat_p for eqn in _equations(found.closed.jaxpr)):
+            return found.joined(jex.jaxpr_as_fun(found.closed)(*found.inputs[len(found.closed.consts) :]))
+        return found.joined(run(choice.program(found.closed.jaxpr), *found.inputs))
 
     return chosen
 

@@ -7,11 +7,12 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 from jaxckpt.api.arguments import check_argnums, check_flags, check_function, refuse_differentiated
 from jaxckpt.api.kept import kept_or_made, warn_infeasible
 from jaxckpt.api.measure import measure
+from jaxckpt.api.named import choose_names, named_loss
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.compilation.objective import Objective, objective
 from jaxckpt.errors import BudgetError, CompilerError, JaxckptWarning, OptionError
@@ -19,14 +20,23 @@ from jaxckpt.model.time import check_cost
 from jaxckpt.program.ir import Program
 from jaxckpt.program.static import bound_call
 from jaxckpt.result.build import build
+from jaxckpt.result.names import Names
 from jaxckpt.result.plan import Plan
 from jaxckpt.search.analysis import find_analysis
 from jaxckpt.search.calibration import Calibration
-from jaxckpt.search.candidates import check_solver
+from jaxckpt.search.candidates import NAMES, check_solver
 from jaxckpt.search.planner import search
 from jaxckpt.search.request import Request
 from jaxckpt.targets.sharding import described, trace_placed
 from jaxckpt.units import parse_budget, parse_bytes, show_bytes
+
+
+@overload
+def plan(fun: Callable, *args: Any, solver: Literal["names"], **options: Any) -> Names: ...
+
+
+@overload
+def plan(fun: Callable, *args: Any, solver: Any = "auto", **options: Any) -> Plan: ...
 
 
 def plan(
@@ -50,7 +60,7 @@ def plan(
     static_argnames: str | Sequence[str] = (),
     cache_dir: str | os.PathLike | None = None,
     **kwargs: Any,
-) -> Plan:
+) -> Plan | Names:
     """Find the cheapest recomputation plan of a function's value and gradient within a budget.
 
     Args:
@@ -60,7 +70,8 @@ def plan(
         max_cost: instead of a budget, the most the step may cost as a fraction of the unplanned cost, such as 1.1.
         cost: what is minimised: "time", modelled for the target, or "flops".
         solver: "auto", another solver's name (docs/guide.md lists them), or a function
-            `(problem, budget_bytes=...) -> Schedule`.
+            `(problem, budget_bytes=...) -> Schedule`. "names" leaves the function's own `jax.checkpoint` regions where
+            they are and chooses which of its own names they save, as `jaxckpt.names` does.
         target: a chip's name; None is the default backend.
         reserve: device bytes to leave for what lives outside the function, as a budget is written.
         verify: compile the plan and measure it; otherwise it is predicted, and a margin is left.
@@ -82,8 +93,8 @@ def plan(
         **kwargs: named arguments of `fun`, like `args`. One that has the name of an option goes in by place.
 
     Returns:
-        The plan. Its `str` is the report. Where everything fits its schedule is None, unless a plan makes loops stack
-        so much less that the step is modelled to be 5 % faster.
+        The plan, or with `solver="names"` the names. Its `str` is the report. Where everything fits its schedule is
+        None, unless a plan makes loops stack so much less that the step is modelled to be 5 % faster.
 
     Raises:
         BudgetError: a budget that cannot be read, neither or both of `budget` and `max_cost`, or a reserve without a
@@ -112,6 +123,23 @@ def plan(
     check_function(fun, "plan")
     check_argnums(argnums)
     check_flags(has_aux=has_aux, keep_checkpoints=keep_checkpoints)
+    if isinstance(solver, str) and solver == NAMES:
+        if max_cost is not None or budget is None or profile or not keep_checkpoints:
+            raise OptionError('solver="names" takes a budget and keeps checkpoints; it has no max_cost and no profile')
+        check_limits(max_compiles, on_infeasible)
+        call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "plan")
+        by_place = lambda *args: call.fun(*args[:-1], **args[-1])  # noqa: E731
+        named = (by_place, (*call.args, call.kwargs)) if call.kwargs else (call.fun, call.args)
+        subject = named_loss(*named, cost, target, argnums, has_aux)
+        refuse_differentiated(*subject.programs(True), "plan")
+        return choose_names(
+            subject,
+            budget=budget,
+            reserve=reserve,
+            verify=verify,
+            max_compiles=max_compiles,
+            on_infeasible=on_infeasible,
+        )
     request = make_request(
         budget,
         max_cost,

@@ -59,6 +59,8 @@ def _plan(options: argparse.Namespace) -> int:
     import jaxckpt
     from jaxckpt.compilation.files import check_writable
 
+    if options.output and options.solver == "names":
+        raise UsageError("--solver names makes no plan file: it prints a policy to paste, as jaxckpt names does")
     if options.output:
         check_writable(options.output)  # known before planning, which takes long
     fun, args = function_and_args(options)
@@ -79,6 +81,9 @@ def _plan(options: argparse.Namespace) -> int:
         max_compiles=options.max_compiles,
         on_infeasible="least" if options.least else "raise",
     )
+    if isinstance(found, jaxckpt.Names):
+        print(json.dumps(found.to_json(), indent=1) if options.json else found)
+        return YES
     if options.output:
         found.save(options.output)
         print(f"wrote {options.output}", file=sys.stderr)

@@ -17,6 +17,8 @@ from jaxckpt.model.schedules import FEW_BLOCKS, Candidate, chain_schedules, keep
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
 _MAX_DEPTH = 20
 _ILP_TIME_S = 3.0
+# Of `plan` alone: it is no solver of block problems.
+NAMES = "names"
 # Brute force is for the tests of the others: a program has too many blocks for it.
 SOLVERS = ("auto", *(name for name in by_name if name != "brute_force"))
 
@@ -27,6 +29,11 @@ def check_solver(solver: Any) -> None:
     Raises:
         OptionError: with the names there are.
     """
+    if isinstance(solver, str) and solver == NAMES:
+        raise OptionError(
+            'solver="names" chooses a policy to paste into the code, and is for jaxckpt.plan and jaxckpt.names; with '
+            "that policy in place nothing else is needed here"
+        )
     if not (callable(solver) or solver in SOLVERS):
         raise OptionError(f"solver={solver!r} is not known; write one of {', '.join(SOLVERS)}, or a function")
 
