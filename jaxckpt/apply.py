@@ -32,14 +32,7 @@ def _policy(places: tuple[tuple[str, Place], ...]) -> Callable[..., bool]:
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """Runs programs under plans.
-
-    Attributes:
-        is_forward_mode: what is run must have a derivative in forward mode too, which binomial loops have not: they
-            are run as checkpointed ones.
-    """
-
-    is_forward_mode: bool = False
+    """Runs programs under plans."""
 
     def function(self, program: Program, tree: Tree, prefix: str, *, is_body: bool = False) -> Callable[..., list[Any]]:
         """A program under a plan, as a function of flat inputs.
@@ -80,8 +73,6 @@ def planned(
     schedule: Schedule,
     saved: Sequence[Save],
     prefix: str = "jaxckpt",
-    *,
-    is_forward_mode: bool = False,
 ) -> Callable[..., list[Any]]:
     """Return the program as a function that recomputes as scheduled when it is differentiated.
 
@@ -91,12 +82,11 @@ def planned(
         schedule: what to keep and what to recompute.
         saved: `[n]`, what each kept block saves.
         prefix: what the names of saved values begin with.
-        is_forward_mode: it must have a derivative in forward mode too.
 
     Returns:
         A function from the program's inputs to its outputs, both flat lists.
     """
-    return Application(is_forward_mode).planned(program, spans, schedule, saved, prefix)
+    return Application().planned(program, spans, schedule, saved, prefix)
 
 
 class _Runner:

@@ -43,11 +43,6 @@ class Profiler(Protocol):
 class Applier(Protocol):
     """Runs programs under plans. A kind whose plans have programs inside, as a loop's has its body, is given one."""
 
-    @property
-    def is_forward_mode(self) -> bool:
-        """Whether what is run must have a derivative in forward mode too."""
-        ...
-
     def function(self, program: Program, tree: Tree, prefix: str, *, is_body: bool = False) -> "Flat":
         """A program under a plan, as a function of flat inputs.
 
