@@ -265,7 +265,6 @@ def _tangents(
     return whole[: len(carry)], whole[len(carry) :]
 
 
-@linear_p.def_impl
 def _along(*operands: Any, loop: _Loop, places: _Places, counts: tuple[int, ...], avals: Any) -> list[Any]:
     """The derivative in forward mode: that of the plain loop."""
     del avals
@@ -279,6 +278,7 @@ def _along(*operands: Any, loop: _Loop, places: _Places, counts: tuple[int, ...]
     return jax.jvp(fun, starts, tuple(_groups(moved, map(len, starts))[:3]))[1]
 
 
+linear_p.def_impl(_along)
 linear_p.def_abstract_eval(lambda *_, avals, **__: list(avals))
 mlir.register_lowering(linear_p, mlir.lower_fun(_along, multiple_results=True))
 
@@ -314,9 +314,9 @@ def _batch(axis: Any, args: Any, dims: Any, **params: Any) -> tuple[list[Any], l
     if any(dim is not None and not w for (_, dim), w in zip(moved, [w for g in wanted for w in g], strict=True)):
         # Many directions in one place, as `jax.jacfwd` has them: nothing of that is transposed.
         return _mapped(functools.partial(_along, **params), axis, tuple(dims))(*args), [0] * len(params["avals"])
-    residuals = [[_at(*x, i) for x in xs] for i, xs in zip((0, 1, 1), (consts, slots, slices), strict=True)]
+    residuals = [[_at(x, dim, i) for x, dim in xs] for i, xs in zip((0, 1, 1), (consts, slots, slices), strict=True)]
     linear = [
-        [_at(*x, i, axis.size if w else None) for x, w in zip(xs, ws, strict=True)]
+        [_at(x, dim, i, axis.size if w else None) for (x, dim), w in zip(xs, ws, strict=True)]
         for i, xs, ws in zip((0, 0, 1), _groups(moved, map(len, wanted)), wanted, strict=False)
     ]
     specs = jax.eval_shape(lambda c, s, x: (c, loop.start(s), [y[0] for y in x]), *residuals)

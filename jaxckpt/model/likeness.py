@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxckpt import _compat
 from jaxckpt.model.cut import Span
@@ -161,10 +163,6 @@ def _key(value: Any) -> Hashable:
 
 
 def _array_key(value: Any) -> Hashable:
-    if (
-        value.size > _MAX_ELEMENTS
-        or isinstance(value, jax.core.Tracer)
-        or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
-    ):
+    if value.size > _MAX_ELEMENTS or isinstance(value, Tracer) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return id(value)
     return type(value).__name__, str(value.dtype), value.shape, np.asarray(value).tobytes()
