@@ -1,18 +1,23 @@
-"""Loops: a scanned decoder against policies written by hand, and an LSTM with a tenth of its temporaries.
+"""Loops: a scanned decoder against policies written by hand, an LSTM with a tenth of its temporaries, long loops.
 
-    python benchmarks/loops.py [--quick] [--target h100] [--only decoder lstm] [--json FILE]
+    python benchmarks/loops.py [--quick] [--target h100] [--only decoder lstm long] [--json FILE]
 
 The decoder is planned at the peak of every policy and at budgets between. At a policy's own peak the plan must
 recompute no more than the policy; the least temporaries above the floor (those of the same program with one iteration)
 must be at most 0.4 of what a checkpoint around the body takes above it. A plan's recomputation is counted in its
 gradient's jaxpr; where it runs a loop by binomial checkpointing, whose trips are in a table and not in the jaxpr, it is
 the plan's own count (marked *).
+
+Long loops are value and gradient of `tanh(x @ w + b)`, by `lax.scan`, by `jaxckpt.scan(num_checkpoints=)` and by
+Equinox's checkpointed loop with as many checkpoints. A loop of ours must hold at most 12 states more than asked for and
+16 bytes a step, and compile in at most 1.5 times what the shortest one takes.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -36,11 +41,21 @@ from jaxckpt.model.option import Save
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.units import short_bytes
 
+try:
+    import equinox.internal as eqxi
+except ImportError:  # its loops are left out
+    eqxi = None
+
 _POLICIES = jax.checkpoint_policies
 # A plan is good enough when it uses this share of its budget, or the next cheaper one is measured not to fit.
 _ENOUGH = 0.9
 _MOST_LEAST_SHARE = 0.4
 _MOST_LSTM_TIME = 1.6
+_CASES = ("decoder", "lstm", "long")
+_MOST_COMPILE_TIME = 1.5
+# Of the long loops.
+_STATE = (64, 128)
+_STATE_BYTES = 4 * math.prod(_STATE)
 # Policies are counted by the same rules as plans, so only rounding may differ.
 _TOLERANCE = 1e-6
 
@@ -338,6 +353,88 @@ def _seconds(fun: Callable, args: Any) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - given
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongLoop:
+    """A loop's value and gradient: how long it compiles, what it holds, how long it runs."""
+
+    name: str
+    length: int
+    num_states: int | None
+    compile_s: float
+    temp_bytes: int
+    run_s: float
+    difference: float
+
+
+def long_table(lengths: tuple[int, ...], counts: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """Loops of different lengths, each with different numbers of states, in turns."""
+    jax.block_until_ready(jax.jit(jnp.sin)(0.0))
+    rows = [row for length in lengths for row in _long_loops(length, counts, rounds)]
+    ours = [row for row in rows if row.name == "jaxckpt"]
+    fits = [row.temp_bytes <= ((row.num_states or 0) + 12) * _STATE_BYTES + 16 * row.length for row in ours]
+    quickest = max(row.compile_s for row in ours if row.length == min(lengths))
+    return {
+        "rows": [asdict(row) for row in rows],
+        "state_bytes": _STATE_BYTES,
+        "fits": fits,
+        "compiles": [row.compile_s <= _MOST_COMPILE_TIME * quickest for row in ours],
+    }
+
+
+def _long_loops(length: int, counts: tuple[int, ...], rounds: int) -> list[LongLoop]:
+    """The loops of one length."""
+    random = np.random.default_rng(0)
+    args = [jnp.asarray(random.normal(size=s) / 12, jnp.float32) for s in (_STATE, (_STATE[1],) * 2, (length,))]
+    cases: list[tuple[str, int | None, Callable]] = [("lax.scan", None, lax.scan)]
+    for count in (c for c in counts if c < length):
+        cases.append(("jaxckpt", count, functools.partial(jaxckpt.scan, num_checkpoints=count)))
+        if eqxi is not None:
+            cases.append(("equinox", count, functools.partial(eqxi.scan, kind="checkpointed", checkpoints=count)))
+    compiled = [_compiled(scan, args) for _, _, scan in cases]
+    times = np.array([[_seconds(fun, args)[0] for fun, _ in compiled] for _ in range(rounds + 1)])[1:]
+    wanted = jax.tree.leaves(compiled[0][0](*args))
+    rows = []
+    for (name, count, _), (fun, compile_s), run_s in zip(cases, compiled, np.median(times, 0), strict=True):
+        pairs = zip(jax.tree.leaves(fun(*args)), wanted, strict=True)
+        rows.append(
+            LongLoop(
+                name=name,
+                length=length,
+                num_states=count,
+                compile_s=compile_s,
+                temp_bytes=fun.memory_analysis().temp_size_in_bytes,
+                run_s=float(run_s),
+                difference=max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs),
+            )
+        )
+    return rows
+
+
+def _compiled(scan: Callable, args: list[jax.Array]) -> tuple[Any, float]:
+    """A loop's value and gradient, and the seconds in which it was traced and compiled."""
+
+    def loss(x: jax.Array, w: jax.Array, shifts: jax.Array) -> jax.Array:
+        body = lambda x, shift: (jnp.tanh(x @ w + shift), None)  # noqa: E731
+        return jnp.sum(scan(body, x, shifts)[0] ** 2)
+
+    started = time.perf_counter()
+    options = jaxckpt.compiler_options() or None
+    fun = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=options).lower(*args).compile()
+    return fun, time.perf_counter() - started
+
+
+def _print_long(found: dict[str, Any]) -> None:
+    table = Table(title=f"long loops; a state is {short_bytes(found['state_bytes'])}")
+    for name in ("steps", "loop", "states", "compile s", "temporaries, states", "run ms", "off by"):
+        table.add_column(name, justify="right")
+    for row in found["rows"]:
+        states = f"{row['temp_bytes'] / found['state_bytes']:,.1f}"
+        count = "" if row["num_states"] is None else str(row["num_states"])
+        times = f"{row['compile_s']:.2f}", states, f"{1000 * row['run_s']:.1f}"
+        table.add_row(f"{row['length']:,}", row["name"], count, *times, f"{row['difference']:.0e}")
+    Console(width=140).print(table)
+
+
 def _print_decoder(found: dict[str, Any]) -> None:
     base = found["floor_bytes"]
     table = Table(title=f"scanned decoder, {found['target']}; floor {short_bytes(base)} of temporaries")
@@ -375,9 +472,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes and few budgets")
     parser.add_argument("--target", help="a chip whose compiler measures the decoder; the default backend otherwise")
-    parser.add_argument("--only", nargs="+", default=["decoder", "lstm"], choices=("decoder", "lstm"))
+    parser.add_argument("--only", nargs="+", default=_CASES, choices=_CASES)
     parser.add_argument("--budgets", type=int, help="how many budgets at most")
-    parser.add_argument("--rounds", type=int, default=9, help="timings of the LSTM")
+    parser.add_argument("--rounds", type=int, default=9, help="timings of the LSTM and of long loops")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
     found: dict[str, Any] = {"jax": jax.__version__}
@@ -392,6 +489,10 @@ def main() -> int:
         found["lstm"] = lstm_table(*((256, 3) if options.quick else (4096, options.rounds)))
         _print_lstm(found["lstm"])
         good &= options.quick or found["lstm"]["ratio"] <= _MOST_LSTM_TIME
+    if "long" in options.only:
+        found["long"] = long_table((100, 1000) if options.quick else (100, 1000, 10_000), (10, 20, 100), options.rounds)
+        _print_long(found["long"])
+        good &= all([*found["long"]["fits"], *found["long"]["compiles"]])
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1))

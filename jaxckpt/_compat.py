@@ -107,6 +107,34 @@ def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> 
         yield
 
 
+def stack_elements(name_stacks: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The scopes of name stacks, outermost first."""
+    return tuple(element for part in name_stacks for element in part.stack)
+
+
+def stack_of(elements: tuple[Any, ...]) -> Any:
+    """The name stack of these scopes."""
+    return source_info_util.NameStack(elements)
+
+
+def show_stack(elements: tuple[Any, ...]) -> str:
+    """Scopes as text."""
+    return str(stack_of(elements))
+
+
+def scope_named(name: str) -> Any:
+    """A scope as `jax.named_scope` makes it."""
+    (scope,) = source_info_util.NameStack().extend(name).stack
+    return scope
+
+
+def within_stack(elements: tuple[Any, ...]) -> contextlib.AbstractContextManager:
+    """Inside, operations stand under these scopes too."""
+    if not elements:
+        return contextlib.nullcontext()
+    return source_info_util.set_name_stack(source_info_util.current_name_stack() + stack_of(elements))
+
+
 def described_device(kind: str, platform: str) -> contextlib.AbstractContextManager:
     """Inside, what is traced is lowered for a device of this kind, where a Pallas kernel's lowering asks for one."""
     has_kernels = any(name.startswith("jax._src.pallas") for name in sys.modules)

@@ -1,7 +1,8 @@
 """A schedule becomes a function: the program's blocks, run inside nested `jax.checkpoint` regions."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ckptsolvers.schedule import Node
 from jaxckpt import _compat
 from jaxckpt.kinds.base import KeptBlock, kind_named
 from jaxckpt.model.cut import Span, spans_at
+from jaxckpt.model.likeness import Likeness, Scopes, WithoutScopes
 from jaxckpt.model.option import NOTHING_SAVED, Place, Save
 from jaxckpt.model.tree import Tree
 from jaxckpt.program.interpret import outputs_of
@@ -33,14 +35,7 @@ def _policy(places: tuple[tuple[str, Place], ...]) -> Callable[..., bool]:
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """Runs programs under plans.
-
-    Attributes:
-        is_forward_mode: what is run must have a derivative in forward mode too, which binomial loops have not: they
-            are run as checkpointed ones.
-    """
-
-    is_forward_mode: bool = False
+    """Runs programs under plans."""
 
     def function(self, program: Program, tree: Tree, prefix: str, *, is_body: bool = False) -> Callable[..., list[Any]]:
         """A program under a plan, as a function of flat inputs.
@@ -82,8 +77,6 @@ def planned(
     schedule: Schedule,
     saved: Sequence[Save],
     prefix: str = "jaxckpt",
-    *,
-    is_forward_mode: bool = False,
 ) -> Callable[..., list[Any]]:
     """Return the program as a function that recomputes as scheduled when it is differentiated.
 
@@ -93,15 +86,20 @@ def planned(
         schedule: what to keep and what to recompute.
         saved: `[n]`, what each kept block saves.
         prefix: what the names of saved values begin with.
-        is_forward_mode: it must have a derivative in forward mode too.
 
     Returns:
         A function from the program's inputs to its outputs, both flat lists.
     """
-    return Application(is_forward_mode).planned(program, spans, schedule, saved, prefix)
+    return Application().planned(program, spans, schedule, saved, prefix)
 
 
 class _Runner:
+    """Runs the blocks of one program.
+
+    Regions and blocks that are equal but for the numbers of their values are one function: JAX's caches, which go by
+    identity, then serve all but the first, as they serve a layer that a user wrote once.
+    """
+
     def __init__(
         self,
         program: Program,
@@ -118,55 +116,128 @@ class _Runner:
         for k, span in enumerate(spans):
             self.last_reader.update(dict.fromkeys(span.inputs, k))
         self.last_reader.update({x: len(spans) for x in program.outputs if isinstance(x, int)})
+        self.likeness = Likeness()
+        self.keys: dict[Hashable, int] = {}
+        self.numbers: dict[Hashable, int] = {}
+        self.functions: dict[Hashable, Callable[..., list[Any]]] = {}
 
-    def run(self, nodes: Sequence[Node], env: dict[int, Any], *, is_inner: bool = False) -> None:
-        for node in nodes:
-            if isinstance(node, Keep):
-                self._keep(node, env, is_inner)
-            else:
-                children = functools.partial(self.run, node.children, is_inner=True)
-                self._region(node.start, node.stop, env, is_inner, children)
+    def run(self, nodes: Sequence[Node], env: dict[int, Any], depth: int = 0, *, is_inner: bool = False) -> None:
+        """Run nodes.
 
-    def _keep(self, node: Keep, env: dict[int, Any], is_inner: bool) -> None:
+        Args:
+            nodes: in order.
+            env: values of the program so far; what is read later is added.
+            depth: how many scopes, outermost first, stand around all of this already.
+            is_inner: a checkpoint is around it.
+        """
+        # Scopes that a part has to itself go around it, so that parts in different ones can be equal.
+        for node, scopes in zip(nodes, self._scopes(nodes, depth), strict=True):
+            with _compat.within_stack(scopes.around):
+                if isinstance(node, Keep):
+                    self._keep(node, env, scopes.depth, is_inner)
+                else:
+                    inside = functools.partial(self.run, node.children, depth=scopes.depth, is_inner=True)
+                    self._region(node, env, scopes.depth, is_inner, inside)
+
+    def _scopes(self, nodes: Sequence[Node], depth: int) -> list[Scopes]:
+        """The scopes around each of the nodes: exact ones, but of equal nodes that reach over several layers."""
+        equations = [[eqn for span in self.spans[n.start : n.stop] for eqn in span.equations] for n in nodes]
+        exact = [self.likeness.common_scopes(eqns, depth) for eqns in equations]
+        merged = [self.likeness.merged_scopes(eqns, depth) for eqns in equations]
+        keys = [None if m is None else self._key(node, m.depth) for node, m in zip(nodes, merged, strict=True)]
+        repeated = Counter(keys)
+        return [e if m is None or repeated[key] == 1 else m for e, m, key in zip(exact, merged, keys, strict=True)]
+
+    def _keep(self, node: Keep, env: dict[int, Any], depth: int, is_inner: bool) -> None:
         save = self.saved[node.block]
         block = KeptBlock(
-            equations=self.spans[node.block].equations,
+            equations=WithoutScopes(self.spans[node.block].equations, depth),
             save=save,
             values=env,
-            prefix=f"{self.prefix}.{node.block}",
-            checkpointed=functools.partial(self._region, node.start, node.stop, env, is_inner),
+            prefix=self.prefix,
+            checkpointed=functools.partial(self._region, node, env, depth, is_inner),
+            uncovered=functools.partial(self._call, node, env, depth, functools.partial(jax.jit, inline=True), "as is"),
             applier=self.applier,
         )
         kind_named(save.kind).run(block)
 
     def _region(
         self,
-        start: int,
-        stop: int,
+        node: Node,
         env: dict[int, Any],
+        depth: int,
         is_inner: bool,
         body: Callable[[dict[int, Any]], None],
         places: Mapping[str, Place] = NOTHING_SAVED,
     ) -> None:
-        """Run blocks start..stop-1 inside one `jax.checkpoint`, on what they read, for what is read after them.
+        """Run blocks inside one `jax.checkpoint`.
 
         Args:
-            start: the first block.
-            stop: the one after the last.
+            node: which blocks, and how.
             env: values of the program so far; those read after the blocks are added.
+            depth: how many scopes stand around this already.
             is_inner: another checkpoint is around this one.
             body: adds what the blocks make to a dict of values.
             places: where values are saved, by name.
         """
-        made = {v for span in self.spans[start:stop] for v in span.outputs}
-        reads = list(dict.fromkeys(v for span in self.spans[start:stop] for v in span.inputs if v not in made))
-        wanted = [v for span in self.spans[start:stop] for v in span.outputs if self.last_reader[v] >= stop]
+        saved = tuple(places.items())
+        prevent_cse = self.prevent_cse or is_inner
+        policy = _policy(saved) if places else None
+        checkpointed = functools.partial(jax.checkpoint, policy=policy, prevent_cse=prevent_cse)
+        self._call(node, env, depth, checkpointed, (saved, prevent_cse), body)
 
-        def inside(*inputs: Any) -> list[Any]:
-            inner = dict(zip(reads, inputs, strict=True))
-            body(inner)
-            return [inner[v] for v in wanted]
+    def _call(
+        self,
+        node: Node,
+        env: dict[int, Any],
+        depth: int,
+        wrap: Callable[[Callable], Callable],
+        how: Hashable,
+        body: Callable[[dict[int, Any]], None],
+    ) -> None:
+        """Run blocks as one function, the one of equal blocks that ran before if there are any.
 
-        policy = _policy(tuple(places.items())) if places else None
-        checkpointed = jax.checkpoint(inside, policy=policy, prevent_cse=self.prevent_cse or is_inner)
-        env.update(zip(wanted, checkpointed(*(env[v] for v in reads)), strict=True))
+        Args:
+            node: which blocks.
+            env: values of the program so far; those read after the blocks are added.
+            depth: how many scopes stand around this already.
+            wrap: what is around the function.
+            how: the same for equal ones.
+            body: adds what the blocks make to a dict of values.
+        """
+        reads, wanted = self._ends(node)
+        key = how, self._key(node, depth)
+        fun = self.functions.get(key)
+        if fun is None:
+
+            def inside(*inputs: Any) -> list[Any]:
+                inner = dict(zip(reads, inputs, strict=True))
+                body(inner)
+                return [inner[v] for v in wanted]
+
+            fun = self.functions[key] = wrap(inside)
+        env.update(zip(wanted, fun(*(env[v] for v in reads)), strict=True))
+
+    def _ends(self, node: Node) -> tuple[list[int], list[int]]:
+        """What blocks read from outside, and what is read of them later."""
+        spans = self.spans[node.start : node.stop]
+        made = {v for span in spans for v in span.outputs}
+        reads = list(dict.fromkeys(v for span in spans for v in span.inputs if v not in made))
+        return reads, [v for span in spans for v in span.outputs if self.last_reader[v] >= node.stop]
+
+    def _key(self, node: Node, depth: int) -> int:
+        """The same for equal nodes, the scopes around them left out."""
+        where = node.start, node.stop, _shape(node, node.start), depth
+        found = self.keys.get(where)
+        if found is None:
+            blocks = slice(node.start, node.stop)
+            likeness = self.likeness.key(self.spans[blocks], self.saved[blocks], *self._ends(node), depth)
+            found = self.keys[where] = self.numbers.setdefault((where[2], likeness), len(self.numbers))
+        return found
+
+
+def _shape(node: Node, start: int) -> Hashable:
+    """Which blocks are kept and covered, counted from the first."""
+    if isinstance(node, Keep):
+        return node.block - start
+    return tuple(_shape(child, start) for child in node.children)

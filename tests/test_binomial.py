@@ -1,16 +1,19 @@
 """Binomial loops: the same numbers with few states, as often as the formula says, in a program of one size."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ckptsolvers.revolve import num_forwards
+from ckptsolvers.revolve import num_forwards, num_repeats
 from helpers import assert_close, count, jit, least_budget, x64
 from jax import lax
 
 import jaxckpt
 from jaxckpt import compiler_options
 from jaxckpt.kinds import binomial
+from jaxckpt.kinds.binomial_table import binomial_table, num_again
 from jaxckpt.kinds.scan_run import LoopPlan
 
 
@@ -112,21 +115,32 @@ def test_the_second_derivative_holds_few_states():
 @pytest.mark.parametrize("num_states", [1, 2, 3, 6, 20])
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 30, 200])
 def test_iterations_run_again_as_often_as_the_binomial_formula_says(length, num_states):
-    table = binomial._table(length, min(num_states, length))
+    num_states = min(num_states, length)
+    table = binomial_table(length, num_states)
     # What the two loops do, played with positions for states.
-    slots, at = {}, 0
-    for position, slot in enumerate(table.first):
-        slots[int(slot)] = position
+    slots = {int(slot): position for position, slot in enumerate(table.first)}
     again = 0
     for position in reversed(range(length)):
-        at = slots[int(table.restored[position])]
-        assert at == table.start[position]
+        restored, start, stop = (int(x[position]) for x in (table.restored, table.start, table.stop))
+        at = slots[restored]
+        assert at == start
         while at < position:
-            slots[int(table.again[table.offset[position] + at - table.start[position]])] = at
+            is_due = table.stops[stop] == at - start
+            restored, stop = restored - is_due, stop + is_due
+            slots[restored if is_due else num_states] = at
             at, again = at + 1, again + 1
-    assert again == binomial.num_again(length, min(num_states, length))
-    assert again + length - 1 == num_forwards(length, min(num_states, length))
-    assert table.num_slots <= num_states + 1
+    assert again == num_again(length, num_states)
+    assert again + length - 1 == num_forwards(length, num_states)
+    assert set(slots) <= set(range(num_states + 1))
+
+
+def test_the_table_of_a_long_loop_is_small_however_often_iterations_run_again():
+    started = time.process_time()
+    for num_states, repeats in ((3, 180), (20, 8), (1000, 3), (10**6, 1)):
+        table = binomial_table(10**6, num_states)
+        assert num_repeats(10**6, num_states) == repeats
+        assert len(table.stops) <= 10**6 and table.first.nbytes == 4 * 10**6
+    assert time.process_time() - started < 8
 
 
 def test_memory_is_the_states_and_no_more():

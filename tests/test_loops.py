@@ -40,28 +40,57 @@ def binomial(num_checkpoints):
     return lambda body, init, xs: jaxckpt.scan(body, init, xs, num_checkpoints=num_checkpoints)
 
 
+def steps_run(scan, length):
+    """Steps that run forward in the value and gradient of a loop, counted as they run: how often is in a table."""
+    seen = []
+
+    @jax.custom_vjp
+    def counted(s):
+        # A custom rule keeps the count out of the turns' own forward, which the optimum does not count either.
+        return jax.pure_callback(lambda s: seen.append(1) or s, jax.ShapeDtypeStruct((), s.dtype), s)
+
+    counted.defvjp(lambda s: (s, None), lambda _, ct: (ct,))
+    fun = lambda s, x: scan(lambda s, x: (counted(jnp.sin(s) + x), None), s, x)[0]  # noqa: E731
+    jax.block_until_ready(jax.jit(jax.value_and_grad(fun))(jnp.float32(1), jnp.ones(length)))
+    return len(seen)
+
+
 def check_optimal(length, num_checkpoints):
     # One more than the optimum: the last step's result, which the loss reads.
-    assert forwards(binomial(num_checkpoints), length) == num_forwards(length, num_checkpoints) + 1
+    assert steps_run(binomial(num_checkpoints), length) == num_forwards(length, num_checkpoints) + 1
 
 
-@pytest.mark.parametrize("num_checkpoints", range(1, 7))
+@pytest.mark.parametrize("num_checkpoints", [1, 2, 5])
 def test_the_binomial_schedule_runs_the_fewest_steps(num_checkpoints):
-    for length in (1, 2, 3, 4, 7, 11, 30):
+    for length in (2, 11, 60):
         check_optimal(length, num_checkpoints)
 
 
 @pytest.mark.slow
 def test_the_binomial_schedule_runs_the_fewest_steps_everywhere():
-    pairs = [(length, c) for length in range(1, 31) for c in range(1, 7)]
+    pairs = [(length, c) for length in range(2, 31) for c in range(1, 7)]
     rng = random.Random(0)
     pairs += [(rng.randint(31, 200), rng.randint(1, 20)) for _ in range(20)]
     for length, c in [*pairs, (200, 20)]:
         check_optimal(length, c)
 
 
-def test_few_states_nest_deeper_than_python_recurses():
-    check_optimal(60, 1)
+def test_long_loops_hold_the_states_that_were_asked_for_and_compile_as_fast_as_short_ones():
+    state = 4 * 64 * 256
+
+    def compiled(length, num_checkpoints):
+        body = lambda x, b: (jnp.tanh(x + b), None)  # noqa: E731
+        loss = lambda x, b: jnp.sum(jaxckpt.scan(body, x, b, num_checkpoints=num_checkpoints)[0])  # noqa: E731
+        specs = jax.ShapeDtypeStruct((64, 256), "float32"), jax.ShapeDtypeStruct((length,), "float32")
+        lowered = jax.jit(jax.grad(loss), compiler_options=jaxckpt.compiler_options() or None).lower(*specs)
+        text = lowered.as_text()
+        return lowered.compile().memory_analysis().temp_size_in_bytes, text.count("\n")
+
+    _, lines = compiled(100, 20)
+    for length, c in ((100, 5), (1_000, 10), (10_000, 20), (100_000, 100)):
+        temporaries, num_lines = compiled(length, c)
+        assert temporaries <= (c + 12) * state + 16 * length
+        assert num_lines == lines
 
 
 def step(carry, x):

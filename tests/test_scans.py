@@ -12,7 +12,7 @@ from jax import lax
 
 import jaxckpt
 from jaxckpt.compilation.objective import objective
-from jaxckpt.kinds.binomial import num_again
+from jaxckpt.kinds.binomial_table import num_again
 from jaxckpt.kinds.scan_run import LoopPlan, Run, run_loop
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.flops import gradient_cost, jaxpr_cost

@@ -211,6 +211,32 @@ def test_every_transform(transform):
     check(transform, "scan")
 
 
+@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "checkpoint"])
+@pytest.mark.parametrize("num_checkpoints", [2])
+def test_every_transform_of_a_loop_with_few_states(transform, num_checkpoints):
+    change = TRANSFORMS[transform][0]
+
+    def loss_of(scan):
+        def loss(weights, x):
+            w, shared = jnp.stack(weights), (jnp.sum(weights[0]), 0)
+
+            def body(carry, w):
+                x, (s, i) = carry
+                # A carry and a result that no example of a batch has a say in, and an integer.
+                return (jnp.tanh(x @ w + s), (jnp.cos(s) * 0.5, i + 1)), (jnp.sum(x), s * i)
+
+            (x, (s, i)), (sums, shares) = scan(body, (x, shared), w)
+            return jnp.sum(x**2) * s + jnp.sum(sums * shares) + i
+
+        return loss
+
+    ours = loss_of(lambda *args: jaxckpt.scan(*args, num_checkpoints=num_checkpoints))
+    with x64():
+        args = chain_args("float64", layers=7, rows=8, width=4)
+        compiled = (lambda f: f) if TRANSFORMS[transform][1] is None else jit
+        assert_close(compiled(change(ours))(*args), compiled(change(loss_of(lax.scan)))(*args), 1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("construct", CONSTRUCTS)
 @pytest.mark.parametrize("transform", TRANSFORMS)

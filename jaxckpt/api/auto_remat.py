@@ -249,7 +249,7 @@ class Call:
             return jax.jit(self.plain)
         return _RUNS.get((self.program.fingerprint(), *contexts), lambda: jax.jit(self.plain))
 
-    def planned(self, active: tuple[int, ...], *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
+    def planned(self, active: tuple[int, ...]) -> Callable[..., list[Any]]:
         """Return the program with the plan for these differentiated inputs."""
         try:
             goal = _objective(self.program, active, self.num_results)
@@ -268,14 +268,13 @@ class Call:
                 label=self.label,
                 is_decorated=self.is_decorated,
                 solver=self.solver,
-                is_forward_mode=is_forward_mode,
             )
         found = _find_plan(self, goal, self.request)
         if found.schedule is None:
             return self.plain
         if _compat.here_undoes_remat() and FITTING.value is None and not _compat.enclosing_jit_keeps_remat():
             _warn_on_old_cpu()
-        return found.flat(self.program, is_forward_mode=is_forward_mode)
+        return found.flat(self.program)
 
 
 auto_remat_p = jex.Primitive("auto_remat")
@@ -359,7 +358,7 @@ _compat.register_check(auto_remat_p, _checked)
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: Call) -> tuple[list[Any], list[Any]]:
     active = tuple(i for i, t in enumerate(tangents) if not _compat.is_zero(t))
     _warn_if_mapped(call, primals)
-    planned = call.planned(active, is_forward_mode=True)
+    planned = call.planned(active)
 
     def on_active(*values: Any) -> list[Any]:
         return planned(*_replaced(primals, active, values))

@@ -1,28 +1,29 @@
 """Loops of known length with few stored states: within a budget, or under the binomial schedule.
 
-With a budget a scan is planned as inside any program. The binomial schedule of Griewank and Walther
-(`ckptsolvers.revolve`) runs the fewest steps for a number of stored states, as a tree of nested `jax.checkpoint`. Runs
-of steps for which there is a state each are scans, so the jaxpr grows with the number of regions and not of steps.
+With a budget a scan is planned as inside any program. The binomial schedule of Griewank and Walther runs the fewest
+steps for a number of stored states, as two loops and a table (`jaxckpt.kinds.binomial`).
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core as jex
+from ckptsolvers.revolve import num_repeats
 from jax import lax
 
-from jaxckpt import _compat
 from jaxckpt.api.auto_remat import auto_remat
 from jaxckpt.errors import OptionError
-from jaxckpt.kinds.binomial_tree import binomial_scan
 from jaxckpt.kinds.scan_run import Run, run_loop
 from jaxckpt.program.control_flow import loop_of
 from jaxckpt.program.interpret import evaluate, outputs_of, run
 from jaxckpt.program.ir import Constant, Equation, Program
 from jaxckpt.program.trace import trace
+
+# No schedule that runs a step more often is worth having.
+_MAX_REPEATS = 200
 
 
 def scan(
@@ -49,7 +50,8 @@ def scan(
             arrays, results, cotangents, gradients, and every temporary between. The loop is planned as `auto_remat`
             would, when it is differentiated.
         num_checkpoints: how many states are held at once, the initial one included, by the binomial schedule: no other
-            runs fewer steps. What one step's own backward reads comes on top.
+            runs fewer steps. The state that is being worked on and what one step's own backward reads come on top. The
+            program has one size whatever the length.
         reverse: from the last x to the first.
 
     Returns:
@@ -57,7 +59,8 @@ def scan(
 
     Raises:
         BudgetError: a budget that cannot be read.
-        OptionError: both `budget` and `num_checkpoints`, or a number of states that makes no sense for the length.
+        OptionError: both `budget` and `num_checkpoints`, or a number of states that makes no sense for the length: so
+            few that a step would run more than 200 times.
         InfeasibleBudgetError: no plan fits, when it is differentiated.
 
     Example:
@@ -100,6 +103,7 @@ def check_options(budget: Any, num_checkpoints: Any) -> None:
 
 def _rewritten(program: Program, loop: Equation, num_states: int | None) -> Callable[..., list[Any]]:
     """The program with its loop run under the binomial schedule, or as a scan of checkpointed scans."""
+    runs = _square_root(loop) if num_states is None else [_binomial(loop, num_states)]
 
     def fun(*inputs: Any) -> list[Any]:
         env = dict(zip(program.inputs, inputs, strict=True))
@@ -108,10 +112,7 @@ def _rewritten(program: Program, loop: Equation, num_states: int | None) -> Call
                 evaluate([eqn], env)
                 continue
             operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
-            if num_states is None:
-                results = run_loop(eqn, operands, _square_root(eqn))
-            else:
-                results = _binomial(eqn.params, operands, num_states)
+            results = run_loop(eqn, operands, runs)
             env.update(zip(eqn.outputs, results, strict=True))
         return outputs_of(program, env)
 
@@ -129,14 +130,18 @@ def _square_root(eqn: Equation) -> list[Run]:
     return [*runs, Run(lengths=(length % size,), body=body)] if length % size else runs
 
 
-def _binomial(params: dict[str, Any], operands: Sequence[Any], num_states: int) -> list[Any]:
-    num_consts, num_carry = _compat.scan_layout(params)
-    consts, flat = operands[:num_consts], jex.jaxpr_as_fun(params["jaxpr"])
+def _binomial(eqn: Equation, num_states: int) -> Run:
+    """All iterations under the binomial schedule.
 
-    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = flat(*consts, *carry, *x)
-        return list(results[:num_carry]), list(results[num_carry:])
-
-    carry, xs = list(operands[num_consts:][:num_carry]), list(operands[num_consts + num_carry :])
-    carry, ys = binomial_scan(step, carry, xs, params["length"], num_states, reverse=params["reverse"])
-    return [*carry, *ys]
+    Raises:
+        OptionError: so few states that a step would run too often.
+    """
+    loop = loop_of(eqn)
+    assert loop is not None
+    if num_repeats(loop.length, num_states) > _MAX_REPEATS:
+        enough = next(c for c in itertools.count(num_states) if num_repeats(loop.length, c) <= _MAX_REPEATS)
+        raise OptionError(
+            f"num_checkpoints={num_states} for {loop.length:,} steps would run a step "
+            f"{num_repeats(loop.length, num_states):,} times; give at least num_checkpoints={enough}"
+        )
+    return Run(lengths=(loop.length,), body=functools.partial(run, loop.body), num_states=num_states)

@@ -43,11 +43,6 @@ class Profiler(Protocol):
 class Applier(Protocol):
     """Runs programs under plans. A kind whose plans have programs inside, as a loop's has its body, is given one."""
 
-    @property
-    def is_forward_mode(self) -> bool:
-        """Whether what is run must have a derivative in forward mode too."""
-        ...
-
     def function(self, program: Program, tree: Tree, prefix: str, *, is_body: bool = False) -> "Flat":
         """A program under a plan, as a function of flat inputs.
 
@@ -117,14 +112,30 @@ class Analyser(Protocol):
 
 
 class Checkpointed(Protocol):
-    """Runs a part of a block inside one `jax.checkpoint`."""
+    """Runs a part of a block inside one `jax.checkpoint`.
+
+    Blocks whose equations and saves are equal but for the numbers of values are traced once: the first one's body
+    stands for all of them.
+    """
 
     def __call__(self, body: Callable[[dict[int, Any]], None], places: Mapping[str, Place] = NOTHING_SAVED) -> None:
         """Run a body, and save what it names.
 
         Args:
-            body: adds its results to a dict of values.
+            body: adds its results to the dict of values that it is given, and reads nothing of the program but that.
             places: where to save values, by name; all others are recomputed.
+        """
+        ...
+
+
+class Uncovered(Protocol):
+    """Runs a part of a block as it is, and what equal ones have in common is traced once."""
+
+    def __call__(self, body: Callable[[dict[int, Any]], None]) -> None:
+        """Run a body.
+
+        Args:
+            body: adds its results to the dict of values that it is given, and reads nothing of the program but that.
         """
         ...
 
@@ -137,8 +148,9 @@ class KeptBlock:
         equations: in order.
         save: what it saves.
         values: of the program so far, by number; what the block makes is added.
-        prefix: what names of values that it saves begin with.
+        prefix: what names of values that it saves begin with; equal blocks have equal names.
         checkpointed: runs a part of it inside one `jax.checkpoint`, on what the block reads, for what is read later.
+        uncovered: runs a part of it as it is, likewise.
         applier: runs programs inside the block under their own plans.
     """
 
@@ -147,6 +159,7 @@ class KeptBlock:
     values: dict[int, Any]
     prefix: str
     checkpointed: Checkpointed
+    uncovered: Uncovered
     applier: Applier
 
 

@@ -1,5 +1,6 @@
 """Blocks with side effects: they run once, where they stand, and no region covers them."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,10 @@ class Effect:
 
     def run(self, block: KeptBlock) -> None:
         """Run the block as it is."""
-        evaluate(block.equations, block.values)
+        if any(eqn.has_effects for eqn in block.equations):
+            evaluate(block.equations, block.values)
+        else:
+            block.uncovered(functools.partial(evaluate, block.equations))
 
     def to_json(self, save: LeftToJax) -> Any:
         """Nothing is to be said."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from jaxckpt.kinds.binomial import num_again
+from jaxckpt.kinds.binomial_table import num_again
 from jaxckpt.kinds.body import Iteration
 from jaxckpt.kinds.scan_run import LoopPart
 from jaxckpt.model.option import Work

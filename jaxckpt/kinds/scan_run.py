@@ -86,11 +86,9 @@ def run_planned(
 
 
 def _run(loop: Loop, part: LoopPart, prefix: str, applier: Applier) -> Run:
-    # A binomial loop has a derivative of its own, and in reverse only.
-    num_states = None if applier.is_forward_mode else part.num_states
-    # It runs an iteration's forward and backward together.
-    body = applier.function(loop.body, part.body, prefix, is_body=num_states is None)
-    return Run(lengths=part.lengths, body=body, num_states=num_states)
+    # A binomial loop runs an iteration's forward and backward together.
+    body = applier.function(loop.body, part.body, prefix, is_body=part.num_states is None)
+    return Run(lengths=part.lengths, body=body, num_states=part.num_states)
 
 
 def run_loop(eqn: Equation, operands: Sequence[Any], runs: Sequence[Run]) -> list[Any]:

@@ -245,25 +245,24 @@ class Plan:
         goal = objective(traced, argnums, has_aux)
         return compare_runs(call.fun, traced, self._planned(traced.program), goal, leaves)
 
-    def flat(self, program: Program, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
+    def flat(self, program: Program) -> Callable[..., list[Any]]:
         """Return the planned program as a function of flat inputs.
 
         Args:
             program: the program it was made for.
-            is_forward_mode: it is differentiated in forward mode, which binomial loops do not support.
 
         Raises:
             PlanFileError: the plan is not one of this program, with the path of what is wrong.
         """
         self._check_blocks(program)
-        return self._planned(program, is_forward_mode=is_forward_mode)
+        return self._planned(program)
 
-    def _planned(self, program: Program, *, is_forward_mode: bool = False) -> Callable[..., list[Any]]:
+    def _planned(self, program: Program) -> Callable[..., list[Any]]:
         if self.schedule is None:
             return functools.partial(run, program)
         spans = spans_at(program, self.blocks)
         prefix = f"jaxckpt.{self.fingerprint[:8]}"
-        return planned(program, spans, self.schedule, self.block_saves, prefix, is_forward_mode=is_forward_mode)
+        return planned(program, spans, self.schedule, self.block_saves, prefix)
 
     def _check_blocks(self, program: Program) -> None:
         if self.schedule is None:

@@ -190,15 +190,12 @@ class Analysis:
         blocks = self.blocks_of(candidate)
         return blocks.flops(candidate.schedule, candidate.judgement) - blocks.forward_flops
 
-    def planned(
-        self, candidate: Candidate, program: Program | None = None, *, is_forward_mode: bool = False
-    ) -> Callable[..., list[Any]]:
+    def planned(self, candidate: Candidate, program: Program | None = None) -> Callable[..., list[Any]]:
         """A program under a candidate, as a function of flat inputs.
 
         Args:
             candidate: one of this analysis.
             program: one with the same fingerprint; None is the analysed one.
-            is_forward_mode: it must have a derivative in forward mode too.
         """
         spans, saved = self.blocks_of(candidate).spans, self.saved(candidate)
         if program is not None and program is not self.program:
@@ -206,7 +203,7 @@ class Analysis:
             spans = spans_at(program, [span.positions for span in spans])
         else:
             program = self.program
-        return apply.planned(program, spans, candidate.schedule, saved, is_forward_mode=is_forward_mode)
+        return apply.planned(program, spans, candidate.schedule, saved)
 
     def measure(self, candidate: Candidate | None) -> Measurement:
         """Compile the differentiated program under a candidate, or without a plan; each is compiled once."""

@@ -38,7 +38,7 @@ INSIDE = jax.make_user_context(False)
 # An undecorated function that holds less than this share of what all of them hold is left alone.
 _LEAST_SHARE = 0.01
 
-# Runs a program with the same fingerprint as it was planned: `runner(program, is_forward_mode=...)(*inputs)`.
+# Runs a program with the same fingerprint as it was planned: `runner(program)(*inputs)`.
 Runner = Callable[..., Callable[..., list[Any]]]
 # A program's fingerprint and what of it is differentiated.
 Key = tuple[str, Objective]
@@ -99,7 +99,6 @@ class Choice:
         label: str,
         is_decorated: bool,
         solver: Any,
-        is_forward_mode: bool = False,
     ) -> Callable[..., list[Any]]:
         """Return the program as it is chosen to run, and note it where it is new."""
         key = (program.fingerprint(), goal)
@@ -123,7 +122,7 @@ class Choice:
             return functools.partial(run, program)
         self.used.add(key)
         # Equal fingerprints share a plan, and each runs its own program under it.
-        return self.chosen[key](program, is_forward_mode=is_forward_mode)
+        return self.chosen[key](program)
 
     @property
     def wants_undecorated(self) -> bool:
