@@ -87,6 +87,15 @@ def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> 
         yield
 
 
+def num_linearized(value: Any) -> int:
+    """In how many derivatives in reverse a value is a primal."""
+    found = 0
+    while isinstance(value, core.Tracer):
+        found += isinstance(value, ad.LinearizeTracer)
+        value = getattr(value, "primal", getattr(value, "val", None))
+    return found
+
+
 def described_device(kind: str, platform: str) -> contextlib.AbstractContextManager:
     """Inside, what is traced is lowered for a device of this kind, where a Pallas kernel's lowering asks for one."""
     has_kernels = any(name.startswith("jax._src.pallas") for name in sys.modules)

@@ -21,6 +21,8 @@ from jaxckpt.targets.topology import devices_for
 
 # What is smaller lies on every device if nobody says where: step counters, keys, learning rates.
 _SMALL_BYTES = 1024
+# JAX's name of the host's memory from which devices read.
+HOST = "pinned_host"
 
 
 def mesh(
@@ -188,7 +190,8 @@ def place(specs: Sequence[Any], target: str | None) -> tuple[list[Any], int]:
     if number == 1:
         if target is None:
             return list(specs), 1
-        found = (jax.sharding.SingleDeviceSharding(devices_of(target)[0]),) * len(leaves)
+        device = devices_of(target)[0]
+        found = tuple(jax.sharding.SingleDeviceSharding(device, memory_kind=host_memory(x)) for x in leaves)
     else:
         found = tuple(_on_target(sharding, target) for sharding in found)
     placed = [
@@ -196,6 +199,12 @@ def place(specs: Sequence[Any], target: str | None) -> tuple[list[Any], int]:
         for x, s in zip(leaves, found, strict=True)
     ]
     return jax.tree.unflatten(tree, placed), number
+
+
+def host_memory(leaf: Any) -> str | None:
+    """The kind of the host's memory that an argument lives in; None where it lives on its device."""
+    kind = None if isinstance(leaf, Tracer) else getattr(getattr(leaf, "sharding", None), "memory_kind", None)
+    return kind if kind == HOST else None
 
 
 def _on_target(sharding: Any, target: str | None) -> Any:

@@ -58,6 +58,7 @@ class TpuCompiler(Compiler):
     stacking_passes = 1
     heads_wait_for_loops = True
     wants_identical_layers = True
+    host_memory = "pinned_host"
     facts = Tpu
     part = "tpu"
     nearest = "v5e"
@@ -118,7 +119,9 @@ class TpuCompiler(Compiler):
         """
         if total := getattr(stats, "total_allocation_bytes", 0):
             return total
-        return max(super().device_bytes(stats), getattr(stats, "peak_memory_in_bytes", 0))
+        # That peak has what is on the host in it.
+        peak = getattr(stats, "peak_memory_in_bytes", 0) - self.host_bytes(stats)
+        return max(super().device_bytes(stats), peak)
 
     def says_at_most(self, stats: Any) -> bool:
         """Where JAX does not tell the allocations, the bytes are a bound."""
