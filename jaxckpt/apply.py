@@ -17,17 +17,26 @@ from jaxckpt.program.interpret import outputs_of
 from jaxckpt.program.ir import Program
 
 
+# JAX's names of kinds of memory.
+_DEVICE_MEMORY, _HOST_MEMORY = "device", "pinned_host"
+# Set where what a plan sends to the host stays on the device: JAX cannot transpose such a copy, so what is
+# differentiated in reverse twice has none.
+ON_DEVICE = jax.make_user_context(False)
+
+
 @functools.lru_cache(maxsize=4096)
 def _policy(places: tuple[tuple[str, Place], ...]) -> Callable[..., bool]:
-    """A policy that saves values at their places, by name.
-
-    Raises:
-        ValueError: a place that no policy of JAX is known for.
-    """
-    if others := {place for _, place in places} - {Place.DEVICE}:
-        raise ValueError(f"no policy of jax.checkpoint saves at {others}")
+    """A policy that saves values at their places, by name."""
+    names = {place: [name for name, at in places if at is place] for place in Place}
     # JAX caches traces on the policy, and a new closure each time would defeat that.
-    return jax.checkpoint_policies.save_only_these_names(*(name for name, _ in places))
+    if not names[Place.HOST]:
+        return jax.checkpoint_policies.save_only_these_names(*names[Place.DEVICE])
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=names[Place.DEVICE],
+        names_which_can_be_offloaded=names[Place.HOST],
+        offload_src=_DEVICE_MEMORY,
+        offload_dst=_HOST_MEMORY,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +174,8 @@ class _Runner:
             body(inner)
             return [inner[v] for v in wanted]
 
+        if ON_DEVICE.value:
+            places = dict.fromkeys(places, Place.DEVICE)
         policy = _policy(tuple(places.items())) if places else None
         checkpointed = jax.checkpoint(inside, policy=policy, prevent_cse=self.prevent_cse or is_inner)
         env.update(zip(wanted, checkpointed(*(env[v] for v in reads)), strict=True))

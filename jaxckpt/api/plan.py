@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxckpt.api.arguments import check_argnums, check_flags, check_function, refuse_differentiated
+from jaxckpt.api.host import check_host_budget
 from jaxckpt.api.measure import measure
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.compilation.objective import Objective, objective
@@ -34,6 +35,7 @@ def plan(
     solver: Any = "auto",
     target: str | None = None,
     reserve: int | str = 0,
+    host_budget: int | str | None = None,
     verify: bool = True,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
@@ -55,6 +57,9 @@ def plan(
             `(problem, budget_bytes=...) -> Schedule`.
         target: a chip's name; None is the default backend.
         reserve: device bytes to leave for what lives outside the function, as a budget is written.
+        host_budget: bytes of the host's pinned memory that saved values may take on each device's behalf, written as a
+            budget, but no percentage; chips that share a host share its memory, so divide. None sends nothing there.
+            Where it says more than anything needs, that is no error.
         verify: compile the plan and measure it; otherwise it is predicted, and a margin is left.
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
@@ -73,8 +78,8 @@ def plan(
         so much less that the step is modelled to be 5 % faster.
 
     Raises:
-        BudgetError: a budget that cannot be read, neither or both of `budget` and `max_cost`, or a reserve without a
-            budget.
+        BudgetError: a budget that cannot be read, neither or both of `budget` and `max_cost`, a reserve without a
+            budget, or a host budget where the platform has no such memory.
         OptionError: a cost, a solver or a calibration that is none.
         InfeasibleBudgetError: no plan fits.
         NotDifferentiableError: nothing to differentiate, or a function that differentiates already.
@@ -110,6 +115,7 @@ def plan(
         profile,
         max_compiles=max_compiles,
         on_infeasible=on_infeasible,
+        host_budget=host_budget,
     )
     with described(target):
         traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
@@ -149,6 +155,7 @@ def make_request(
     *,
     max_compiles: int | None = None,
     on_infeasible: str = "raise",
+    host_budget: Any = None,
 ) -> Request:
     """Check the arguments that do not depend on the program.
 
@@ -174,6 +181,7 @@ def make_request(
     if max_cost is not None and reserve_bytes:
         raise BudgetError(f"reserve={reserve!r} is taken off a budget, and max_cost={max_cost!r} has none")
     return Request(
+        host_budget_bytes=check_host_budget(host_budget, target),
         budget=None if budget is None else parse_budget(budget),
         max_cost=max_cost,
         cost=cost,
@@ -219,7 +227,9 @@ def plan_program(program: Program, goal: Objective, request: Request, cache_dir:
 
 
 def _planned(program: Program, goal: Objective, request: Request, cache_dir: str | None) -> Plan:
-    analysis = find_analysis(program, goal, request.cost, request.solver, request.target, request.profile)
+    analysis = find_analysis(
+        program, goal, request.cost, request.solver, request.target, request.profile, request.host_budget_bytes
+    )
     made = build(search(analysis, request, cache_dir))
     if made.budget_bytes is not None and made.peak_bytes > made.budget_bytes:
         warn_infeasible(made.budget_bytes, made.peak_bytes)

@@ -15,8 +15,10 @@ def evaluate(equations: Iterable[Equation], env: dict[int, Any], names: dict[int
     Args:
         equations: in order.
         env: value number to value; what is made is added to it.
-        names: values to pass through `checkpoint_name`, under these names.
+        names: values to pass through `checkpoint_name`, under these names; those that are there already, first.
     """
+    for v in env.keys() & (names or {}):
+        env[v] = checkpoint_name(env[v], names[v])
     for eqn in equations:
         operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
         with _compat.source_context(eqn.source_info, eqn.name_stacks, eqn.ctx):

@@ -201,10 +201,14 @@ def place(specs: Sequence[Any], target: str | None) -> tuple[list[Any], int]:
     return jax.tree.unflatten(tree, placed), number
 
 
+def is_on_host(sharding: Any) -> bool:
+    """Whether an array with this sharding lives in the host's memory."""
+    return getattr(sharding, "memory_kind", None) == HOST
+
+
 def host_memory(leaf: Any) -> str | None:
     """The kind of the host's memory that an argument lives in; None where it lives on its device."""
-    kind = None if isinstance(leaf, Tracer) else getattr(getattr(leaf, "sharding", None), "memory_kind", None)
-    return kind if kind == HOST else None
+    return HOST if not isinstance(leaf, Tracer) and is_on_host(getattr(leaf, "sharding", None)) else None
 
 
 def _on_target(sharding: Any, target: str | None) -> Any:
