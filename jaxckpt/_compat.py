@@ -89,9 +89,11 @@ def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> 
 
 def num_linearized(value: Any) -> int:
     """In how many derivatives in reverse a value is a primal."""
-    found = 0
+    from jax._src.interpreters import ad as private_ad
+
+    found, kind = 0, getattr(private_ad, "LinearizeTracer", ())
     while isinstance(value, core.Tracer):
-        found += isinstance(value, ad.LinearizeTracer)
+        found += isinstance(value, kind)
         value = getattr(value, "primal", getattr(value, "val", None))
     return found
 

@@ -1,6 +1,7 @@
 """A schedule becomes a function: the program's blocks, run inside nested `jax.checkpoint` regions."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
 
+from jaxckpt.errors import JaxckptWarning
 from jaxckpt.kinds.base import KeptBlock, kind_named
 from jaxckpt.model.cut import Span, spans_at
 from jaxckpt.model.option import NOTHING_SAVED, Place, Save
@@ -16,12 +18,21 @@ from jaxckpt.model.tree import Tree
 from jaxckpt.program.interpret import outputs_of
 from jaxckpt.program.ir import Program
 
-
 # JAX's names of kinds of memory.
 _DEVICE_MEMORY, _HOST_MEMORY = "device", "pinned_host"
 # Set where what a plan sends to the host stays on the device: JAX cannot transpose such a copy, so what is
 # differentiated in reverse twice has none.
 ON_DEVICE = jax.make_user_context(False)
+
+
+@functools.cache
+def _warn_on_device() -> None:
+    warnings.warn(
+        "what a plan sends to the host stays on the device where it is differentiated in reverse twice, which JAX "
+        "cannot do with copies to the host",
+        JaxckptWarning,
+        3,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -174,7 +185,8 @@ class _Runner:
             body(inner)
             return [inner[v] for v in wanted]
 
-        if ON_DEVICE.value:
+        if ON_DEVICE.value and Place.HOST in places.values():
+            _warn_on_device()
             places = dict.fromkeys(places, Place.DEVICE)
         policy = _policy(tuple(places.items())) if places else None
         checkpointed = jax.checkpoint(inside, policy=policy, prevent_cse=self.prevent_cse or is_inner)

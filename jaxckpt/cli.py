@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--least", action="store_true", help="where nothing fits take the plan with the least bytes, with a warning"
     )
     _takes_checkpoints(plan)
+    _takes_host_budget(plan)
     plan.add_argument("--profile", action="store_true", help="compile each distinct block on its own first")
     plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
 
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument("--num-points", type=int, default=12, help="how many plans at most")
     curve.add_argument("--verify", action="store_true", help="compile every point and measure it")
     _takes_checkpoints(curve)
+    _takes_host_budget(curve)
     curve.add_argument("--plot", type=Path, help="draw it into this file, such as frontier.png")
 
     show = _command(commands, "show", _show, "print a plan from a file")
@@ -158,6 +160,12 @@ def _takes_checkpoints(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _takes_host_budget(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--host-budget", type=_number_or_text, help="bytes of the host's pinned memory that saved values may take"
+    )
+
+
 def _number_or_text(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
@@ -178,6 +186,7 @@ def _plan(options: argparse.Namespace) -> int:
         solver=options.solver,
         target=options.target,
         reserve=options.reserve,
+        host_budget=options.host_budget,
         verify=not options.no_verify,
         argnums=_argnums(options),
         has_aux=options.has_aux,
@@ -227,6 +236,7 @@ def _frontier(options: argparse.Namespace) -> int:
         cost=options.cost,
         target=options.target,
         num_points=options.num_points,
+        host_budget=options.host_budget,
         verify=options.verify,
         argnums=_argnums(options),
         has_aux=options.has_aux,

@@ -5,8 +5,9 @@ from typing import Any
 
 from jaxckpt.api.arguments import check_argnums, check_flags, check_function
 from jaxckpt.api.differentiated import see_differentiated
+from jaxckpt.api.host import check_host_budget
 from jaxckpt.api.plan import check_limits, warn_infeasible
-from jaxckpt.errors import BudgetError
+from jaxckpt.errors import BudgetError, InfeasibleBudgetError
 from jaxckpt.result.build import build_step
 from jaxckpt.result.fitted import Fitted
 from jaxckpt.search.budget_search import FAR
@@ -23,6 +24,7 @@ def fit(
     target: str | None = None,
     donate_argnums: int | Sequence[int] = (),
     solver: Any = "auto",
+    host_budget: int | str | None = None,
     keep_checkpoints: bool = True,
     max_compiles: int | None = None,
     on_infeasible: str = "raise",
@@ -41,6 +43,8 @@ def fit(
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
         solver: as in `plan`, for functions that are not decorated.
+        host_budget: as in `plan`, of the whole step: arguments that live in the host's pinned memory count, and are not
+            moved. The step is compiled with the options that its target needs for it.
         keep_checkpoints: as in `plan`, for functions that are not decorated.
         max_compiles: as in `plan`.
         on_infeasible: as in `plan`.
@@ -52,7 +56,7 @@ def fit(
         measured is remembered, as in `plan`, and saves compiles the next time.
 
     Raises:
-        BudgetError: a budget that cannot be read.
+        BudgetError: a budget that cannot be read, or a host budget where the platform has no such memory.
         OptionError: a cost or a solver that is none, or a step that differentiates nothing that can be seen.
         InfeasibleBudgetError: no choice of plans fits.
         ShardingError: arguments on several devices, of which one does not say where it lies.
@@ -77,7 +81,12 @@ def fit(
     check_limits(max_compiles, on_infeasible)
     see_differentiated()
     options = StepOptions(
-        cost=cost, target=target, solver=solver, keep_checkpoints=keep_checkpoints, donate_argnums=donate_argnums
+        cost=cost,
+        target=target,
+        solver=solver,
+        host_budget=check_host_budget(host_budget, target),
+        keep_checkpoints=keep_checkpoints,
+        donate_argnums=donate_argnums,
     )
     found = search_within(Step(step, args, options), wanted, max_compiles=max_compiles, on_infeasible=on_infeasible)
     return build_step(found)
@@ -111,7 +120,15 @@ def search_within(
     if budget_bytes <= reserve_bytes:
         raise BudgetError(f"reserve={reserve_bytes:,} leaves nothing of the budget")
     room = budget_bytes - reserve_bytes
-    found = search_step(whole, room, max_compiles=max_compiles, on_infeasible=on_infeasible)
+    try:
+        is_sending = whole.options.host_budget is not None
+        on_first = "raise" if is_sending else on_infeasible
+        found = search_step(whole, room, max_compiles=max_compiles, on_infeasible=on_first)
+    except InfeasibleBudgetError:
+        if not is_sending:
+            raise
+        # Compilers build some programs with more bytes where values are sent to the host.
+        found = search_step(whole.without_host(), room, max_compiles=max_compiles, on_infeasible=on_infeasible)
     if found.measurement.device_bytes > room:
         warn_infeasible(room, found.measurement.device_bytes)
     return found

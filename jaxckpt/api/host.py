@@ -4,8 +4,11 @@ from typing import Any
 
 import jax
 
+from jaxckpt import _compat
 from jaxckpt.errors import BudgetError
-from jaxckpt.targets.chip import device_label, find_target, is_here
+from jaxckpt.targets.chip import device_label, find_target, is_here, known_chips
+from jaxckpt.targets.compiler import Compiler
+from jaxckpt.targets.registry import own_compiler
 from jaxckpt.units import parse_bytes
 
 _POLICY = "save_and_offload_only_these_names"
@@ -37,7 +40,7 @@ def check_host_budget(host_budget: Any, target: str | None) -> int | None:
         )
     if not hasattr(jax.checkpoint_policies, _POLICY):
         raise BudgetError(
-            f"host_budget={host_budget!r}: this JAX, {jax.__version__}, has no jax.checkpoint_policies.{_POLICY}; "
+            f"host_budget={host_budget!r}: this JAX, {_compat.JAX_VERSION}, has no jax.checkpoint_policies.{_POLICY}; "
             "upgrade JAX or leave host_budget out"
         )
     if is_here(target):
@@ -49,3 +52,18 @@ def check_host_budget(host_budget: Any, target: str | None) -> int | None:
                 "leave host_budget out"
             )
     return size
+
+
+def offload_options(target: str | None) -> dict[str, Any]:
+    """Options of the compiler that programs need which send values to the host.
+
+    Args:
+        target: a chip's name, or the name of a backend as plans have it; None is the default backend.
+    """
+    return dict(_compiler(target).offload_options or {})
+
+
+def _compiler(target: str | None) -> Compiler:
+    name = (target or jax.default_backend()).partition(":")[0]
+    chip = known_chips().get(name)
+    return own_compiler(name) if chip is None else chip.compiler

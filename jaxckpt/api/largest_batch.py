@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxckpt.api.arguments import check_argnums, check_function
 from jaxckpt.api.differentiated import see_differentiated
+from jaxckpt.api.host import check_host_budget
 from jaxckpt.errors import BudgetError, OptionError
 from jaxckpt.result.build import build_step
 from jaxckpt.result.fitted import Fitted
@@ -33,6 +34,7 @@ def largest_batch(
     cost: str = "time",
     target: str | None = None,
     donate_argnums: int | Sequence[int] = (),
+    host_budget: int | str | None = None,
 ) -> Fitted:
     """Find the largest batch whose step fits the budget under some plan, and the cheapest plans for it.
 
@@ -47,6 +49,7 @@ def largest_batch(
         cost: what is minimised: "time" or "flops".
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
+        host_budget: as in `fit`.
 
     Returns:
         The fitted step, with `.batch`, and in `.next_bytes` what a batch larger by one takes at least.
@@ -78,7 +81,9 @@ def largest_batch(
         raise BudgetError(f"budget={budget!r} is a share of an unplanned peak, and every batch has another; give bytes")
 
     see_differentiated()
-    options = StepOptions(cost=cost, target=target, donate_argnums=donate_argnums)
+    options = StepOptions(
+        cost=cost, target=target, donate_argnums=donate_argnums, host_budget=check_host_budget(host_budget, target)
+    )
 
     def at(batch: int) -> Step:
         return Step(step, tuple(make_args(batch)), options)
@@ -113,6 +118,8 @@ class _Search:
         step = self.steps[batch] = self.steps.get(batch) or self.at(batch)
         for picks in step.least_picks(NUM_LEAST):
             size = step.measure(picks).device_bytes
+            if step.is_over_on_host(picks):
+                size = max(size, self.budget_bytes + 1)
             self.least[batch] = min(size, self.least.get(batch, size))
             if size <= self.budget_bytes or size > _FAR * self.budget_bytes:
                 break

@@ -1,6 +1,6 @@
 """What a traced program keeps in the host's memory.
 
-Compilers for chips with memory of their own say it themselves. The one for CPU has but one memory and leaves no trace of
+Compilers for chips with memory of their own say it themselves. That for CPU has but one memory and leaves no trace of
 the host in its programs, so there it is counted in the program that JAX traced.
 """
 

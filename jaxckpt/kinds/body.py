@@ -84,7 +84,7 @@ class Body:
             yield from self._iterations(blocks, schedules)
 
     def read_carries(self, iteration: Iteration) -> list[int]:
-        """Inputs of the body that its backward reads under a plan of it as one block, and that are no stacks already."""
+        """Inputs of the body, no stacks already, that its backward reads under a plan of it as one block."""
         (node,) = iteration.tree.schedule.nodes
         (span,), (block,) = self.whole.spans, self.whole.blocks
         unread = block.options[node.option].unread_inputs if isinstance(node, Keep) else ()

@@ -80,9 +80,7 @@ def _sending(body: Body, iteration: Iteration, analyser: Analyser) -> Iterator[I
     for sent in sorted({*sets, frozenset(fitting)} - {frozenset()}, key=sorted):
         num_bytes = sum(map(size, sent))
         held_bytes = body.whole.layouts.held_bytes
-        kept = SavedValues(
-            tuple(v for v in save.values if v not in sent), tuple(v for v in large if v in sent)
-        )
+        kept = SavedValues(tuple(v for v in save.values if v not in sent), tuple(v for v in large if v in sent))
         yield replace(
             iteration,
             tree=replace(iteration.tree, saved=(kept,)),

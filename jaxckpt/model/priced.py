@@ -1,8 +1,8 @@
 """The problem where bytes on the host have a price: the dual of the host's memory and of the links to it.
 
-What a schedule holds on the host is one sum, and what its links carry is another row each way. Their dual is a price of
-each byte, so that a solver of bytes against time needs no third axis: it is asked at prices from nothing to so high that
-nothing is sent, and what it finds is judged in the problem without them.
+What a schedule holds on the host is one sum, and what its links carry is another row each way. Their dual is a price
+of each byte, so that a solver of bytes against time needs no third axis: it is asked at prices from nothing to so high
+that nothing is sent, and what it finds is judged in the problem without them.
 """
 
 import math

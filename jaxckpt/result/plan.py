@@ -14,7 +14,7 @@ import networkx as nx
 from ckptsolvers import Keep, Schedule
 
 from jaxckpt import _compat
-from jaxckpt.apply import planned
+from jaxckpt.apply import ON_DEVICE, planned
 from jaxckpt.compilation.files import check_digest, read_object, with_digest, write_text
 from jaxckpt.compilation.records import Signed, check_record, record_of
 from jaxckpt.errors import PlanFileError, PlanMismatchError
@@ -203,7 +203,9 @@ class Plan:
             if self.schedule is None and self.keeps_checkpoints:
                 return fun(*args, **kwargs)
             dynamic = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
-            results = self._planned(traced.program)(*traced.consts, *dynamic)
+            is_twice = max(map(_compat.num_linearized, dynamic), default=0) > 1
+            with ON_DEVICE(is_twice):
+                results = self._planned(traced.program)(*traced.consts, *dynamic)
             return call.finish(jax.tree.unflatten(traced.out_tree, results))
 
         return with_plan

@@ -19,7 +19,7 @@ from jaxckpt.search.step import Key, Runner
 from jaxckpt.units import show_bytes
 
 _FORMAT = "jaxckpt step"
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

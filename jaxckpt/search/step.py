@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -23,7 +23,8 @@ from jaxckpt.program.objects import call_unchanged
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.candidates import check_solver
 from jaxckpt.search.shared_budget import Picks
-from jaxckpt.targets.sharding import local_bytes, step_split
+from jaxckpt.targets.chip import find_target
+from jaxckpt.targets.sharding import is_on_host, local_bytes, step_split
 
 # What differentiated functions ask while a step is traced; jit traces again when it changes.
 FITTING = jax.make_user_context(None)
@@ -142,6 +143,7 @@ class StepOptions:
         target: a chip's name; None is the default backend.
         solver: of functions that are not decorated, as in `plan`.
         keep_checkpoints: of functions that are not decorated, as in `auto_remat`.
+        host_budget: bytes of the host that saved values may take, on each device's behalf; None sends none there.
         donate_argnums: as in `jax.jit`.
         jit: what else it is compiled with, keywords of `jax.jit`.
     """
@@ -150,6 +152,7 @@ class StepOptions:
     target: str | None = None
     solver: Any = "auto"
     keep_checkpoints: bool = True
+    host_budget: int | None = None
     donate_argnums: int | Sequence[int] = ()
     jit: Mapping[str, Any] = field(default_factory=dict)
 
@@ -169,7 +172,7 @@ class Step:
     def __init__(self, fun: Callable, args: Sequence[Any], options: StepOptions):
         check_cost(options.cost)
         check_solver(options.solver)
-        self._given, self.options = fun, options
+        self._given, self._given_args, self.options = fun, args, options
         self.target, self.donate_argnums = options.target, options.donate_argnums
         self.fun, self.args = self._pure(tuple(args)).positional
         self.free = Choice(
@@ -197,7 +200,40 @@ class Step:
         return {key: a for key, a in found.items() if self.free.functions[key].is_decorated or held[key] >= least}
 
     def _analysis(self, program: Program, goal: Objective, solver: Any, split: int) -> Analysis:
-        return Analysis(program, goal, self.options.cost, solver, self.target, split)
+        options = self.options
+        return Analysis(program, goal, options.cost, solver, self.target, split, host_budget=self.host_room)
+
+    @property
+    def host_room(self) -> int | None:
+        """Of the host's budget, what arguments leave that live there."""
+        most = self.options.host_budget
+        return None if most is None else max(0, most - self.host_state_bytes)
+
+    @property
+    def host_state_bytes(self) -> int:
+        """Arguments that live on the host, on each device's behalf."""
+        leaves = ((x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
+        return sum(local_bytes(x, sharding) for x, sharding in leaves if is_on_host(sharding))
+
+    def without_host(self) -> "Step":
+        """The same step, which sends nothing to the host."""
+        return Step(self._given, self._given_args, replace(self.options, host_budget=None))
+
+    def is_sending(self, picks: Picks) -> bool:
+        """Whether a function sends something to the host."""
+        chosen = (row[i] for row, i in zip(self.options_of, picks, strict=True))
+        return any(c is not None and c.judgement.host_bytes for c in chosen)
+
+    def is_over_on_host(self, picks: Picks) -> bool:
+        """Whether picks that were measured take more of the host than they may."""
+        most = self.options.host_budget
+        return most is not None and self.measure(picks).host_bytes > most
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """What it is compiled with beside what users say: all of it alike, whether values are sent or not."""
+        sending = self.options.host_budget is not None
+        return dict(find_target(self.target).compiler.offload_options or {}) if sending else {}
 
     @functools.cached_property
     def keys(self) -> list[Key]:
@@ -251,7 +287,8 @@ class Step:
     def state_bytes(self) -> int:
         """Arguments and results on each device, from their shapes: what no plan changes."""
         donated = donated_leaves(self.args, self.donate_argnums)
-        read = sum(local_bytes(x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
+        leaves = ((x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
+        read = sum(local_bytes(x, sharding) for x, sharding in leaves if not is_on_host(sharding))
         # A result takes the buffer of a donated argument that is like it.
         made = Counter(map(_spec, jax.tree.leaves(self.results))) - Counter(map(_spec, donated))
         return read + sum(count * -(-size_bytes(spec) // self.free.split) for spec, count in made.items())
@@ -284,9 +321,10 @@ class Step:
         """Compile the step; each choice is compiled once."""
         if picks not in self.measured:
             fun = under(self.choice(picks), self.fun)
-            self.measured[picks] = compiled_bytes(
-                fun, self.args, self.target, self.donate_argnums, jit_options=self.options.jit
-            )
+            given = dict(self.options.jit)
+            options = {**self.compiler_options, **(given.pop("compiler_options", None) or {})}
+            given |= {"compiler_options": options} if options else {}
+            self.measured[picks] = compiled_bytes(fun, self.args, self.target, self.donate_argnums, jit_options=given)
         return self.measured[picks]
 
     def cost(self, picks: Picks) -> float:
@@ -307,7 +345,7 @@ class Step:
             self._check(args)
             return planned(*args)
 
-        options = _compat.here_options() or None
+        options = {**_compat.here_options(), **self.compiler_options} or None
         jitted = jax.jit(fitted, donate_argnums=self.donate_argnums, compiler_options=options)
         if self.fun is self._given:
             return jitted

@@ -260,7 +260,13 @@ def _check_block(k: int, block: Block, num_outputs: int, num_inputs: int) -> Non
     for o, option in _numbered(block):
         check_numbers(
             f"blocks[{k}].options[{o}]",
-            *(option.saved_bytes, option.recompute_time, option.backward_peak_bytes, option.last_forward_peak_bytes, option.host_bytes),
+            *(
+                option.saved_bytes,
+                option.recompute_time,
+                option.backward_peak_bytes,
+                option.last_forward_peak_bytes,
+                option.host_bytes,
+            ),
         )
         if any(not 0 <= p < num_outputs for p in option.saved_outputs):
             raise InvalidProblemError(f"blocks[{k}].options[{o}].saved_outputs={option.saved_outputs} names no output")
