@@ -87,15 +87,17 @@ def source_context(source_info: Any, name_stacks: tuple[Any, ...], ctx: Any) -> 
         yield
 
 
-def num_linearized(value: Any) -> int:
-    """In how many derivatives in reverse a value is a primal."""
+def num_reverse(values: Any) -> int:
+    """In how many derivatives in reverse some of these values are primals."""
     from jax._src.interpreters import ad as private_ad
 
-    found, kind = 0, getattr(private_ad, "LinearizeTracer", ())
-    while isinstance(value, core.Tracer):
-        found += isinstance(value, kind)
-        value = getattr(value, "primal", getattr(value, "val", None))
-    return found
+    kind, found = getattr(private_ad, "LinearizeTracer", ()), set()
+    for value in values:
+        while isinstance(value, core.Tracer):
+            if isinstance(value, kind):
+                found.add(id(value._trace))
+            value = getattr(value, "primal", getattr(value, "val", None))
+    return len(found)
 
 
 def described_device(kind: str, platform: str) -> contextlib.AbstractContextManager:

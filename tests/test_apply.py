@@ -13,7 +13,6 @@ from helpers import CASES, analysed, analysis_of, assert_close, count, jit, name
 from zoo import gpt, models
 from zoo.models import MODELS
 
-from jaxckpt.apply import _policy
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.flops import gradient_cost
 from jaxckpt.program.interpret import run
@@ -172,8 +171,3 @@ def test_a_result_that_is_also_used_inside_is_returned():
         wanted = jit(s.objective.differentiated(unplanned(s)))(*leaves)
         got = jit(s.objective.differentiated(planned(s, s.candidates[0])))(*leaves)
     assert_close(got, wanted, 1e-10)
-
-
-def test_a_place_without_a_policy_is_refused():
-    with pytest.raises(ValueError, match=r"no policy of jax\.checkpoint saves at .*host"):
-        _policy((("x", "host"),))

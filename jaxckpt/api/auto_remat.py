@@ -386,7 +386,7 @@ def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: Call
     _warn_if_mapped(call, primals)
     active = tuple(i for i, nonzero in enumerate(nonzeros) if nonzero)
 
-    is_twice = any(map(_compat.num_linearized, primals))
+    is_twice = _compat.num_reverse(primals) > 0
     with ON_DEVICE(is_twice):
         params = call.remembered((active, is_twice), lambda: _under_jit(call.program, call.planned(active)))
     with _compat.named_errors(functools.partial(_differentiated, call, active), *primals):

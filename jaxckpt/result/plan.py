@@ -203,7 +203,7 @@ class Plan:
             if self.schedule is None and self.keeps_checkpoints:
                 return fun(*args, **kwargs)
             dynamic = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
-            is_twice = max(map(_compat.num_linearized, dynamic), default=0) > 1
+            is_twice = _compat.num_reverse([*traced.consts, *dynamic]) > 1
             with ON_DEVICE(is_twice):
                 results = self._planned(traced.program)(*traced.consts, *dynamic)
             return call.finish(jax.tree.unflatten(traced.out_tree, results))
