@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt.errors import JaxckptWarning
 from jaxckpt.kinds.base import KeptBlock, kind_named
@@ -71,7 +72,7 @@ class Application:
             is_body: the program is a loop's body, whose forward and backward are loops of their own.
         """
         spans = spans_at(program, tree.blocks)
-        return self.planned(program, spans, tree.schedule, tree.saved, prefix, is_body=is_body)
+        return self.planned(program, spans, tree.schedule, tree.saved, prefix, is_body=is_body, host=tree.host)
 
     def planned(
         self,
@@ -82,9 +83,10 @@ class Application:
         prefix: str,
         *,
         is_body: bool = False,
+        host: Sequence[int] = (),
     ) -> Callable[..., list[Any]]:
         """The same for blocks that are there already, `[n]` spans and what each of them saves."""
-        runner = _Runner(program, spans, saved, prefix, self, is_body)
+        runner = _Runner(program, spans, saved, prefix, self, is_body, host)
 
         def fun(*inputs: Any) -> list[Any]:
             env = dict(zip(program.inputs, inputs, strict=True))
@@ -128,7 +130,10 @@ class _Runner:
         prefix: str,
         applier: Application,
         is_body: bool,
+        host: Sequence[int] = (),
     ):
+        # Of inputs those that one region around everything reads from the host.
+        self.host = {v: f"{prefix}.input.{i}" for i, v in enumerate(host)}
         self.spans, self.saved, self.prefix, self.applier = spans, saved, prefix, applier
         # In a loop's body, nothing of an outermost region's recomputation can be merged with its first run.
         self.prevent_cse = not is_body
@@ -182,9 +187,13 @@ class _Runner:
 
         def inside(*inputs: Any) -> list[Any]:
             inner = dict(zip(reads, inputs, strict=True))
+            # A name counts where it is one of the region's own values, so inputs are named inside.
+            inner |= {v: checkpoint_name(inner[v], name) for v, name in named.items()}
             body(inner)
             return [inner[v] for v in wanted]
 
+        named = {} if is_inner else {v: name for v, name in self.host.items() if v in reads}
+        places = {**places, **dict.fromkeys(named.values(), Place.HOST)}
         if ON_DEVICE.value and Place.HOST in places.values():
             _warn_on_device()
             places = dict.fromkeys(places, Place.DEVICE)

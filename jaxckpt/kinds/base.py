@@ -329,6 +329,7 @@ def tree_to_json(tree: Tree) -> dict[str, Any]:
         "blocks": tree.blocks,
         "schedule": tree.schedule.to_json(),
         "saved": [save_to_json(save) for save in tree.saved],
+        **({"host": list(tree.host)} if tree.host else {}),
     }
 
 
@@ -342,6 +343,7 @@ def tree_from_json(data: dict[str, Any]) -> Tree:
         blocks=blocks_from_json(data["blocks"]),
         schedule=Schedule.from_json(data["schedule"]),
         saved=tuple(map(save_from_json, data["saved"])),
+        host=tuple(data.get("host") or ()),
     )
     check_cover(tree.schedule, len(tree.blocks))
     return tree
@@ -357,6 +359,8 @@ def describe_tree(tree: Tree) -> str:
     parts = [f"saves {named} value{'s' * (named != 1)} by name"] if named else []
     if on_host := sum(len(save.host_values) for save in tree.saved):
         parts.append(f"{on_host} of them on the host")
+    if tree.host:
+        parts.append(f"holds {len(tree.host)} input{'s' * (len(tree.host) != 1)} on the host")
     if num_left == len(tree.saved):
         parts.append("is left to JAX")
     elif num_left:

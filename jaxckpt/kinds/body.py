@@ -84,9 +84,10 @@ class Body:
             yield from self._iterations(blocks, schedules)
 
     def read_carries(self, iteration: Iteration) -> list[int]:
-        """Inputs of the body, no stacks already, that its backward reads under a plan of it as one block."""
-        (node,) = iteration.tree.schedule.nodes
+        """Inputs of the body, no stacks already, that its backward reads under a plan of it as a whole."""
         (span,), (block,) = self.whole.spans, self.whole.blocks
+        (node,) = iteration.tree.schedule.nodes
+        # Where the body is recomputed in parts, so is all that leads to what they read.
         unread = block.options[node.option].unread_inputs if isinstance(node, Keep) else ()
         free = {*self.loop.consts, *self.loop.slices}
         return [v for i, v in enumerate(span.inputs) if i not in unread and v not in free]

@@ -24,7 +24,8 @@ _MAX_SENT = 8
 def offloaded(body: Body, iterations: Sequence[Iteration], analyser: Analyser) -> list[Iteration]:
     """Plans of an iteration with some of what it holds on the host.
 
-    They are of bodies that run inside one checkpoint: there it is known of each value that nothing else holds it.
+    They are of bodies inside one checkpoint, which saves values or recomputes in parts: there it is known of each value
+    that nothing else holds it.
 
     Args:
         body: the loop's.
@@ -62,11 +63,12 @@ def divisions(length: int, plans: Sequence[Iteration], sending: Sequence[Iterati
 
 def _sending(body: Body, iteration: Iteration, analyser: Analyser) -> Iterator[Iteration]:
     """A plan with its largest values on the host: one, two, and so on, and as many as the link moves in time."""
-    saves = iteration.tree.saved
-    if len(saves) != 1 or iteration.is_wrapped or not isinstance(saves[0], SavedValues):
+    saves, avals = iteration.tree.saved, body.loop.body.avals
+    is_one = len(saves) == 1 and not iteration.is_wrapped and isinstance(saves[0], SavedValues)
+    if not (is_one or iteration.is_wrapped):
         return
-    save, avals = saves[0], body.loop.body.avals
-    held = [v for v in (*save.values, *body.read_carries(iteration)) if can_be_saved(avals[v])]
+    values = saves[0].named_values if is_one else ()
+    held = [v for v in (*values, *body.read_carries(iteration)) if can_be_saved(avals[v])]
     size = lambda v: size_bytes(avals[v])  # noqa: E731
     large = sorted((v for v in held if size(v) >= analyser.target.compiler.least_offload_bytes), key=lambda v: -size(v))
     large = large[:_MAX_SENT]
@@ -80,10 +82,12 @@ def _sending(body: Body, iteration: Iteration, analyser: Analyser) -> Iterator[I
     for sent in sorted({*sets, frozenset(fitting)} - {frozenset()}, key=sorted):
         num_bytes = sum(map(size, sent))
         held_bytes = body.whole.layouts.held_bytes
-        kept = SavedValues(tuple(v for v in save.values if v not in sent), tuple(v for v in large if v in sent))
+        host = tuple(v for v in large if v in sent)
+        kept = SavedValues(tuple(v for v in values if v not in sent), host)
+        tree = replace(iteration.tree, saved=(kept,)) if is_one else replace(iteration.tree, host=host)
         yield replace(
             iteration,
-            tree=replace(iteration.tree, saved=(kept,)),
+            tree=tree,
             stacked_bytes=iteration.stacked_bytes - sum(map(held_bytes, sent)),
             host_bytes=num_bytes,
             idle=_idle(body, iteration, analyser, num_bytes),

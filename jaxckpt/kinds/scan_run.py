@@ -54,7 +54,7 @@ class LoopPlan(Save):
     @property
     def is_on_host(self) -> bool:
         """Whether an iteration sends something to the host."""
-        return any(save.is_on_host for part in self.parts for save in part.body.saved)
+        return any(part.body.is_on_host for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
