@@ -74,7 +74,7 @@ def test_a_plan_that_changes_nothing_comes_back_too(tmp_path):
 
 def test_json_has_the_attributes_names(plan, path):
     data = json.loads(path.read_text())
-    assert data["format"] == "jaxckpt plan" and data["schema"] == 6
+    assert data["format"] == "jaxckpt plan" and data["schema"] == 7
     wanted = (
         "budget_bytes unplanned_peak_bytes predicted_peak_bytes measured_peak_bytes least_peak_bytes forward_flops "
         "recompute_flops saved schedule solver target fingerprint"
