@@ -15,7 +15,7 @@ from jaxckpt.kinds.scan_divisions import Part, mixes
 from jaxckpt.model.option import SavedValues
 from jaxckpt.model.pareto import pareto
 from jaxckpt.model.time import count_flops
-from jaxckpt.program.ir import can_be_saved, size_bytes
+from jaxckpt.program.ir import can_be_saved
 
 # Values of one iteration that may be sent; more are no help where each is a small part of them all.
 _MAX_SENT = 8
@@ -69,7 +69,7 @@ def _sending(body: Body, iteration: Iteration, analyser: Analyser) -> Iterator[I
         return
     values = saves[0].named_values if is_one else ()
     held = [v for v in (*values, *body.read_carries(iteration)) if can_be_saved(avals[v])]
-    size = lambda v: size_bytes(avals[v])  # noqa: E731
+    size = lambda v: analyser.target.compiler.sent_bytes(avals[v])  # noqa: E731
     large = sorted((v for v in held if size(v) >= analyser.target.compiler.least_offload_bytes), key=lambda v: -size(v))
     large = large[:_MAX_SENT]
     sets = {frozenset(large[: i + 1]) for i in range(len(large))}

@@ -14,7 +14,9 @@ from ckptsolvers import Option, Problem
 # An option that no budget has room for; sums of a million such still fit in 64 bits.
 _NO_ROOM = 2**40
 # Prices between the lowest at which a byte matters and the highest at which one is sent.
-_NUM_PRICES, _RATIO = 6, 4
+_NUM_PRICES, _RATIO = 8, 2
+# A price has no answer between two sums of few pieces, so the first of so many blocks that may send are tried alone.
+_MAX_PREFIXES = 4
 
 
 def on_device(problem: Problem) -> Problem:
@@ -22,7 +24,7 @@ def on_device(problem: Problem) -> Problem:
     return _with_options(problem, lambda option: _never(option) if option.host_bytes else option)
 
 
-def priced(problem: Problem, host_budget: int) -> Iterator[Problem]:
+def priced(problem: Problem, host_budget: int) -> list[Problem]:
     """The problem at one price after another, the first one nothing.
 
     Args:
@@ -31,11 +33,27 @@ def priced(problem: Problem, host_budget: int) -> Iterator[Problem]:
     """
     sent = [o.host_bytes for block in problem.blocks for o in block.options if 0 < o.host_bytes <= host_budget]
     if not sent:
-        return
+        return []
     # At the highest one the least that may be sent costs what all blocks take.
     highest = max(1, problem.forward_time) / min(sent)
-    for price in (0.0, *(highest / _RATIO**i for i in reversed(range(_NUM_PRICES)))):
-        yield _with_options(problem, lambda option, price=price: _at(option, price, host_budget))
+    prices = (0.0, *(highest / _RATIO**i for i in reversed(range(_NUM_PRICES))))
+    return [_with_options(problem, lambda option, price=price: _at(option, price, host_budget)) for price in prices]
+
+
+def first_senders(problem: Problem, host_budget: int) -> Iterator[Problem]:
+    """The problem where none but the first one, two, three ... of its blocks send values to the host."""
+    senders = [k for k, block in enumerate(problem.blocks) if any(option.host_bytes for option in block.options)]
+    for last in senders[:-1][:_MAX_PREFIXES]:
+        blocks = [
+            replace(
+                block,
+                options=tuple(
+                    _at(o, 0.0, host_budget) if k <= last or not o.host_bytes else _never(o) for o in block.options
+                ),
+            )
+            for k, block in enumerate(problem.blocks)
+        ]
+        yield replace(problem, blocks=tuple(blocks))
 
 
 def _at(option: Option, price: float, host_budget: int) -> Option:

@@ -12,7 +12,7 @@ from ckptsolvers.solve import SOLVERS as by_name
 
 from jaxckpt.errors import OptionError
 from jaxckpt.model.option import NO_ROOM
-from jaxckpt.model.priced import on_device, priced
+from jaxckpt.model.priced import first_senders, on_device, priced
 from jaxckpt.model.schedules import FEW_BLOCKS, Candidate, chain_schedules, keep_all, spread_out
 
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
@@ -118,12 +118,17 @@ def _with_judgements(problem: Problem, schedules: Iterable[Schedule], *, is_iden
 def _sending(problem: Problem, host_budget: int) -> list[Candidate]:
     """Candidates that send values to the host, no more than it has room for, at prices of its bytes."""
     found: dict[str, Candidate] = {}
-    for given in priced(problem, host_budget):
+
+    def is_within(given: Problem) -> bool:
         schedules = chain_schedules(given, is_fine=problem.num_blocks <= FEW_BLOCKS)
         judged = _with_judgements(problem, schedules)
-        found |= {c.digest: c for c in judged if 0 < c.judgement.host_bytes <= host_budget}
-        if all(c.judgement.host_bytes <= host_budget for c in judged):
-            break  # at a higher price less is sent
+        found.update({c.digest: c for c in judged if 0 < c.judgement.host_bytes <= host_budget})
+        return all(c.judgement.host_bytes <= host_budget for c in judged)
+
+    free, *others = priced(problem, host_budget) or [None]
+    if free is not None and not is_within(free):
+        next(filter(is_within, others), None)  # at a higher price less is sent
+        list(map(is_within, first_senders(problem, host_budget)))
     return list(found.values())
 
 

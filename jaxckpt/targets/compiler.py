@@ -179,6 +179,14 @@ class Compiler:
         size = lambda name: getattr(stats, f"host_{name}_size_in_bytes", 0)  # noqa: E731
         return size("argument") + size("output") - size("alias") + size("temp")
 
+    def sent_bytes(self, aval: Any) -> int:
+        """Bytes of a value on the host; by default what its dtype says.
+
+        Args:
+            aval: its shape and dtype.
+        """
+        return size_bytes(aval)
+
     def says_at_most(self, stats: Any) -> bool:
         """Whether `device_bytes` may be more than the program takes; by default it is what the program takes.
 

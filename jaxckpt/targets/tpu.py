@@ -27,7 +27,7 @@ from jaxckpt.targets.compiler import Chip, Compiler
 from jaxckpt.targets.describe import described_devices
 from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
 
-_LANES = 128
+_LANES, _SUBLANES = 128, 8
 _DEFAULT_PRECISIONS = (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
 # Their operands and results of one rank are laid out alike.
 _KEEPS_LAYOUT = primitives.FUSIBLE | primitives.IMAGES
@@ -122,6 +122,14 @@ class TpuCompiler(Compiler):
         # That peak has what is on the host in it.
         peak = getattr(stats, "peak_memory_in_bytes", 0) - self.host_bytes(stats)
         return max(super().device_bytes(stats), peak)
+
+    def sent_bytes(self, aval: Any) -> int:
+        """Bytes of a value on the host, which is in tiles there too, and never rounded to bfloat16."""
+        if len(aval.shape) < 2 or not math.prod(aval.shape):
+            return size_bytes(aval)
+        *_, rows, lanes = aval.shape
+        tiled = math.ceil(rows / _SUBLANES) * _SUBLANES * math.ceil(lanes / _LANES) * _LANES
+        return size_bytes(aval) // (rows * lanes) * tiled
 
     def says_at_most(self, stats: Any) -> bool:
         """Where JAX does not tell the allocations, the bytes are a bound."""
