@@ -135,6 +135,19 @@ def within_stack(elements: tuple[Any, ...]) -> contextlib.AbstractContextManager
     return source_info_util.set_name_stack(source_info_util.current_name_stack() + stack_of(elements))
 
 
+def num_reverse(values: Any) -> int:
+    """In how many derivatives in reverse some of these values are primals."""
+    from jax._src.interpreters import ad as private_ad
+
+    kind, found = getattr(private_ad, "LinearizeTracer", ()), set()
+    for value in values:
+        while isinstance(value, core.Tracer):
+            if isinstance(value, kind):
+                found.add(id(value._trace))
+            value = getattr(value, "primal", getattr(value, "val", None))
+    return len(found)
+
+
 def described_device(kind: str, platform: str) -> contextlib.AbstractContextManager:
     """Inside, what is traced is lowered for a device of this kind, where a Pallas kernel's lowering asks for one."""
     has_kernels = any(name.startswith("jax._src.pallas") for name in sys.modules)

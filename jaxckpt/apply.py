@@ -1,6 +1,7 @@
 """A schedule becomes a function: the program's blocks, run inside nested `jax.checkpoint` regions."""
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from typing import Any
 import jax
 from ckptsolvers import Keep, Schedule
 from ckptsolvers.schedule import Node
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt import _compat
+from jaxckpt.errors import JaxckptWarning
 from jaxckpt.kinds.base import KeptBlock, kind_named
 from jaxckpt.model.cut import Span, spans_at
 from jaxckpt.model.likeness import Likeness, Scopes, WithoutScopes
@@ -19,18 +22,36 @@ from jaxckpt.model.tree import Tree
 from jaxckpt.program.interpret import outputs_of
 from jaxckpt.program.ir import Program
 
+# JAX's names of kinds of memory.
+_DEVICE_MEMORY, _HOST_MEMORY = "device", "pinned_host"
+# Set where what a plan sends to the host stays on the device: JAX cannot transpose such a copy, so what is
+# differentiated in reverse twice has none.
+ON_DEVICE = jax.make_user_context(False)
+
+
+@functools.cache
+def _warn_on_device() -> None:
+    warnings.warn(
+        "what a plan sends to the host stays on the device where it is differentiated in reverse twice, which JAX "
+        "cannot do with copies to the host",
+        JaxckptWarning,
+        3,
+    )
+
 
 @functools.lru_cache(maxsize=4096)
 def _policy(places: tuple[tuple[str, Place], ...]) -> Callable[..., bool]:
-    """A policy that saves values at their places, by name.
-
-    Raises:
-        ValueError: a place that no policy of JAX is known for.
-    """
-    if others := {place for _, place in places} - {Place.DEVICE}:
-        raise ValueError(f"no policy of jax.checkpoint saves at {others}")
+    """A policy that saves values at their places, by name."""
+    names = {place: [name for name, at in places if at is place] for place in Place}
     # JAX caches traces on the policy, and a new closure each time would defeat that.
-    return jax.checkpoint_policies.save_only_these_names(*(name for name, _ in places))
+    if not names[Place.HOST]:
+        return jax.checkpoint_policies.save_only_these_names(*names[Place.DEVICE])
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=names[Place.DEVICE],
+        names_which_can_be_offloaded=names[Place.HOST],
+        offload_src=_DEVICE_MEMORY,
+        offload_dst=_HOST_MEMORY,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +68,7 @@ class Application:
             is_body: the program is a loop's body, whose forward and backward are loops of their own.
         """
         spans = spans_at(program, tree.blocks)
-        return self.planned(program, spans, tree.schedule, tree.saved, prefix, is_body=is_body)
+        return self.planned(program, spans, tree.schedule, tree.saved, prefix, is_body=is_body, host=tree.host)
 
     def planned(
         self,
@@ -58,9 +79,10 @@ class Application:
         prefix: str,
         *,
         is_body: bool = False,
+        host: Sequence[int] = (),
     ) -> Callable[..., list[Any]]:
         """The same for blocks that are there already, `[n]` spans and what each of them saves."""
-        runner = _Runner(program, spans, saved, prefix, self, is_body)
+        runner = _Runner(program, spans, saved, prefix, self, is_body, host)
 
         def fun(*inputs: Any) -> list[Any]:
             env = dict(zip(program.inputs, inputs, strict=True))
@@ -108,7 +130,10 @@ class _Runner:
         prefix: str,
         applier: Application,
         is_body: bool,
+        host: Sequence[int] = (),
     ):
+        # Of inputs those that one region around everything reads from the host.
+        self.host = frozenset(host)
         self.spans, self.saved, self.prefix, self.applier = spans, saved, prefix, applier
         # In a loop's body, nothing of an outermost region's recomputation can be merged with its first run.
         self.prevent_cse = not is_body
@@ -180,11 +205,24 @@ class _Runner:
             body: adds what the blocks make to a dict of values.
             places: where values are saved, by name.
         """
+        reads, _ = self._ends(node)
+        # By position, so that equal regions name equal inputs alike.
+        named = {} if is_inner else {i: f"{self.prefix}.input.{i}" for i, v in enumerate(reads) if v in self.host}
+        places = {**places, **dict.fromkeys(named.values(), Place.HOST)}
+        if ON_DEVICE.value and Place.HOST in places.values():
+            _warn_on_device()
+            places = dict.fromkeys(places, Place.DEVICE)
+
+        def with_names(inner: dict[int, Any]) -> None:
+            # A name counts where it is one of the region's own values, so inputs are named inside.
+            inner |= {reads[i]: checkpoint_name(inner[reads[i]], name) for i, name in named.items()}
+            body(inner)
+
         saved = tuple(places.items())
         prevent_cse = self.prevent_cse or is_inner
         policy = _policy(saved) if places else None
         checkpointed = functools.partial(jax.checkpoint, policy=policy, prevent_cse=prevent_cse)
-        self._call(node, env, depth, checkpointed, (saved, prevent_cse), body)
+        self._call(node, env, depth, checkpointed, (saved, prevent_cse, tuple(named)), with_names)
 
     def _call(
         self,
@@ -206,7 +244,7 @@ class _Runner:
             body: adds what the blocks make to a dict of values.
         """
         reads, wanted = self._ends(node)
-        key = how, self._key(node, depth)
+        key = how, ON_DEVICE.value, self._key(node, depth)
         fun = self.functions.get(key)
         if fun is None:
 

@@ -19,10 +19,12 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
 from jaxckpt.api.arguments import check_flags, check_function
+from jaxckpt.api.host import offload_options
 from jaxckpt.api.kept import kept_or_made, plan_key
 from jaxckpt.api.plan import make_request, plan_program
 from jaxckpt.api.processes import Exchange, agreed
 from jaxckpt.api.switch import is_disabled
+from jaxckpt.apply import ON_DEVICE
 from jaxckpt.compilation.objective import Objective, input_specs, output_objective
 from jaxckpt.errors import JaxckptWarning, NotDifferentiableError
 from jaxckpt.program.dataflow import dependent_values
@@ -52,6 +54,7 @@ def auto_remat(
     solver: Any = "auto",
     target: str | None = None,
     reserve: int | str = 0,
+    host_budget: int | str | None = None,
     verify: bool = True,
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
@@ -75,6 +78,8 @@ def auto_remat(
         solver: as in `plan`.
         target: a chip's name; None is the default backend.
         reserve: device bytes to leave for what lives outside the function, such as optimizer state.
+        host_budget: as in `plan`. On GPUs, compile with `compiler_options=jaxckpt.compiler_options(plan)`, as `jit` and
+            `fit` do by themselves; a warning says so where it may be needed.
         verify: compile the plan and measure it before it is used.
         static_argnums: positional arguments to treat as static. As in `jax.jit`, their names are read off the
             function's signature where no names are given, so that they may be passed by name.
@@ -92,7 +97,7 @@ def auto_remat(
         time.
 
     Raises:
-        BudgetError: a budget or a reserve that cannot be read, at once.
+        BudgetError: a budget, a reserve or a host budget that cannot be used, at once.
         OptionError: a solver or a cost that is not one of those there are, or a static argument that the function does
             not have, at once.
         InfeasibleBudgetError: no plan fits, when it is differentiated.
@@ -108,7 +113,7 @@ def auto_remat(
         (64, 64)
     """
     options = {"budget": budget, "cost": cost, "solver": solver, "target": target, "reserve": reserve}
-    limits: dict[str, Any] = {"max_compiles": max_compiles, "on_infeasible": on_infeasible}
+    limits: dict[str, Any] = {"max_compiles": max_compiles, "on_infeasible": on_infeasible, "host_budget": host_budget}
     if fun is None:
         return functools.partial(
             auto_remat,
@@ -192,12 +197,15 @@ def _restored(given: dict[str, Any]) -> _Decorated:
     return _Decorated(**given)
 
 
-def compiler_options() -> dict[str, Any]:
+def compiler_options(plan: Plan | None = None) -> dict[str, Any]:
     """Return what `jax.jit(..., compiler_options=...)` needs for recomputation to survive on this backend.
 
-    It is empty everywhere but on CPU with jaxlib before 0.12, whose compiler merges recomputation back.
+    Without a plan it is empty everywhere but on CPU with jaxlib before 0.12, whose compiler merges recomputation back.
+
+    Args:
+        plan: one that may send values to the host, with the options that its target's compiler needs for that.
     """
-    return _compat.here_options()
+    return {**_compat.here_options(), **(offload_options(plan.target) if plan is not None and plan.is_on_host else {})}
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +282,8 @@ class Call:
             return self.plain
         if _compat.here_undoes_remat() and FITTING.value is None and not _compat.enclosing_jit_keeps_remat():
             _warn_on_old_cpu()
+        if found.is_on_host:
+            _warn_without_options(found.target)
         return found.flat(self.program)
 
 
@@ -375,7 +385,9 @@ def _linearize(is_vjp: bool, nonzeros: Sequence[bool], *primals: Any, call: Call
     _warn_if_mapped(call, primals)
     active = tuple(i for i, nonzero in enumerate(nonzeros) if nonzero)
 
-    params = call.remembered(active, lambda: _under_jit(call.program, call.planned(active)))
+    is_twice = _compat.num_reverse(primals) > 0
+    with ON_DEVICE(is_twice):
+        params = call.remembered((active, is_twice), lambda: _under_jit(call.program, call.planned(active)))
     with _compat.named_errors(functools.partial(_differentiated, call, active), *primals):
         return _compat.linearize_jit(is_vjp, nonzeros, *primals, **params)
 
@@ -487,6 +499,19 @@ def _warn_no_budget() -> None:
         JaxckptWarning,
         3,
     )
+
+
+@functools.cache
+def _warn_without_options(target: str) -> None:
+    missing = [name for name in offload_options(target) if name not in os.environ.get("XLA_FLAGS", "")]
+    if missing:
+        warnings.warn(
+            f"the plan sends values to the host, and without {', '.join(missing)} XLA takes them for device memory. "
+            "Compile with jax.jit(..., compiler_options=jaxckpt.compiler_options(plan)), use jaxckpt.jit or "
+            f"jaxckpt.fit, or set XLA_FLAGS=--{missing[0]}=true",
+            JaxckptWarning,
+            3,
+        )
 
 
 @functools.cache

@@ -5,9 +5,10 @@ from typing import Any
 
 from jaxckpt.api.arguments import check_argnums, check_flags, check_function
 from jaxckpt.api.differentiated import see_differentiated
+from jaxckpt.api.host import check_host_budget
 from jaxckpt.api.kept import warn_infeasible
 from jaxckpt.api.plan import check_limits
-from jaxckpt.errors import BudgetError
+from jaxckpt.errors import BudgetError, InfeasibleBudgetError
 from jaxckpt.program.static import check_names, places_and_names
 from jaxckpt.result.build import build_step
 from jaxckpt.result.fitted import Fitted
@@ -25,6 +26,7 @@ def fit(
     target: str | None = None,
     donate_argnums: int | Sequence[int] = (),
     solver: Any = "auto",
+    host_budget: int | str | None = None,
     keep_checkpoints: bool = True,
     max_compiles: int | None = None,
     on_infeasible: str = "raise",
@@ -47,6 +49,8 @@ def fit(
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
         solver: as in `plan`, for functions that are not decorated.
+        host_budget: as in `plan`, of the whole step: arguments that live in the host's pinned memory count, and are not
+            moved. The step is compiled with the options that its target needs for it.
         keep_checkpoints: as in `plan`, for functions that are not decorated.
         max_compiles: as in `plan`.
         on_infeasible: as in `plan`.
@@ -62,7 +66,7 @@ def fit(
         measured is remembered, as in `plan`, and saves compiles the next time.
 
     Raises:
-        BudgetError: a budget that cannot be read.
+        BudgetError: a budget that cannot be read, or a host budget where the platform has no such memory.
         OptionError: a cost or a solver that is none, a step that differentiates nothing that can be seen, a static or
             donated argument that it does not have, or a name that is neither an option nor one of its arguments.
         InfeasibleBudgetError: no choice of plans fits.
@@ -92,6 +96,7 @@ def fit(
         cost=cost,
         target=target,
         solver=solver,
+        host_budget=check_host_budget(host_budget, target),
         keep_checkpoints=keep_checkpoints,
         static=places_and_names(step, static_argnums, static_argnames),
         donated=places_and_names(step, donate_argnums, donate_argnames, "donate"),
@@ -128,7 +133,15 @@ def search_within(
     if budget_bytes <= reserve_bytes:
         raise BudgetError(f"reserve={reserve_bytes:,} leaves nothing of the budget")
     room = budget_bytes - reserve_bytes
-    found = search_step(whole, room, max_compiles=max_compiles, on_infeasible=on_infeasible)
+    try:
+        is_sending = whole.options.host_budget is not None
+        on_first = "raise" if is_sending else on_infeasible
+        found = search_step(whole, room, max_compiles=max_compiles, on_infeasible=on_first)
+    except InfeasibleBudgetError:
+        if not is_sending:
+            raise
+        # Compilers build some programs with more bytes where values are sent to the host.
+        found = search_step(whole.without_host(), room, max_compiles=max_compiles, on_infeasible=on_infeasible)
     if found.measurement.device_bytes > room:
         warn_infeasible(room, found.measurement.device_bytes)
     return found

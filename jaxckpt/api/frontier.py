@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxckpt.api.arguments import check_argnums, check_flags, check_function, refuse_differentiated
+from jaxckpt.api.host import check_host_budget
 from jaxckpt.compilation.measure import compiled_bytes
 from jaxckpt.compilation.objective import Objective, measured_specs, objective
 from jaxckpt.errors import OptionError
@@ -35,6 +36,7 @@ def frontier(
     cost: str = "time",
     target: str | None = None,
     num_points: int = 12,
+    host_budget: int | str | None = None,
     verify: bool = False,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
@@ -56,6 +58,7 @@ def frontier(
         cost: "time", modelled for the target, or "flops".
         target: a chip's name; None is the default backend.
         num_points: how many plans at most.
+        host_budget: as in `plan`.
         verify: compile every point and measure it; a plan that then takes more bytes than a cheaper one is left out.
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
@@ -70,6 +73,7 @@ def frontier(
     Raises:
         OptionError: `num_points` below 2, a cost that is none, a static argument that `fun` does not have, or a name
             that is neither an option nor one of its arguments.
+        BudgetError: a host budget that cannot be read, or where the platform has no such memory.
         NotDifferentiableError: nothing to differentiate.
         ShardingError: arguments on several devices, of which one does not say where it lies.
         TargetError: an unknown target; with `verify`, a compiler that is not here or fails (`CompilerError`).
@@ -92,17 +96,24 @@ def frontier(
     check_argnums(argnums)
     check_flags(has_aux=has_aux, verify=verify, keep_checkpoints=keep_checkpoints)
     call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "frontier")
+    host_bytes = check_host_budget(host_budget, target)
     with described(target):
         traced = trace_placed(call.fun, call.args, call.kwargs, keep_checkpoints=keep_checkpoints)
         goal = objective(traced, argnums, has_aux)
         refuse_differentiated(traced.program, goal, "frontier")
-        return _frontier(traced, goal, cost, target, verify, num_points)
+        return _frontier(traced, goal, cost, target, verify, num_points, host_bytes)
 
 
 def _frontier(
-    traced: Traced, goal: Objective, cost: str, target: str | None, verify: bool, num_points: int
+    traced: Traced,
+    goal: Objective,
+    cost: str,
+    target: str | None,
+    verify: bool,
+    num_points: int,
+    host_budget: int | None,
 ) -> Frontier:
-    analysis = find_analysis(traced.program, goal, cost, "auto", target)
+    analysis = find_analysis(traced.program, goal, cost, "auto", target, host_budget=host_budget)
     record = remembered(traced.program, target)
     expected, calibration = functools.partial(_expected, analysis, record), record.hash if record.samples else None
     policies = _policy_points(analysis, verify, expected)
@@ -110,6 +121,7 @@ def _frontier(
     chosen = _chosen(analysis.candidates, num_points)
     if verify:
         analysis.measure_all(chosen)
+        chosen = [c for c in chosen if host_budget is None or analysis.measure(c).host_bytes <= host_budget]
     points = [_plan_point(analysis, c, unplanned, verify, expected, calibration) for c in chosen]
     if verify:
         _remember(analysis, record, chosen)
@@ -138,7 +150,8 @@ def _remember(analysis: Analysis, record: Calibration, measured: Sequence[Candid
     temporaries = [
         (c, c.judgement.peak_bytes, analysis.measure(c).device_bytes - analysis.fixed_bytes) for c in measured
     ]
-    found = [(peak / unplanned, size / peak, analysis.kind(c)) for c, peak, size in temporaries if peak]
+    kept = [(c, peak, size) for c, peak, size in temporaries if peak and not c.judgement.host_bytes]
+    found = [(peak / unplanned, size / peak, analysis.kind(c)) for c, peak, size in kept]
     add_samples(record, analysis.program.fingerprint(), found)
 
 
@@ -185,6 +198,7 @@ def _plan_point(
             unplanned_peak_bytes=unplanned.peak_bytes,
             predicted_peak_bytes=expected(candidate.judgement.peak_bytes),
             measurement=measurement,
+            host_budget_bytes=analysis.host_budget,
             expected_least_bytes=expected(analysis.candidates[0].judgement.peak_bytes),
             is_unplanned_measured=verify,
             num_compiles=int(verify),
@@ -198,6 +212,7 @@ def _plan_point(
         recompute_flops=plan.recompute_flops,
         cost_ratio=1 + plan.recompute_cost / max(1, plan.unplanned_cost),
         plan=plan,
+        host_bytes=plan.host_bytes,
     )
 
 

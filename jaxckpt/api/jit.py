@@ -30,6 +30,7 @@ from jaxckpt.api.arguments import check_flags, check_function
 from jaxckpt.api.call_form import JitOptions, PlainForm, PureCall, form_of
 from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.api.fit import search_within
+from jaxckpt.api.host import check_host_budget, offload_options
 from jaxckpt.api.kept import kept_key, warn_infeasible
 from jaxckpt.api.plan import check_limits
 from jaxckpt.api.processes import Exchange, agreed
@@ -66,6 +67,7 @@ def jit(
     solver: Any = "auto",
     target: str | None = None,
     reserve: int | str = 0,
+    host_budget: int | str | None = None,
     keep_checkpoints: bool = True,
     cache_dir: str | os.PathLike | None = None,
     max_compiles: int | None = None,
@@ -102,6 +104,7 @@ def jit(
         target: a chip's name; None is the default backend. For one that is not here the step can be lowered, which
             measures it, but not called.
         reserve: device bytes to leave for what lives outside the step.
+        host_budget: as in `fit`.
         keep_checkpoints: leave the step's own `jax.checkpoint` calls as they are.
         cache_dir: where plans are kept; None is the user's cache directory.
         max_compiles: as in `plan`.
@@ -124,7 +127,7 @@ def jit(
         another transformation: the outermost jit is the one to plan.
 
     Raises:
-        BudgetError: a budget or a reserve that cannot be read, at once.
+        BudgetError: a budget, a reserve or a host budget that cannot be used, at once.
         OptionError: an option that is none, at once; at a call, a step that differentiates nothing that can be seen, or
             a call inside another transformation.
         InfeasibleBudgetError: no choice of plans fits, at a call. Nothing was donated then.
@@ -157,6 +160,7 @@ def jit(
         budget=None if budget is None or budget == _DEVICE else parse_budget(budget),
         is_planned=budget is not None,
         reserve_bytes=parse_bytes(reserve, "reserve", least=0),
+        host_budget=None if budget is None else check_host_budget(host_budget, target),
         cost=cost,
         solver=solver,
         target=target,
@@ -199,6 +203,7 @@ class _Options:
     budget: Budget | None
     is_planned: bool
     reserve_bytes: int
+    host_budget: int | None
     cost: str
     solver: Any
     target: str | None
@@ -214,7 +219,8 @@ class _Options:
         here = is_here(self.target)
         ours = _compat.here_options() if here else find_target(self.target).compiler.compile_options
         own = self.jit.rest.get("compiler_options") or {}
-        merged = {**(ours or {}), **own}
+        sending = {} if self.host_budget is None else offload_options(self.target)
+        merged = {**(ours or {}), **sending, **own}
         rest = {**self.jit.rest, **({"compiler_options": merged} if merged else {})}
         return JitOptions(**{**self.jit.__dict__, "rest": rest})
 
@@ -495,6 +501,7 @@ class PlannedJit:
                 cost=options.cost,
                 target=options.target,
                 solver=options.solver,
+                host_budget=options.host_budget,
                 keep_checkpoints=options.keep_checkpoints,
                 donated=(call.donate_argnums, ()),
                 jit=options.jit.measured(),
@@ -584,7 +591,7 @@ def _path(step: Step, options: _Options) -> Path | None:
         step.donate_argnums,
         sorted((name, str(value)) for name, value in step.options.jit.items()),
         options.budget or device_budget(options.target),
-        (options.reserve_bytes, options.cost, options.keep_checkpoints, options.target),
+        (options.reserve_bytes, options.host_budget, options.cost, options.keep_checkpoints, options.target),
         (options.max_compiles, options.on_infeasible),
     )
     return cache.folder(options.cache_dir) / f"step-{kept_key(parts, options.target)}.json"

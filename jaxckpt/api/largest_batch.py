@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxckpt.api.arguments import check_argnums, check_function, is_count
 from jaxckpt.api.differentiated import see_differentiated
+from jaxckpt.api.host import check_host_budget
 from jaxckpt.errors import BudgetError, OptionError
 from jaxckpt.program.static import check_names, places_and_names
 from jaxckpt.result.build import build_step
@@ -34,6 +35,7 @@ def largest_batch(
     cost: str = "time",
     target: str | None = None,
     donate_argnums: int | Sequence[int] = (),
+    host_budget: int | str | None = None,
     donate_argnames: str | Sequence[str] = (),
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
@@ -54,6 +56,7 @@ def largest_batch(
         cost: what is minimised: "time" or "flops".
         target: a chip's name; None is the default backend.
         donate_argnums: as in `jax.jit`.
+        host_budget: as in `fit`.
         donate_argnames: as in `jax.jit`.
         static_argnums: as in `jax.jit`.
         static_argnames: as in `jax.jit`.
@@ -99,6 +102,7 @@ def largest_batch(
     options = StepOptions(
         cost=cost,
         target=target,
+        host_budget=check_host_budget(host_budget, target),
         static=places_and_names(step, static_argnums, static_argnames),
         donated=places_and_names(step, donate_argnums, donate_argnames, "donate"),
     )
@@ -171,6 +175,8 @@ class _Search:
         step = self.steps[batch] = self.steps.get(batch) or self.at(batch)
         for picks in step.least_picks(NUM_LEAST):
             size = step.measure(picks).device_bytes
+            if step.is_over_on_host(picks):
+                size = max(size, self.budget_bytes + 1)
             self.least[batch] = min(size, self.least.get(batch, size))
             if size <= self.budget_bytes or size > _FAR * self.budget_bytes:
                 break

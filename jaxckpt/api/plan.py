@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 from jaxckpt.api.arguments import check_argnums, check_flags, check_function, refuse_differentiated
+from jaxckpt.api.host import check_host_budget
 from jaxckpt.api.kept import kept_or_made, warn_infeasible
 from jaxckpt.api.measure import measure
 from jaxckpt.api.named import choose_names, named_loss
@@ -48,6 +49,7 @@ def plan(
     solver: Any = "auto",
     target: str | None = None,
     reserve: int | str = 0,
+    host_budget: int | str | None = None,
     verify: bool = True,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
@@ -74,6 +76,9 @@ def plan(
             they are and chooses which of its own names they save, as `jaxckpt.names` does.
         target: a chip's name; None is the default backend.
         reserve: device bytes to leave for what lives outside the function, as a budget is written.
+        host_budget: bytes of the host's pinned memory that saved values may take on each device's behalf, written as a
+            budget, but no percentage; chips that share a host share its memory, so divide. None sends nothing there.
+            Where it says more than anything needs, that is no error.
         verify: compile the plan and measure it; otherwise it is predicted, and a margin is left.
         argnums: as in `jax.grad`.
         has_aux: as in `jax.grad`.
@@ -97,10 +102,10 @@ def plan(
         None, unless a plan makes loops stack so much less that the step is modelled to be 5 % faster.
 
     Raises:
-        BudgetError: a budget that cannot be read, neither or both of `budget` and `max_cost`, or a reserve without a
-            budget.
-        OptionError: a cost, a solver or a calibration that is none, a static argument that `fun` does not have, or a
-            name that is neither an option nor an argument of it.
+        BudgetError: a budget that cannot be read, neither or both of `budget` and `max_cost`, a reserve without a
+            budget, or a host budget where the platform has no such memory.
+        OptionError: a cost, a solver or a calibration that is none, a host budget with `solver="names"`, a static
+            argument that `fun` does not have, or a name that is neither an option nor an argument of it.
         InfeasibleBudgetError: no plan fits.
         NotDifferentiableError: nothing to differentiate, or a function that differentiates already.
         ShardingError: arguments on several devices, of which one does not say where it lies.
@@ -126,6 +131,11 @@ def plan(
     if isinstance(solver, str) and solver == NAMES:
         if max_cost is not None or budget is None or profile or not keep_checkpoints:
             raise OptionError('solver="names" takes a budget and keeps checkpoints; it has no max_cost and no profile')
+        if host_budget is not None:
+            raise OptionError(
+                'solver="names" chooses what is saved on the device and sends nothing to the host: leave host_budget '
+                "out, or take another solver"
+            )
         check_limits(max_compiles, on_infeasible)
         call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "plan")
         by_place = lambda *args: call.fun(*args[:-1], **args[-1])  # noqa: E731
@@ -152,6 +162,7 @@ def plan(
         profile,
         max_compiles=max_compiles,
         on_infeasible=on_infeasible,
+        host_budget=host_budget,
     )
     call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "plan")
     kept_at = None if cache_dir is None else str(cache_dir)
@@ -195,6 +206,7 @@ def make_request(
     *,
     max_compiles: int | None = None,
     on_infeasible: str = "raise",
+    host_budget: Any = None,
 ) -> Request:
     """Check the arguments that do not depend on the program.
 
@@ -220,6 +232,7 @@ def make_request(
     if max_cost is not None and reserve_bytes:
         raise BudgetError(f"reserve={reserve!r} is taken off a budget, and max_cost={max_cost!r} has none")
     return Request(
+        host_budget_bytes=check_host_budget(host_budget, target),
         budget=None if budget is None else parse_budget(budget),
         max_cost=max_cost,
         cost=cost,
@@ -265,7 +278,9 @@ def plan_program(program: Program, goal: Objective, request: Request, cache_dir:
 
 
 def _planned(program: Program, goal: Objective, request: Request, cache_dir: str | None) -> Plan:
-    analysis = find_analysis(program, goal, request.cost, request.solver, request.target, request.profile)
+    analysis = find_analysis(
+        program, goal, request.cost, request.solver, request.target, request.profile, request.host_budget_bytes
+    )
     made = build(search(analysis, request, cache_dir))
     if made.budget_bytes is not None and made.peak_bytes > made.budget_bytes:
         warn_infeasible(made.budget_bytes, made.peak_bytes)

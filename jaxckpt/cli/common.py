@@ -51,6 +51,13 @@ def takes_checkpoints(command: argparse.ArgumentParser) -> None:
     )
 
 
+def takes_host_budget(command: argparse.ArgumentParser) -> None:
+    """Let a command send saved values to the host."""
+    command.add_argument(
+        "--host-budget", type=number_or_text, help="bytes of the host's pinned memory that saved values may take"
+    )
+
+
 def number_or_text(text: str) -> int | str:
     """Bytes or text, as budgets are written."""
     return int(text) if text.isdigit() else text

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxckpt.cli.common import YES, argnums, color, command, takes_checkpoints, takes_function
+from jaxckpt.cli.common import YES, argnums, color, command, takes_checkpoints, takes_function, takes_host_budget
 from jaxckpt.cli.loading import function_and_args
 
 
@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
     curve.add_argument("--num-points", type=int, default=12, help="how many plans at most")
     curve.add_argument("--verify", action="store_true", help="compile every point and measure it")
     takes_checkpoints(curve)
+    takes_host_budget(curve)
     curve.add_argument("--plot", type=Path, help="draw it into this file, such as frontier.png")
 
 
@@ -59,6 +60,7 @@ def _frontier(options: argparse.Namespace) -> int:
         cost=options.cost,
         target=options.target,
         num_points=options.num_points,
+        host_budget=options.host_budget,
         verify=options.verify,
         argnums=argnums(options),
         has_aux=options.has_aux,

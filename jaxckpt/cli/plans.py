@@ -15,6 +15,7 @@ from jaxckpt.cli.common import (
     print_plan,
     takes_checkpoints,
     takes_function,
+    takes_host_budget,
     takes_limits,
 )
 from jaxckpt.cli.loading import UsageError, function_and_args
@@ -37,6 +38,7 @@ def add(commands: Any) -> None:
     plan.add_argument("--no-verify", action="store_true", help="predict, do not compile")
     takes_limits(plan)
     takes_checkpoints(plan)
+    takes_host_budget(plan)
     plan.add_argument("--profile", action="store_true", help="compile each distinct block on its own first")
     plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
 
@@ -73,6 +75,7 @@ def _plan(options: argparse.Namespace) -> int:
         solver=options.solver,
         target=options.target,
         reserve=options.reserve,
+        host_budget=options.host_budget,
         verify=not options.no_verify,
         argnums=argnums(options),
         has_aux=options.has_aux,

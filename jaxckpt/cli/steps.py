@@ -4,7 +4,15 @@ import argparse
 import json
 from typing import Any
 
-from jaxckpt.cli.common import YES, command, number_or_text, takes_checkpoints, takes_limits, takes_named
+from jaxckpt.cli.common import (
+    YES,
+    command,
+    number_or_text,
+    takes_checkpoints,
+    takes_host_budget,
+    takes_limits,
+    takes_named,
+)
 from jaxckpt.cli.loading import UsageError, function_and_args, function_and_maker
 
 
@@ -29,6 +37,7 @@ def _takes_step(command: argparse.ArgumentParser, budget: str) -> None:
     command.add_argument("--budget", type=number_or_text, required=True, help=budget)
     command.add_argument("--donate", type=int, nargs="+", default=[], metavar="ARGNUM", help="arguments to donate")
     command.add_argument("--cost", choices=("time", "flops"), default="time", help="what is minimised")
+    takes_host_budget(command)
 
 
 def _fit(options: argparse.Namespace) -> int:
@@ -43,6 +52,7 @@ def _fit(options: argparse.Namespace) -> int:
         solver=options.solver,
         target=options.target,
         donate_argnums=tuple(options.donate),
+        host_budget=options.host_budget,
         keep_checkpoints=not options.inline_checkpoints,
         max_compiles=options.max_compiles,
         on_infeasible="least" if options.least else "raise",
@@ -73,6 +83,7 @@ def _largest_batch(options: argparse.Namespace) -> int:
         cost=options.cost,
         target=options.target,
         donate_argnums=tuple(options.donate),
+        host_budget=options.host_budget,
         global_batch=options.global_batch,
     )
     return _print(found, options)

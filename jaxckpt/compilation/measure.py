@@ -23,6 +23,7 @@ from jaxckpt import _compat
 from jaxckpt.compilation import cache, process
 from jaxckpt.compilation.compiled import Compiled, read
 from jaxckpt.compilation.compiled import num_asked as num_asked_of
+from jaxckpt.compilation.host import host_bytes
 from jaxckpt.errors import CompilerError
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.targets import install
@@ -58,6 +59,8 @@ class Measurement:
         target: for which chip.
         compile_s: how long the compiler took, when it did: what took more than a second is kept on disk.
         is_at_most: whether the compiler says no more than that the bytes are not above this.
+        host_bytes: on the host, for each device: arguments, results and what waits there for a backward.
+        is_host_predicted: whether those are counted in the traced program, where the compiler does not tell them apart.
         num_rematerialized: instructions that XLA's own rematerialization made again; None where that is not known.
         num_recomputed: products and convolutions that checkpoints make again in the compiled program; None where that
             is not known.
@@ -73,6 +76,8 @@ class Measurement:
     target: str
     compile_s: float
     is_at_most: bool = False
+    host_bytes: int = 0
+    is_host_predicted: bool = False
     num_rematerialized: int | None = None
     num_recomputed: int | None = None
     num_asked: int | None = None
@@ -80,7 +85,11 @@ class Measurement:
     def __str__(self) -> str:
         """One line a person reads."""
         at_most = "at most " if self.is_at_most else ""
-        return f"{at_most}{show_bytes(self.device_bytes)} measured for {self.target}"
+        host = ""
+        if self.host_bytes:
+            label = "predicted" if self.is_host_predicted else "measured"
+            host = f", and {show_bytes(self.host_bytes)} on the host ({label})"
+        return f"{at_most}{show_bytes(self.device_bytes)} measured for {self.target}{host}"
 
 
 def compiled_bytes(
@@ -139,7 +148,8 @@ def lowered_for(
         said = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise CompilerError(f"the program cannot be lowered for target={label!r}: {said}") from error
     options = {**(chip.compiler.compile_options or {}), **own_options} or None
-    name = cache.digest((lowered.as_text(), chip, num_devices, options, *_versions(chip)))
+    host = 0 if chip.compiler.counts_host else -(-host_bytes(traced.jaxpr) // step_split(placed))
+    name = cache.digest((lowered.as_text(), chip, num_devices, options, host, *_versions(chip)))
     kept = cache.read(name, Measurement)
     if kept is not None:
         found = replace(kept, target=label)
@@ -154,6 +164,7 @@ def lowered_for(
     def asked() -> Measurement:
         started = time.perf_counter()
         found = _compiled(compiled, chip, label, refusal)
+        found = _without_host(found, host)
         num_asked = None if found.num_recomputed is None else num_asked_of(lowered.as_text(debug_info=True))
         return replace(found, num_asked=num_asked, compile_s=lowering_s + time.perf_counter() - started)
 
@@ -252,11 +263,26 @@ def _compiled(
         alias_bytes=stats.alias_size_in_bytes,
         temp_bytes=max(0, device_bytes - held),
         code_bytes=stats.generated_code_size_in_bytes,
+        host_bytes=chip.compiler.host_bytes(stats),
         target=label,
         compile_s=0.0,
         is_at_most=chip.compiler.says_at_most(stats),
         num_rematerialized=found.num_rematerialized,
         num_recomputed=found.num_recomputed,
+    )
+
+
+def _without_host(found: Measurement, host: int) -> Measurement:
+    """What a compiler counts that takes the host's memory for the device's own, without what is on the host."""
+    if not host:
+        return found
+    host = min(host, found.temp_bytes)
+    return replace(
+        found,
+        device_bytes=found.device_bytes - host,
+        temp_bytes=found.temp_bytes - host,
+        host_bytes=host,
+        is_host_predicted=True,
     )
 
 

@@ -31,7 +31,11 @@ SWITCH = "JAXCKPT_ISOLATE"
 _COMMAND = (sys.executable, "-m", "jaxckpt.compilation.process")
 _SIZES = tuple(f"{name}_size_in_bytes" for name in ("argument", "output", "alias", "temp", "generated_code"))
 # Not every JAX has these.
-_MORE_SIZES = ("peak_memory_in_bytes", "total_allocation_bytes")
+_MORE_SIZES = (
+    "peak_memory_in_bytes",
+    "total_allocation_bytes",
+    *(f"host_{name}_size_in_bytes" for name in ("argument", "output", "alias", "temp")),
+)
 
 
 class FailedError(Exception):

@@ -82,6 +82,11 @@ class Analyser(Protocol):
         ...
 
     @property
+    def host_budget(self) -> int | None:
+        """Bytes of the host that saved values may take; None where none are sent there."""
+        ...
+
+    @property
     def profiler(self) -> Profiler | None:
         """What puts measured numbers in the place of modelled ones; None where nothing is profiled."""
         ...
@@ -326,7 +331,7 @@ def split_save(data: Any) -> tuple[Kind, Any]:
     """
     if type(data) in _BARE:
         return kind_named(_BARE[type(data)]), data
-    if not isinstance(data, dict) or not isinstance(data.get("kind"), str) or data["kind"] in _BARE.values():
+    if not isinstance(data, dict) or not isinstance(data.get("kind"), str) or data["kind"] == "jax":
         raise ValueError("it is neither null, a list of values, nor an object with the name of a kind")
     return kind_named(data["kind"]), {name: x for name, x in data.items() if name != "kind"}
 
@@ -337,6 +342,7 @@ def tree_to_json(tree: Tree) -> dict[str, Any]:
         "blocks": tree.blocks,
         "schedule": tree.schedule.to_json(),
         "saved": [save_to_json(save) for save in tree.saved],
+        **({"host": list(tree.host)} if tree.host else {}),
     }
 
 
@@ -350,6 +356,7 @@ def tree_from_json(data: dict[str, Any]) -> Tree:
         blocks=blocks_from_json(data["blocks"]),
         schedule=Schedule.from_json(data["schedule"]),
         saved=tuple(map(save_from_json, data["saved"])),
+        host=tuple(data.get("host") or ()),
     )
     check_cover(tree.schedule, len(tree.blocks))
     return tree
@@ -363,6 +370,10 @@ def describe_tree(tree: Tree) -> str:
     num_left = sum(save.is_left_to_jax for save in tree.saved)
     num_inside = len(tree.saved) - num_left - sum(save.is_by_name for save in tree.saved)
     parts = [f"saves {named} value{'s' * (named != 1)} by name"] if named else []
+    if on_host := sum(len(save.host_values) for save in tree.saved):
+        parts.append(f"{on_host} of them on the host")
+    if tree.host:
+        parts.append(f"holds {len(tree.host)} input{'s' * (len(tree.host) != 1)} on the host")
     if num_left == len(tree.saved):
         parts.append("is left to JAX")
     elif num_left:

@@ -28,6 +28,8 @@ class Iteration:
         again: what it recomputes; of its time, what loops inside take to stack without a plan is taken off.
         whole: what it recomputes where nothing of its forward is there, its results left out.
         is_wrapped: one checkpoint stands around the whole.
+        host_bytes: kept on the host from its forward to its backward, beside `stacked_bytes`.
+        idle: time that it waits for the link to the host.
     """
 
     tree: Tree
@@ -37,6 +39,8 @@ class Iteration:
     again: Work
     whole: Work
     is_wrapped: bool
+    host_bytes: int = 0
+    idle: int = 0
 
 
 class Body:
@@ -78,6 +82,15 @@ class Body:
             else:
                 schedules = chain_schedules(blocks.problem)
             yield from self._iterations(blocks, schedules)
+
+    def read_carries(self, iteration: Iteration) -> list[int]:
+        """Inputs of the body, no stacks already, that its backward reads under a plan of it as a whole."""
+        (span,), (block,) = self.whole.spans, self.whole.blocks
+        (node,) = iteration.tree.schedule.nodes
+        # Where the body is recomputed in parts, so is all that leads to what they read.
+        unread = block.options[node.option].unread_inputs if isinstance(node, Keep) else ()
+        free = {*self.loop.consts, *self.loop.slices}
+        return [v for i, v in enumerate(span.inputs) if i not in unread and v not in free]
 
     def _iterations(self, blocks: Blocks, schedules: Iterable[Schedule]) -> Iterator[Iteration]:
         # What is run again makes no results: they went to the next iteration long ago.

@@ -29,11 +29,20 @@ def check_tree(program: Program, tree: Tree, where: str = "", saves: str = "save
         check_cover(tree.schedule, len(tree.blocks))
     except ValueError as error:
         raise ValueError(f"{where}schedule: {error}") from error
+    _check_host(program, tree, where)
     blocks = [_equations(program, block, f"{where}blocks[{k}]") for k, block in enumerate(tree.blocks)]
     _check_order(program, tree, blocks, where)
     _check_effects(tree, blocks, where)
     for k, (block, save) in enumerate(zip(blocks, tree.saved, strict=True)):
         kind_named(save.kind).check(save, block, f"{where}{saves}[{k}]")
+
+
+def _check_host(program: Program, tree: Tree, where: str) -> None:
+    """Inputs wait on the host where one region around all of the program reads them."""
+    is_whole = len(tree.schedule.nodes) == 1 and not isinstance(tree.schedule.nodes[0], Keep)
+    for i, v in enumerate(tree.host):
+        if not is_whole or v not in program.inputs or v in tree.host[:i]:
+            raise ValueError(f"{where}host[{i}] is {v}, which is no input of one region around all, or is named twice")
 
 
 def _equations(program: Program, block: Sequence[int], where: str) -> list[Equation]:

@@ -8,13 +8,13 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from ckptsolvers.mincut import Operation
 from ckptsolvers.mincut import save_sets as minimum_cuts
-from pydantic import BaseModel, ConfigDict, RootModel
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag
 
-from jaxckpt.compilation.records import Index
+from jaxckpt.compilation.records import TAG, Index, Record
 from jaxckpt.kinds.base import Analyser, KeptBlock
 from jaxckpt.model.block import Model
 from jaxckpt.model.joint import LocalBlock, differentiate
@@ -32,8 +32,22 @@ _COSTLY, _MAX_BETWEEN = 0.01, 256
 _SAME_BYTES, _SAME_TIME = 64, 2000
 
 
-class ValuesRecord(RootModel[list[Index]]):
-    """What a plain block saves, in a file."""
+class PlacesRecord(Record):
+    """What a plain block saves at each place of memory, in a file."""
+
+    device: list[Index]
+    host: Annotated[list[Index], Field(min_length=1)]
+
+
+_ALL_DEVICE, _PLACES = f"{TAG}values>", f"{TAG}places>"
+_VALUES = Annotated[
+    Annotated[list[Index], Tag(_ALL_DEVICE)] | Annotated[PlacesRecord, Tag(_PLACES)],
+    Discriminator(lambda data: _PLACES if isinstance(data, dict) else _ALL_DEVICE),
+]
+
+
+class ValuesRecord(RootModel[_VALUES]):
+    """What a plain block saves, in a file: a list where all of it is on the device."""
 
     model_config = ConfigDict(strict=True, defer_build=True)
 
@@ -60,31 +74,38 @@ class Plain:
     def run(self, block: KeptBlock) -> None:
         """Run the block inside a checkpoint."""
         names = {v: f"{block.prefix}.{i}" for i, v in enumerate(block.save.named_values)}
-        places = dict.fromkeys(names.values(), Place.DEVICE)
+        on_host = set(block.save.host_values)
+        places = {name: Place.HOST if v in on_host else Place.DEVICE for v, name in names.items()}
         block.checkpointed(functools.partial(evaluate, block.equations, names=names), places)
 
     def to_json(self, save: SavedValues) -> Any:
         """The values' numbers."""
-        return list(save.values)
+        return {"device": list(save.values), "host": list(save.host)} if save.host else list(save.values)
 
     def from_json(self, data: Any) -> SavedValues:
         """Read what `to_json` made."""
-        return SavedValues(tuple(data))
+        if isinstance(data, list):
+            return SavedValues(tuple(data))
+        return SavedValues(tuple(data["device"]), tuple(data["host"]))
 
     def check(self, save: SavedValues, equations: Sequence[Equation], where: str) -> None:
         """Refuse values that the block does not make."""
         made = {v for eqn in equations for v in eqn.outputs}
-        for i, v in enumerate(save.values):
-            if v not in made:
-                raise ValueError(f"{where}[{i}] is {v}, which the block does not make, or is named twice")
-            made.remove(v)
+        read = {v for eqn in equations for v in eqn.reads}
+        there = {"": made, ".device": made, ".host": made | read}
+        for name, values in ((".device" if save.host else "", save.values), (".host", save.host)):
+            for i, v in enumerate(values):
+                if v not in there[name]:
+                    raise ValueError(f"{where}{name}[{i}] is {v}, which the block does not make, or is named twice")
+                for known in there.values():
+                    known.discard(v)
         if any(eqn.has_effects for eqn in equations):
             raise ValueError(f"{where}: a block with a side effect cannot save by name")
 
     def describe(self, save: SavedValues) -> Iterator[str]:
-        """Nothing beyond what reports list of every value."""
-        del save
-        return iter(())
+        """What waits on the host; reports list what is on the device of every block."""
+        if save.host:
+            yield f"{len(save.host)} value{'s' * (len(save.host) != 1)} on the host"
 
     def held(self, eqn: Equation) -> str:
         """What is held of a block without a name."""

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from jaxckpt.kinds import offload
 from jaxckpt.kinds.base import Analyser
 from jaxckpt.kinds.body import Body
 from jaxckpt.kinds.scan_divisions import Part, binomial_divisions, levels, mixes
 from jaxckpt.kinds.scan_run import LoopPlan
 from jaxckpt.model.joint import LocalBlock, differentiated_ends, outside
-from jaxckpt.model.option import LEFT_NAME, LEFT_TO_JAX, BlockAnalysis, Option, Save, Work, on_device
+from jaxckpt.model.option import LEFT_NAME, LEFT_TO_JAX, BlockAnalysis, Option, Place, Save, Work, on_device
 from jaxckpt.model.pareto import pareto
 from jaxckpt.model.time import Timer, count_flops, stacking_time
 from jaxckpt.program import dataflow
@@ -29,6 +30,8 @@ _T = TypeVar("_T")
 
 # Beyond this many the solver gains nothing from more, so they stand further apart.
 _MAX_OPTIONS = 128
+# What travels to the host and back takes the room of so many iterations' values on the device.
+_WINDOW = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,8 @@ class _Numbers(NamedTuple):
     forward_peak: int
     backward_peak: int
     again: int
+    host: int = 0
+    idle: int = 0
 
 
 def analyse_loop(local: LocalBlock, analyser: Analyser) -> BlockAnalysis:
@@ -77,6 +82,9 @@ def analyse_loop(local: LocalBlock, analyser: Analyser) -> BlockAnalysis:
     # One level of one plan is what the others are mixed from, and what they mean to beat.
     is_plain = lambda item: len(item[1]) == 1 and str(item[1][0]) == str(loop.length)  # noqa: E731
     chosen = _thin([(model.numbers(parts), parts) for parts in divisions], is_plain)
+    if sending := offload.offloaded(body, iterations, analyser):
+        divisions = offload.divisions(loop.length, plans, sending, analyser.host_budget or 0)
+        chosen += _thin([(model.numbers(parts), parts) for parts in divisions], lambda item: False)
     left = model.left_to_jax()
     summing = _summing(loop, active, analyser.timer)
     return BlockAnalysis(
@@ -128,6 +136,10 @@ class _LoopModel:
         # The last part's backward comes first, and what it saved is gone before the one before it begins.
         backward = [held + self._inner(part) + part.peak_bytes for held, part in zip(saved[1:], parts, strict=True)]
         forward = [held + self._chunk(part.lengths) for held, part in zip(saved[1:], parts, strict=True)]
+        backward, forward = (
+            [size + _WINDOW * part.plan.host_bytes for size, part in zip(sizes, parts, strict=True)]
+            for sizes in (backward, forward)
+        )
         moving = 2 * self.sizes.carry_cotangents + self.sizes.slices + self.sizes.slice_cotangents
         joined += self.rounded_bytes
         copies += self.rounded_bytes
@@ -137,6 +149,8 @@ class _LoopModel:
             joined + moving + max(backward) + self.outside.cotangents,
             # A solver takes no gains; only loops inside that stack less could make more than this one's stacks take.
             max(0, sum(part.again(self.body.forward).time + self._stacking(part) for part in parts)),
+            sum(part.length * part.plan.host_bytes for part in parts),
+            sum(part.length * part.plan.idle for part in parts),
         )
 
     def transient(self, parts: Sequence[Part]) -> int:
@@ -152,7 +166,8 @@ class _LoopModel:
         return Option(
             name=name or f"scan {' + '.join(map(str, parts))}",
             save=save or LoopPlan(parts=tuple(part.choice for part in parts)),
-            saved=on_device(numbers.saved),
+            saved=on_device(numbers.saved) | ({Place.HOST: numbers.host} if numbers.host else {}),
+            idle=numbers.idle,
             recompute=Work(numbers.again, sum(part.again(self.body.forward).flops for part in parts)),
             # What is stacked takes the whole loop to make, even where nobody wants its results.
             forward=(self.loop.length * self.body.forward,) * (len(self.local.outputs) + 1),
@@ -197,7 +212,9 @@ class _LoopModel:
         if part.num_states is not None:
             return part.length * self.sizes.carry
         starts = itertools.accumulate(part.lengths[:-1], operator.mul)
-        return sum(starts) * self.sizes.carry + part.length * part.plan.stacked_bytes
+        # What goes to the host is written and read like a stack.
+        stacked = part.plan.stacked_bytes + part.plan.host_bytes
+        return sum(starts) * self.sizes.carry + part.length * stacked
 
     def _inner(self, part: Part) -> int:
         """What the inner levels stack once they run again, with the chunks they read and those of the cotangents."""
@@ -242,8 +259,8 @@ def _thin(
     items: Sequence[tuple[_Numbers, _T]], is_wanted: Callable[[tuple[_Numbers, _T]], bool]
 ) -> list[tuple[_Numbers, _T]]:
     """Those that are best by what they save or by their peak, for the time they take; of these, not too many."""
-    by_saved = lambda x: (x[0].saved, x[0].again)  # noqa: E731
-    by_peak = lambda x: (max(x[0].forward_peak, x[0].backward_peak), x[0].again)  # noqa: E731
+    by_saved = lambda x: (x[0].saved, x[0].again + x[0].idle)  # noqa: E731
+    by_peak = lambda x: (max(x[0].forward_peak, x[0].backward_peak), x[0].again + x[0].idle)  # noqa: E731
     chosen = {id(x): x for by in (by_saved, by_peak) for x in _spread(pareto(items, by), lambda x, by=by: by(x)[0])}
     chosen |= {id(x): x for x in items if is_wanted(x)}
     return pareto(chosen.values(), lambda x: x[0])

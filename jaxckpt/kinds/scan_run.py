@@ -51,6 +51,11 @@ class LoopPlan(Save):
     kind: ClassVar[str] = "scan"
     parts: tuple[LoopPart, ...]
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether an iteration sends something to the host."""
+        return any(part.body.is_on_host for part in self.parts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:

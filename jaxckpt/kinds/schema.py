@@ -44,3 +44,5 @@ class TreeRecord(Record):
     blocks: BlockRecords
     schedule: ScheduleRecord
     saved: SaveRecords
+    # Inputs that wait on the host; left out where there are none.
+    host: Annotated[list[Index], _FEW] | None = None

@@ -13,6 +13,7 @@ class Place(enum.Enum):
     """A place of memory in which saved values wait for their backward."""
 
     DEVICE = "device"
+    HOST = "host"
 
 
 # By name: no value is saved anywhere.
@@ -54,6 +55,16 @@ class Save:
     def named_values(self) -> tuple[int, ...]:
         """The values that are saved by name."""
         return ()
+
+    @property
+    def host_values(self) -> tuple[int, ...]:
+        """Those of them that wait on the host."""
+        return ()
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether something that it saves waits on the host."""
+        return bool(self.host_values)
 
     @property
     def is_by_name(self) -> bool:
@@ -100,15 +111,22 @@ class SavedValues(Save):
 
     Attributes:
         values: the program's, or, before it is placed, positions in the block's own numbering.
+        host: likewise, those that wait on the host; inputs of the block among them are read from there too.
     """
 
     kind: ClassVar[str] = "plain"
     values: tuple[int, ...]
+    host: tuple[int, ...] = ()
 
     @property
     def named_values(self) -> tuple[int, ...]:
         """The values that are saved by name."""
-        return self.values
+        return (*self.values, *self.host)
+
+    @property
+    def host_values(self) -> tuple[int, ...]:
+        """Those that wait on the host."""
+        return self.host
 
     @property
     def is_by_name(self) -> bool:
@@ -117,7 +135,7 @@ class SavedValues(Save):
 
     def placed(self, values: Sequence[int]) -> "SavedValues":
         """The same at one of the block's places in a program."""
-        return SavedValues(tuple(values[i] for i in self.values))
+        return SavedValues(tuple(values[i] for i in self.values), tuple(values[i] for i in self.host))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +150,7 @@ class Option:
         forward: `[num_outputs + 1]`, to make what is saved and the first j outputs, in the order of their readers.
         forward_peak_bytes: most bytes alive at once in the forward, beyond what was alive before it.
         backward_peak_bytes: the same in the backward, with what was saved and the cotangents of inputs and outputs.
+        idle: time, in the unit of the plan's cost, that it waits for the link to the host.
         saved_outputs: positions, among the block's outputs, of those its own backward reads.
         unread_inputs: positions, among the block's inputs, of those its backward and what it recomputes do not read.
         last_forward_peak_bytes: `forward_peak_bytes` where the block is the last before its backward; 0 if no more.
@@ -148,6 +167,7 @@ class Option:
     forward: tuple[Work, ...]
     forward_peak_bytes: int
     backward_peak_bytes: int
+    idle: int = 0
     saved_outputs: tuple[int, ...] = ()
     unread_inputs: tuple[int, ...] = ()
     last_forward_peak_bytes: int = 0
@@ -158,6 +178,11 @@ class Option:
     def saved_bytes(self) -> int:
         """Bytes saved on the device."""
         return self.saved.get(Place.DEVICE, 0)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes saved on the host."""
+        return self.saved.get(Place.HOST, 0)
 
     @property
     def is_left_to_jax(self) -> bool:
@@ -173,7 +198,8 @@ class Option:
         return ckptsolvers.Option(
             name=self.name,
             saved_bytes=self.saved_bytes,
-            recompute_time=self.recompute.time,
+            host_bytes=self.host_bytes,
+            recompute_time=self.recompute.time + self.idle,
             forward_times=tuple(work.time for work in self.forward),
             forward_peak_bytes=self.forward_peak_bytes,
             backward_peak_bytes=self.backward_peak_bytes,
@@ -215,7 +241,7 @@ def dominates(a: Option, b: Option, spare_bytes: int = 0, spare_time: int = 0) -
         and all(size <= b.saved.get(place, 0) + spare_bytes for place, size in a.saved.items())
         and a.forward_peak_bytes <= b.forward_peak_bytes + spare_bytes
         and a.backward_peak_bytes <= b.backward_peak_bytes + spare_bytes
-        and a.recompute.time <= b.recompute.time + spare_time
+        and a.recompute.time + a.idle <= b.recompute.time + b.idle + spare_time
         and all(x.time <= y.time + spare_time for x, y in zip(a.forward, b.forward, strict=True))
     )
 

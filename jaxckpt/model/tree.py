@@ -16,11 +16,18 @@ class Tree:
         blocks: `[n]`, positions of each block's equations.
         schedule: the regions.
         saved: `[n]`, what each block saves when it is kept.
+        host: inputs of the program that wait on the host, where the schedule is one region around all of it.
     """
 
     blocks: tuple[tuple[int, ...], ...]
     schedule: Schedule
     saved: tuple[Save, ...]
+    host: tuple[int, ...] = ()
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether something waits on the host."""
+        return bool(self.host) or any(save.is_on_host for save in self.saved)
 
 
 def blocks_from_json(data: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

@@ -15,8 +15,11 @@ def evaluate(equations: Iterable[Equation], env: dict[int, Any], names: dict[int
     Args:
         equations: in order.
         env: value number to value; what is made is added to it.
-        names: values to pass through `checkpoint_name`, under these names.
+        names: values to pass through `checkpoint_name`, under these names; those that are there already, first.
     """
+    names = names or {}
+    for v in env.keys() & names.keys():
+        env[v] = checkpoint_name(env[v], names[v])
     for eqn in equations:
         operands = [x.value if isinstance(x, Constant) else env[x] for x in eqn.inputs]
         with _compat.source_context(eqn.source_info, eqn.name_stacks, eqn.ctx):
@@ -24,7 +27,7 @@ def evaluate(equations: Iterable[Equation], env: dict[int, Any], names: dict[int
             if not eqn.primitive.multiple_results:
                 results = [results]
             for v, result in zip(eqn.outputs, results, strict=True):
-                if names and v in names:
+                if v in names:
                     result = checkpoint_name(result, names[v])
                 env[v] = result
 

@@ -179,6 +179,11 @@ def _item_bytes(dtype: Any) -> int:
     return 8 if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
 
 
+def is_on_host(aval: Any) -> bool:
+    """Whether values of this shape lie in the host's memory; JAX prints them as `float32<host>[8]`."""
+    return getattr(aval, "memory_space", None) is jax.memory.Space.Host
+
+
 def can_be_saved(aval: Any) -> bool:
     """Whether JAX saves such a value by name: it rounds what it saves, and refuses to round complex numbers."""
     dtype = getattr(aval, "dtype", None)

@@ -34,6 +34,9 @@ class Group(Protocol):
     @property
     def size_bytes(self) -> int: ...
 
+    @property
+    def place(self) -> str: ...
+
 
 class PlanLike(Protocol):
     """A plan, as far as it is reported."""
@@ -73,6 +76,24 @@ class PlanLike(Protocol):
 
     @property
     def flags(self) -> Sequence[str]: ...
+
+    @property
+    def host_budget_bytes(self) -> int | None: ...
+
+    @property
+    def host_bytes(self) -> int: ...
+
+    @property
+    def measured_host_bytes(self) -> int | None: ...
+
+    @property
+    def link_bytes(self) -> int: ...
+
+    @property
+    def idle_time(self) -> int: ...
+
+    @property
+    def num_worse_on_host(self) -> int: ...
 
     @property
     def next_peak_bytes(self) -> int | None: ...
@@ -180,6 +201,9 @@ class PointLike(Protocol):
 
     @property
     def peak_bytes(self) -> int: ...
+
+    @property
+    def host_bytes(self) -> int: ...
 
     @property
     def recompute_flops(self) -> int: ...

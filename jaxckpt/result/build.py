@@ -10,6 +10,7 @@ from ckptsolvers import Keep
 from jaxckpt import _compat
 from jaxckpt.compilation.compiled import flags
 from jaxckpt.kinds.base import kind_of
+from jaxckpt.model.option import Place
 from jaxckpt.model.schedules import Candidate
 from jaxckpt.program.constants import jaxpr_constant_bytes, program_constant_bytes
 from jaxckpt.program.describe import show_aval
@@ -38,6 +39,7 @@ def build(found: Found) -> Plan:
             "block_labels": tuple(map(_label, blocks.spans)),
         }
     )
+    sent = 0 if candidate is None else candidate.judgement.host_bytes
     applied = [chosen[name] for name in ("schedule", "blocks", "block_saves")]
     return Plan(
         schedule_digest=digest_schedule(program.fingerprint(), program.keeps_checkpoints, *applied),
@@ -58,6 +60,12 @@ def build(found: Found) -> Plan:
         unknown=tuple(sorted(set().union(*(analysis.graph.nodes[i]["unknown"] for i in analysis.graph)))),
         budget_bytes=found.budget_bytes,
         max_cost=found.max_cost,
+        host_budget_bytes=found.host_budget_bytes,
+        predicted_host_bytes=analysis.fixed_host_bytes + sent,
+        measured_host_bytes=None if measured is None or measured.is_host_predicted else measured.host_bytes,
+        link_bytes=sent,
+        idle_time=0 if candidate is None else analysis.idle(candidate),
+        num_worse_on_host=found.num_worse_on_host,
         unplanned_peak_bytes=found.unplanned_peak_bytes,
         predicted_peak_bytes=found.predicted_peak_bytes,
         measured_peak_bytes=None if measured is None else measured.device_bytes,
@@ -141,13 +149,13 @@ def saved_groups(analysis: Analysis, candidate: Candidate) -> tuple[SavedGroup, 
 def _unnamed_groups(analysis: Analysis, candidate: Candidate) -> Iterator[SavedGroup]:
     """What is held without a name: stacks of loops, and what JAX keeps of conditionals and other blocks."""
     blocks, saved = analysis.blocks_of(candidate), analysis.saved(candidate)
-    groups: dict[tuple[int, int, int], list[int]] = {}
+    groups: dict[tuple[int, int, int, Place], list[int]] = {}
     for node in candidate.schedule.nodes:
         if isinstance(node, Keep) and not saved[node.block].is_by_name:
-            size = blocks.blocks[node.block].options[node.option].saved_bytes
-            if size:
-                groups.setdefault((blocks.numbers[node.block], node.option, size), []).append(node.block)
-    for (*_, size), members in groups.items():
+            for place, size in blocks.blocks[node.block].options[node.option].saved.items():
+                if size:
+                    groups.setdefault((blocks.numbers[node.block], node.option, size, place), []).append(node.block)
+    for (*_, size, place), members in groups.items():
         eqn = blocks.spans[members[0]].equations[-1]
         yield SavedGroup(
             source=eqn.source,
@@ -156,4 +164,5 @@ def _unnamed_groups(analysis: Analysis, candidate: Candidate) -> Iterator[SavedG
             shape_dtype=kind_of(eqn, is_active=True).held(eqn),
             count=len(members),
             size_bytes=len(members) * size,
+            place=place.value,
         )

@@ -18,6 +18,7 @@ class Point:
         predicted_peak_bytes: device bytes of value and gradient, from the model.
         measured_peak_bytes: the same from the compiler; None if it was not compiled.
         recompute_flops: beyond those of the unplanned value and gradient.
+        host_bytes: on the host, measured where it was compiled and the compiler tells them, else predicted.
         cost_ratio: the step's cost as a fraction of the unplanned step's.
         plan: the plan; None for the others.
     """
@@ -28,6 +29,7 @@ class Point:
     recompute_flops: int
     cost_ratio: float
     plan: Plan | None = None
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:

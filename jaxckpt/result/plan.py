@@ -14,7 +14,7 @@ import networkx as nx
 from ckptsolvers import Keep, Schedule
 
 from jaxckpt import _compat
-from jaxckpt.apply import planned
+from jaxckpt.apply import ON_DEVICE, planned
 from jaxckpt.compilation.files import check_digest, read_object, with_digest, write_text
 from jaxckpt.compilation.objective import objective
 from jaxckpt.compilation.records import Signed, check_record, record_of
@@ -23,7 +23,7 @@ from jaxckpt.kinds.base import UnknownKindError, save_from_json, save_to_json
 from jaxckpt.kinds.check import check_tree
 from jaxckpt.kinds.schema import BlockRecords, SaveRecords, ScheduleRecord
 from jaxckpt.model.cut import spans_at
-from jaxckpt.model.option import Save
+from jaxckpt.model.option import Place, Save
 from jaxckpt.model.tree import Tree, blocks_from_json, check_cover
 from jaxckpt.program.interpret import run
 from jaxckpt.program.ir import Program
@@ -49,6 +49,7 @@ class SavedGroup:
         shape_dtype: such as `float32[8,512]`.
         count: how many there are.
         size_bytes: of all of them together.
+        place: of memory in which they wait, "device" or "host".
     """
 
     source: str
@@ -57,6 +58,7 @@ class SavedGroup:
     shape_dtype: str
     count: int
     size_bytes: int
+    place: str = Place.DEVICE.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,16 @@ class Plan:
             not compiled.
         num_asked: the same in the program that the compiler was given.
         flags: compiler flags of the environment under which it was compiled that change what is recomputed.
+        host_budget_bytes: bytes of the host that saved values may take, on each device's behalf; None where none are
+            sent there.
+        predicted_host_bytes: bytes on the host, from the model: what waits there for its backward, and arguments that
+            live there.
+        measured_host_bytes: the same, from the compiler; None if it was not compiled, or if the compiler does not tell
+            them from bytes on the device.
+        link_bytes: what crosses the link to the host each way in a step, on each device's behalf.
+        idle_time: what the step waits for that link, modelled, in the unit of `cost`; it is in `recompute_cost`.
+        num_worse_on_host: how many plans that send values to the host were compiled and take more of the device than
+            one that costs no more and sends none.
         next_peak_bytes: measured device bytes of the next cheaper plan, which does not fit; None if not measured.
         least_peak_bytes: device bytes of the plan that takes least, which are a budget that has a plan; None where they
             were not measured.
@@ -150,6 +162,22 @@ class Plan:
     is_profiled: bool
     schedule_digest: str
     written_peak_bytes: int | None = None
+    host_budget_bytes: int | None = None
+    predicted_host_bytes: int = 0
+    measured_host_bytes: int | None = None
+    link_bytes: int = 0
+    idle_time: int = 0
+    num_worse_on_host: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """The best number there is for the bytes on the host: measured, else predicted."""
+        return self.predicted_host_bytes if self.measured_host_bytes is None else self.measured_host_bytes
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether something that it saves waits on the host."""
+        return any(save.is_on_host for save in self.block_saves)
 
     @property
     def peak_bytes(self) -> int:
@@ -192,7 +220,9 @@ class Plan:
             if self.schedule is None and self.keeps_checkpoints:
                 return fun(*args, **kwargs)
             dynamic = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
-            results = self._planned(traced.program)(*traced.consts, *dynamic)
+            is_twice = _compat.num_reverse([*traced.consts, *dynamic]) > 1
+            with ON_DEVICE(is_twice):
+                results = self._planned(traced.program)(*traced.consts, *dynamic)
             return call.finish(jax.tree.unflatten(traced.out_tree, results))
 
         return with_plan

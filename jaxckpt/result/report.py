@@ -12,6 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from jaxckpt.kinds.base import kind_named
+from jaxckpt.model.option import Place
 from jaxckpt.result._protocols import FrontierLike, Group, PlanLike, PointLike, StepLike
 from jaxckpt.units import short_bytes, short_count, show_bytes
 
@@ -87,13 +88,16 @@ def show_frontier(frontier: FrontierLike, *, color: bool = False, width: int = _
         f"{len(frontier.plans)} of {frontier.num_candidates} plans, and policies written around the whole function."
     )
     table = Table(box=None, pad_edge=False)
-    for name in (f"peak, {label}", "of unplanned", "step cost", "recomputed", ""):
+    has_host = any(point.host_bytes for point in frontier.points)
+    host = ("on the host",) if has_host else ()
+    for name in (f"peak, {label}", "of unplanned", *host, "step cost", "recomputed", ""):
         table.add_column(name, justify="left" if not name else "right")
     unplanned = next(p.peak_bytes for p in frontier.points if p.name == "unplanned")
     for point in frontier.points:
         table.add_row(
             show_bytes(point.peak_bytes),
             f"{point.peak_bytes / max(1, unplanned):.1%}",
+            *((short_bytes(point.host_bytes),) if has_host else ()),
             f"{point.cost_ratio:.4f}",
             f"{point.recompute_flops / max(1, frontier.forward_flops):.2%}",
             _point_name(point),
@@ -216,6 +220,8 @@ def _sizes(plan: PlanLike) -> Table:
         table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), "measured")
     else:
         table.add_row("least feasible peak", f"about {short_bytes(plan.expected_least_bytes)}", "predicted")
+    if plan.host_bytes or plan.host_budget_bytes is not None:
+        _add_host(table, plan)
     table.add_row("forward", f"{short_count(plan.forward_flops)}FLOP", "counted")
     share = plan.recompute_flops / max(1, plan.forward_flops)
     table.add_row("recomputation", f"{short_count(plan.recompute_flops)}FLOP, {share:.2%} of the forward", "counted")
@@ -226,6 +232,19 @@ def _sizes(plan: PlanLike) -> Table:
     _add_constants(table, plan.constant_bytes)
     _add_compiles(table, plan.num_compiles, plan.calibration)
     return table
+
+
+def _add_host(table: Table, plan: PlanLike) -> None:
+    """What is on the host, and what of it crosses the link."""
+    if plan.host_budget_bytes is not None:
+        table.add_row("host budget", show_bytes(plan.host_budget_bytes), "given")
+    table.add_row("on the host", show_bytes(plan.host_bytes), _label(plan.measured_host_bytes is not None))
+    if not plan.link_bytes:
+        return
+    table.add_row("to and from it", f"{short_bytes(plan.link_bytes)} each way in a step", "predicted")
+    if plan.cost == "time":
+        waits = f"waits {plan.idle_time / max(1, plan.unplanned_cost):.2%} of the unplanned step's time for the link"
+        table.add_row("", waits, "modelled")
 
 
 def _tree(plan: PlanLike) -> Tree:
@@ -272,14 +291,16 @@ def _span(start: int, stop: int, plan: PlanLike) -> str:
 
 def _saved(groups: Sequence[Group]) -> Table:
     total = sum(g.size_bytes for g in groups)
-    table = Table(title=f"saved from forward to backward: {short_bytes(total)}", title_justify="left", box=None)
-    for name in ("count", "bytes", "value", "of", "where", "scope"):
+    title = f"saved from forward to backward: {short_bytes(total)}"
+    if on_host := sum(g.size_bytes for g in groups if g.place == Place.HOST.value):
+        title += f", {short_bytes(on_host)} of it on the host"
+    table = Table(title=title, title_justify="left", box=None)
+    for name in ("count", "bytes", "value", "of", "where", "scope", *(("at",) if on_host else ())):
         table.add_column(name, justify="right" if name in ("count", "bytes") else "left", overflow="fold")
     for group in groups[:_MAX_ROWS]:
         source = group.source.rsplit("/", 1)[-1]
-        table.add_row(
-            str(group.count), short_bytes(group.size_bytes), group.shape_dtype, group.primitive, source, group.scope
-        )
+        row = [str(group.count), short_bytes(group.size_bytes), group.shape_dtype, group.primitive, source, group.scope]
+        table.add_row(*row, *((group.place,) if on_host else ()))
     if len(groups) > _MAX_ROWS:
         rest = groups[_MAX_ROWS:]
         table.add_row(str(sum(g.count for g in rest)), short_bytes(sum(g.size_bytes for g in rest)), "others")
@@ -313,6 +334,11 @@ def _of_the_compiler(plan: PlanLike) -> Iterator[str]:
         yield (
             f"The compiler undid a part of the recomputation: of {plan.num_asked} products to be made again its "
             f"program makes {plan.num_recomputed}. The measured bytes are those of its program."
+        )
+    if plan.num_worse_on_host:
+        yield (
+            f"{plan.num_worse_on_host} plans that send values to the host were compiled and dropped: the compiler "
+            "builds them with more bytes on the device than plans that cost no more and send none."
         )
     if plan.num_rematerialized:
         yield (

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from ckptsolvers import Keep
+
 from jaxckpt import apply
-from jaxckpt.compilation.measure import Measurement, compiled_bytes, lowered_for
+from jaxckpt.compilation.measure import Measurement, lowered_for
 from jaxckpt.compilation.objective import Objective, measured_specs
 from jaxckpt.compilation.pool import side_by_side
 from jaxckpt.kinds.base import is_alone, registered
@@ -25,7 +27,7 @@ from jaxckpt.search.candidates import candidates, check_solver
 from jaxckpt.search.profile import Profiler
 from jaxckpt.search.space import BlockAnalyser
 from jaxckpt.targets.chip import find_target
-from jaxckpt.targets.sharding import local_bytes, program_split
+from jaxckpt.targets.sharding import is_on_host, local_bytes, program_split
 
 
 class Analysis:
@@ -38,6 +40,7 @@ class Analysis:
         solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
         target: the chip's name, None for the default backend.
         split: over how many devices its values are cut; None is as its most finely cut argument is.
+        host_budget: bytes of the host that saved values may take; None sends none there.
         is_profiled: compile each distinct block and option on its own, and time it where the device is here.
     """
 
@@ -50,12 +53,13 @@ class Analysis:
         target: str | None,
         split: int | None = None,
         *,
+        host_budget: int | None = None,
         is_profiled: bool = False,
     ):
         self.split = program_split(program) if split is None else split
         self.program, self.objective, self.target = program, objective, target
         self.chip = find_target(target)
-        self.cost, self.solver, self.is_profiled = cost, solver, is_profiled
+        self.cost, self.solver, self.is_profiled, self.host_budget = cost, solver, is_profiled, host_budget
         self.timer = timer(cost, self.chip)
         is_timed = cost == "time" and target is None
         self.profiler = Profiler(target, self.chip, self.timer, is_timed=is_timed) if is_profiled else None
@@ -78,6 +82,8 @@ class Analysis:
             target=self.chip,
             outside_regions=lambda eqn: is_apart(eqn) or is_logits(eqn),
             profiler=self.profiler,
+            # Sizes of the problem are those of all devices together.
+            host_budget=None if host_budget is None else host_budget * self.split,
         )
         divide = functools.partial(
             cut_program, program, dag, self.active, is_alone=is_alone, is_apart=is_apart, is_head=is_logits
@@ -90,7 +96,7 @@ class Analysis:
         # Elsewhere nothing is won by it, and analysing larger blocks takes time.
         wants_identical = solver == "auto" and self.chip.compiler.wants_identical_layers
         repeated = self._add_merged() if wants_identical and self.cuts else ()
-        found = candidates([b.problem for b in self.cuts], solver, repeated)
+        found = candidates([b.problem for b in self.cuts], solver, repeated, self._analyser.host_budget)
         # The Pareto set, and the same with those of each cut that only another cut's dominate by what is predicted.
         self.candidates, self.all_candidates = (
             [self._per_device(c) for c in cs if self._runs_effects_once(c)] for cs in found
@@ -110,6 +116,8 @@ class Analysis:
 
     def kind(self, candidate: Candidate) -> int:
         """A number for what a candidate is: plans of one cut share a prediction error, and so do identical ones."""
+        if candidate.judgement.host_bytes:
+            return len(self.cuts) + 1
         return len(self.cuts) if candidate.is_identical else self._cut(candidate)
 
     def blocks_of(self, candidate: Candidate) -> Blocks:
@@ -153,7 +161,7 @@ class Analysis:
         program, sizes = self.program, [-(-size_bytes(a) // self.split) for a in self.program.avals]
         if program.shardings:
             for v, sharding in zip(program.inputs, program.shardings, strict=True):
-                sizes[v] = local_bytes(program.avals[v], sharding)
+                sizes[v] = 0 if is_on_host(sharding) else local_bytes(program.avals[v], sharding)
         read = {v for eqn in program.equations for v in eqn.reads} | set(program.outputs)
         # What it closes over are constants of the user's own program.
         arguments = sum(sizes[v] for v in program.inputs[len(program.closed_over) :] if v in read)
@@ -167,6 +175,13 @@ class Analysis:
         return arguments + results + gradients + cotangents
 
     @functools.cached_property
+    def fixed_host_bytes(self) -> int:
+        """Arguments that live on the host, on each device's behalf."""
+        program = self.program
+        pairs = zip(program.inputs, program.shardings, strict=False)
+        return sum(local_bytes(program.avals[v], s) for v, s in pairs if is_on_host(s))
+
+    @functools.cached_property
     def unplanned(self) -> Candidate:
         """The schedule that keeps everything, as the program does without a plan."""
         assert self.blocks is not None
@@ -174,12 +189,19 @@ class Analysis:
 
     def _per_device(self, candidate: Candidate) -> Candidate:
         """What lies between arguments and results is taken to be cut identically; measuring corrects it."""
-        peak = -(-candidate.judgement.peak_bytes // self.split)
-        return replace(candidate, judgement=replace(candidate.judgement, peak_bytes=peak))
+        judged = candidate.judgement
+        peak, host = (-(-size // self.split) for size in (judged.peak_bytes, judged.host_bytes))
+        return replace(candidate, judgement=replace(judged, peak_bytes=peak, host_bytes=host))
 
     def extra_cost(self, candidate: Candidate) -> int:
         """What it takes beyond the program without a plan, in the unit of the cost; less than 0 where it is faster."""
         return candidate.judgement.extra_work - self.blocks_of(candidate).unplanned_extra
+
+    def idle(self, candidate: Candidate) -> int:
+        """Time, in the unit of the cost, that it waits for the link to the host; it is in the extra cost."""
+        keeps = (node for node, _ in candidate.schedule.walk() if isinstance(node, Keep))
+        blocks = self.blocks_of(candidate).blocks
+        return sum(blocks[node.block].options[node.option].idle for node in keeps)
 
     def saved(self, candidate: Candidate) -> list[Save]:
         """What each block's chosen option saves, `[num_blocks]`."""
@@ -209,35 +231,52 @@ class Analysis:
         """Compile the differentiated program under a candidate, or without a plan; each is compiled once."""
         digest = None if candidate is None else candidate.digest
         if digest not in self._measured:
-            fun, specs, target = self._differentiated(candidate)
-            self._measured[digest] = compiled_bytes(fun, specs, target, closed_over=self.program.closed_over)
+            self._measured[digest] = self._lowered(candidate)()
         return self._measured[digest]
 
     def measure_all(self, candidates: Iterable[Candidate]) -> None:
         """Compile several candidates side by side; `measure` has them then."""
         new = {c.digest: c for c in candidates if c.digest not in self._measured}
         if len(new) > 1:
-            constants = self.program.closed_over
-            lowered = (lowered_for(*self._differentiated(c), closed_over=constants) for c in new.values())
-            found = side_by_side(lowered)
+            found = side_by_side(map(self._lowered, new.values()))
             self._measured |= dict(zip(new, found, strict=True))
 
-    def _differentiated(self, candidate: Candidate | None) -> tuple[Callable, list[Any], str | None]:
+    def _lowered(self, candidate: Candidate | None) -> Callable[[], Measurement]:
+        """The differentiated program under a candidate, or without a plan; what is returned compiles it."""
         fun = functools.partial(run, self.program) if candidate is None else self.planned(candidate)
-        return self.objective.differentiated(fun), measured_specs(self.program, self.objective), self.target
+        return lowered_for(
+            self.objective.differentiated(fun),
+            measured_specs(self.program, self.objective),
+            self.target,
+            closed_over=self.program.closed_over,
+            jit_options=self.jit_options(candidate),
+        )
+
+    def jit_options(self, candidate: Candidate | None) -> dict[str, Any]:
+        """Keywords of `jax.jit` that a candidate needs."""
+        options = self.chip.compiler.offload_options
+        is_sending = candidate is not None and candidate.judgement.host_bytes
+        return {"compiler_options": dict(options)} if options and is_sending else {}
 
 
 _ANALYSES: Recent[Analysis] = Recent(4)
 
 
 def find_analysis(
-    program: Program, goal: Objective, cost: str, solver: Any, target: str | None, is_profiled: bool = False
+    program: Program,
+    goal: Objective,
+    cost: str,
+    solver: Any,
+    target: str | None,
+    is_profiled: bool = False,
+    host_budget: int | None = None,
 ) -> Analysis:
     """The analysis of this program, kept for the next budget; what was compiled for one budget serves the others."""
     chip = find_target(target)  # a user's chip and its compiler may be defined anew under their names
     key = (program.fingerprint(), program.keeps_checkpoints, program.shardings, goal, cost, solver, target, chip)
-    key += (chip.compiler, registered(), is_profiled, *map(id, program.closed_over))
-    make = lambda: Analysis(program, goal, cost, solver, target, is_profiled=is_profiled)  # noqa: E731
+    key += (chip.compiler, registered(), is_profiled, host_budget, *map(id, program.closed_over))
+    rest: dict[str, Any] = {"is_profiled": is_profiled, "host_budget": host_budget}
+    make = lambda: Analysis(program, goal, cost, solver, target, **rest)  # noqa: E731
     if program.description.opaque:  # another program may have this fingerprint
         return make()
     return _ANALYSES.get(key, make)

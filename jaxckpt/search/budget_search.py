@@ -1,6 +1,6 @@
 """A search over candidates that need ever more bytes and ever less work: the cheapest that is measured to fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxckpt.search.surrogate import Surrogate
 
@@ -38,6 +38,7 @@ class BudgetSearch:
         num_before: compiles that were made already, such as that of the program without a plan.
         prepare: is told of several candidates that `measure` is about to be asked for, to compile them side by side.
         max_compiles: after so many, those before included, the search stops with what it has.
+        is_refused: whether a candidate that was measured is not to be chosen whatever it takes of the device.
 
     Attributes:
         known: measured device bytes by candidate.
@@ -56,7 +57,9 @@ class BudgetSearch:
         num_before: int = 0,
         prepare: Callable[[Sequence[int]], None] = lambda numbers: None,
         max_compiles: int | None = None,
+        is_refused: Callable[[int], bool] = lambda i: False,
     ):
+        self.is_refused = is_refused
         self.surrogate, self.predicted_bytes, self.costs = surrogate, predicted_bytes, costs
         self.kinds = kinds or [0] * len(predicted_bytes)
         self.num_before = num_before
@@ -100,13 +103,16 @@ class BudgetSearch:
         following: int | None = 0
         while following is not None:
             if following not in self.known and not self._may_compile():
-                return min(self.known, key=lambda i: (self.known[i], i), default=None)
+                return self._least_of(self.known)
             own.observe(self.predicted_bytes[following], self.kinds[following], self.measured(following))
             numbers.append(following)
             following = len(numbers) if len(numbers) < len(first) else self._may_be_less(numbers, own)
-        found = min(numbers, key=lambda i: (self.known[i], i))
-        self.least_bytes = self.known[found]
+        found = self._least_of(numbers)
+        self.least_bytes = self.known[found] if found is not None else min(self.known[i] for i in numbers)
         return found
+
+    def _least_of(self, numbers: Iterable[int]) -> int | None:
+        return min((i for i in numbers if not self.is_refused(i)), key=lambda i: (self.known[i], i), default=None)
 
     def _may_be_less(self, numbers: Sequence[int], own: Surrogate) -> int | None:
         """The candidate that is most likely to take less than these; None where none is likely enough."""
@@ -157,7 +163,7 @@ class BudgetSearch:
 
     def _best(self, budget_bytes: int) -> int | None:
         """The cheapest candidate that was measured to fit."""
-        fits = [i for i, size in self.known.items() if size <= budget_bytes]
+        fits = [i for i, size in self.known.items() if size <= budget_bytes and not self.is_refused(i)]
         return min(fits, key=lambda i: (self.costs[i], self.known[i]), default=None)
 
     def _guess(self, budget_bytes: int) -> int | None:

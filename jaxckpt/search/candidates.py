@@ -12,6 +12,7 @@ from ckptsolvers.solve import SOLVERS as by_name
 
 from jaxckpt.errors import OptionError
 from jaxckpt.model.option import NO_ROOM
+from jaxckpt.model.priced import first_senders, on_device, priced
 from jaxckpt.model.schedules import FEW_BLOCKS, Candidate, chain_schedules, keep_all, spread_out
 
 # JAX traces nested checkpoints by recursion, and each level costs it some thirty of Python's thousand frames.
@@ -39,7 +40,7 @@ def check_solver(solver: Any) -> None:
 
 
 def candidates(
-    problems: Sequence[Problem], solver: Any, repeated: Sequence[int] = ()
+    problems: Sequence[Problem], solver: Any, repeated: Sequence[int] = (), host_budget: int | None = None
 ) -> tuple[list[Candidate], list[Candidate]]:
     """A solver's candidates, least bytes first.
 
@@ -47,17 +48,20 @@ def candidates(
         problems: the program's, one for each way to cut it into blocks.
         solver: a solver's name, or a function `(problem, budget_bytes) -> Schedule`.
         repeated: identical blocks of the last problem; plans that treat them identically are candidates of their own.
+        host_budget: bytes of the host that saved values may take; None where none are sent there.
 
     Returns:
         Those that no other one beats in both bytes and work, and these with those that only another problem's beat: how
         much more or less than predicted a compiler takes differs from problem to problem.
     """
-    judged = [_judged(problem, solver) for problem in problems]
+    judged = [_judged(problem, on_device(problem), solver) for problem in problems]
     if repeated:
-        schedules = _identical_schedules(problems[-1], repeated)
+        schedules = _identical_schedules(on_device(problems[-1]), repeated)
         identical = {c.digest: c for c in _with_judgements(problems[-1], schedules, is_identical=True)}
         judged[-1] = [c for c in judged[-1] if c.digest not in identical]
         judged.append(list(identical.values()))
+    if host_budget is not None and solver in ("auto", "chain"):
+        judged += [sending for problem in problems if (sending := _sending(problem, host_budget))]
     best = _unbeaten(itertools.chain(*judged))
     known = {id(candidate) for candidate in best}
     others = [c for found in judged for c in _unbeaten(found) if id(c) not in known] if len(judged) > 1 else []
@@ -98,23 +102,41 @@ def _unbeaten(found: Iterable[Candidate]) -> list[Candidate]:
     )
 
 
-def _judged(problem: Problem, solver: Any) -> list[Candidate]:
+def _judged(problem: Problem, given: Problem, solver: Any) -> list[Candidate]:
+    """A solver's schedules of the problem that it is given, judged in the one that they are for."""
     if solver in ("auto", "chain"):
-        schedules = chain_schedules(problem, is_fine=problem.num_blocks <= FEW_BLOCKS)
+        schedules = chain_schedules(given, is_fine=problem.num_blocks <= FEW_BLOCKS)
     elif isinstance(solver, str) and solver in SCHEDULES:
-        schedules = list(SCHEDULES[solver](problem))
+        schedules = list(SCHEDULES[solver](given))
     else:
         if isinstance(solver, str):
             # It is asked some forty times, so a proof of each answer would take too long.
             limit = {"time_limit_s": _ILP_TIME_S} if solver == "ilp" else {}
             solver = functools.partial(by_name[solver], **limit)
-        schedules = _called_schedules(problem, solver)
+        schedules = _called_schedules(given, solver)
     return _with_judgements(problem, schedules)
 
 
 def _with_judgements(problem: Problem, schedules: Iterable[Schedule], *, is_identical: bool = False) -> list[Candidate]:
     """The schedules that JAX can trace, as candidates."""
     return [Candidate(s, simulate(problem, s), problem, is_identical) for s in schedules if s.depth <= _MAX_DEPTH]
+
+
+def _sending(problem: Problem, host_budget: int) -> list[Candidate]:
+    """Candidates that send values to the host, no more than it has room for, at prices of its bytes."""
+    found: dict[str, Candidate] = {}
+
+    def is_within(given: Problem) -> bool:
+        schedules = chain_schedules(given, is_fine=problem.num_blocks <= FEW_BLOCKS)
+        judged = _with_judgements(problem, schedules)
+        found.update({c.digest: c for c in judged if 0 < c.judgement.host_bytes <= host_budget})
+        return all(c.judgement.host_bytes <= host_budget for c in judged)
+
+    prices = priced(problem, host_budget)
+    if prices and not is_within(prices[0]):
+        next(filter(is_within, prices[1:]), None)  # at a higher price less is sent
+        list(map(is_within, first_senders(problem, host_budget)))
+    return list(found.values())
 
 
 def _called_schedules(problem: Problem, solver: Callable[..., Any]) -> list[Schedule]:

@@ -16,6 +16,9 @@ class Found:
         candidate: the chosen one; None leaves the program without a plan.
         budget_bytes: what had to hold it, `reserve` taken off; None without a budget.
         max_cost: the limit on cost, as a fraction of the unplanned cost; None without one.
+        host_budget_bytes: what had to hold what is sent to the host; None where nothing is.
+        num_worse_on_host: how many plans that send values there were compiled and take more of the device than one
+            that costs no more and sends none.
         unplanned_peak_bytes: device bytes without a plan.
         predicted_peak_bytes: device bytes of the candidate, from the model.
         measurement: of the program under it; None if it was not compiled.
@@ -35,6 +38,8 @@ class Found:
     expected_least_bytes: int
     budget_bytes: int | None = None
     max_cost: float | None = None
+    host_budget_bytes: int | None = None
+    num_worse_on_host: int = 0
     measurement: Measurement | None = None
     next_peak_bytes: int | None = None
     is_unplanned_measured: bool = False

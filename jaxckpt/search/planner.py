@@ -60,6 +60,7 @@ class _Search:
             kinds=[analysis.kind(c) for c in self.candidates],
             prepare=lambda numbers: analysis.measure_all(self.candidates[i] for i in numbers),
             max_compiles=request.max_compiles,
+            is_refused=self._is_over_on_host,
         )
         self.modelled = [math.ceil(self.search.corrected(i)) for i in range(len(self.candidates))]
 
@@ -112,9 +113,11 @@ class _Search:
         if self.request.calibration is None or not self.search.known or not self.analysis.is_modelled:
             return
         search, record = self.search, remembered(self.analysis.program, self.request.target, self.cache_dir)
+        # How far off plans are that send values to the host says nothing of others, and the other way round.
         found = [
             (search.predicted_bytes[i] / max(1, self.all_bytes), search.ratio(i), search.kinds[i])
             for i in sorted(search.known)
+            if not self.candidates[i].judgement.host_bytes
         ]
         add_samples(record, self.program, found, self.cache_dir)
 
@@ -159,6 +162,11 @@ class _Search:
         candidate = self.candidates[i]
         return self.analysis.measure(candidate).device_bytes
 
+    def _is_over_on_host(self, i: int) -> bool:
+        """Whether a candidate that was measured takes more of the host than it may."""
+        most = self.request.host_budget_bytes
+        return most is not None and self.analysis.measure(self.candidates[i]).host_bytes > most
+
     def _faster(self, budget: int) -> int | None:
         """The fastest plan within the budget where none is needed, if it is that much faster: loops may stack less."""
         if min(self.search.costs, default=0.0) > -FASTER:
@@ -198,7 +206,7 @@ class _Search:
             return self._found(inside[0], None, unplanned)
         best = inside[0]
         identical = next((i for i in inside if self.candidates[i].is_identical), best)
-        best = min(best, identical, key=self.search.measured)
+        best = min(best, identical, key=self._measured_bytes)
         for _ in range(_MAX_LOWER):
             # Where the model was too low, one that it puts below what was measured may take less, and costs less.
             most = self.search.measured(best) - self.analysis.fixed_bytes
@@ -207,8 +215,13 @@ class _Search:
             ]
             if not lower:
                 break
-            best = min(best, lower[-1], key=self.search.measured)
-        return self._found(None if self.search.measured(best) >= unplanned else best, None, unplanned)
+            best = min(best, lower[-1], key=self._measured_bytes)
+        return self._found(None if self._measured_bytes(best) >= unplanned else best, None, unplanned)
+
+    def _measured_bytes(self, i: int) -> float:
+        """Device bytes of a candidate; no number of them makes up for more on the host than there may be."""
+        size = self.search.measured(i)
+        return math.inf if self._is_over_on_host(i) else size
 
     def _least(self, budget: int, unplanned: int) -> Found:
         """Refuse a budget, or take the least plan that there is, if that is asked for."""
@@ -260,6 +273,16 @@ class _Search:
             num_compiles=self._num_compiles,
         )
 
+    def _worse_on_host(self) -> int:
+        """How many plans that send values to the host were compiled and take more than is predicted without."""
+        sending = [i for i in self.search.known if self.candidates[i].judgement.host_bytes]
+        kept = [i for i, c in enumerate(self.candidates) if not c.judgement.host_bytes]
+        limits = {
+            i: min((self._bytes_of(k) for k in kept if self.search.costs[k] <= self.search.costs[i]), default=None)
+            for i in sending
+        }
+        return sum(most is not None and self.search.known[i] > most for i, most in limits.items())
+
     @property
     def _num_compiles(self) -> int:
         return len(self.search.known) + (self.unplanned is not None)
@@ -273,10 +296,13 @@ class _Search:
         candidate = None if chosen is None else self.candidates[chosen]
         is_measured = self.unplanned is not None if candidate is None else chosen in known
         following = None if chosen is None else self.search.following(chosen)
+        worse = self._worse_on_host()
         return Found(
             analysis=self.analysis,
             candidate=candidate,
             budget_bytes=budget,
+            host_budget_bytes=self.request.host_budget_bytes,
+            num_worse_on_host=worse,
             max_cost=self.request.max_cost,
             unplanned_peak_bytes=unplanned,
             predicted_peak_bytes=unplanned if chosen is None else self.modelled[chosen],

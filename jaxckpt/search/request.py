@@ -17,6 +17,7 @@ class Request:
     solver: Any = "auto"
     target: str | None = None
     reserve_bytes: int = 0
+    host_budget_bytes: int | None = None
     verify: bool = True
     calibration: Calibration | str | None = "auto"
     profile: bool = False

@@ -30,6 +30,7 @@ class BlockAnalyser:
         timer: what equations cost, in the unit of the plan's cost.
         target: the chip, whose compiler decides what is materialised.
         outside_regions: which operations that tangents flow through no region may cover.
+        host_budget: bytes of the host that saved values may take; None where none are sent there.
         profiler: puts what is measured of a distinct block in the place of what is modelled.
         applier: runs programs under plans, for kinds whose options are found by differentiating those.
         known: what is known of the blocks of other cuts of the same program, by signature; new ones are added.
@@ -38,6 +39,7 @@ class BlockAnalyser:
     timer: Timer
     target: Target
     outside_regions: Callable[[Equation], bool] = lambda eqn: False
+    host_budget: int | None = None
     profiler: Profiler | None = None
     applier: Application = field(default_factory=Application)
     known: dict[str, tuple[int, BlockAnalysis]] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -25,7 +25,8 @@ from jaxckpt.program.static import Bound, bind_static
 from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.candidates import check_solver
 from jaxckpt.search.shared_budget import Picks
-from jaxckpt.targets.sharding import local_bytes, step_split
+from jaxckpt.targets.chip import find_target
+from jaxckpt.targets.sharding import is_on_host, local_bytes, step_split
 
 # What differentiated functions ask while a step is traced; jit traces again when it changes.
 FITTING = jax.make_user_context(None)
@@ -143,6 +144,7 @@ class StepOptions:
         target: a chip's name; None is the default backend.
         solver: of functions that are not decorated, as in `plan`.
         keep_checkpoints: of functions that are not decorated, as in `auto_remat`.
+        host_budget: bytes of the host that saved values may take, on each device's behalf; None sends none there.
         static: places and names of static arguments.
         donated: places and names of arguments that give their buffers away.
         jit: what else it is compiled with, keywords of `jax.jit`.
@@ -152,6 +154,7 @@ class StepOptions:
     target: str | None = None
     solver: Any = "auto"
     keep_checkpoints: bool = True
+    host_budget: int | None = None
     static: tuple[tuple[int, ...], tuple[str, ...]] = ((), ())
     donated: tuple[tuple[int, ...], tuple[str, ...]] = ((), ())
     jit: Mapping[str, Any] = field(default_factory=dict)
@@ -179,7 +182,7 @@ class Step:
     ):
         check_cost(options.cost)
         check_solver(options.solver)
-        self._given, self.options = fun, options
+        self._given, self._given_args, self._given_kwargs, self.options = fun, args, kwargs, options
         self.target = options.target
         self._bound = bind_static(fun, args, kwargs, *options.static)
         self._names = tuple(sorted(self._bound.kwargs))
@@ -214,7 +217,40 @@ class Step:
         return {key: a for key, a in found.items() if self.free.functions[key].is_decorated or held[key] >= least}
 
     def _analysis(self, program: Program, goal: Objective, solver: Any, split: int) -> Analysis:
-        return Analysis(program, goal, self.options.cost, solver, self.target, split)
+        options = self.options
+        return Analysis(program, goal, options.cost, solver, self.target, split, host_budget=self.host_room)
+
+    @property
+    def host_room(self) -> int | None:
+        """Of the host's budget, what arguments leave that live there."""
+        most = self.options.host_budget
+        return None if most is None else max(0, most - self.host_state_bytes)
+
+    @property
+    def host_state_bytes(self) -> int:
+        """Arguments that live on the host, on each device's behalf."""
+        leaves = ((x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
+        return sum(local_bytes(x, sharding) for x, sharding in leaves if is_on_host(sharding))
+
+    def without_host(self) -> "Step":
+        """The same step, which sends nothing to the host."""
+        return Step(self._given, self._given_args, replace(self.options, host_budget=None), self._given_kwargs)
+
+    def is_sending(self, picks: Picks) -> bool:
+        """Whether a function sends something to the host."""
+        chosen = (row[i] for row, i in zip(self.options_of, picks, strict=True))
+        return any(c is not None and c.judgement.host_bytes for c in chosen)
+
+    def is_over_on_host(self, picks: Picks) -> bool:
+        """Whether picks that were measured take more of the host than they may."""
+        most = self.options.host_budget
+        return most is not None and self.measure(picks).host_bytes > most
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """What it is compiled with beside what users say: all of it alike, whether values are sent or not."""
+        sending = self.options.host_budget is not None
+        return dict(find_target(self.target).compiler.offload_options or {}) if sending else {}
 
     @functools.cached_property
     def keys(self) -> list[Key]:
@@ -268,7 +304,8 @@ class Step:
     def state_bytes(self) -> int:
         """Arguments and results on each device, from their shapes: what no plan changes."""
         donated = donated_leaves(self.args, self.donate_argnums)
-        read = sum(local_bytes(x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
+        leaves = ((x, getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args))
+        read = sum(local_bytes(x, sharding) for x, sharding in leaves if not is_on_host(sharding))
         # A result takes the buffer of a donated argument that is like it.
         made = Counter(map(_spec, jax.tree.leaves(self.results))) - Counter(map(_spec, donated))
         return read + sum(count * -(-size_bytes(spec) // self.free.split) for spec, count in made.items())
@@ -301,9 +338,10 @@ class Step:
         """Compile the step; each choice is compiled once."""
         if picks not in self.measured:
             fun = under(self.choice(picks), self.fun)
-            self.measured[picks] = compiled_bytes(
-                fun, self.args, self.target, self.donate_argnums, jit_options=self.options.jit
-            )
+            given = dict(self.options.jit)
+            options = {**self.compiler_options, **(given.pop("compiler_options", None) or {})}
+            given |= {"compiler_options": options} if options else {}
+            self.measured[picks] = compiled_bytes(fun, self.args, self.target, self.donate_argnums, jit_options=given)
         return self.measured[picks]
 
     def cost(self, picks: Picks) -> float:
@@ -324,7 +362,7 @@ class Step:
             self._check(given)
             return planned(*given)
 
-        options: dict[str, Any] = {"compiler_options": _compat.here_options() or None}
+        options: dict[str, Any] = {"compiler_options": {**_compat.here_options(), **self.compiler_options} or None}
         if not self._has_objects:
             # As users call it: it is `jax.jit` that tells static arguments and donated ones from others.
             for kind, (places, names) in (("static", self.options.static), ("donate", self.options.donated)):

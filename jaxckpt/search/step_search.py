@@ -82,7 +82,8 @@ def search_step(
             if on_infeasible == "raise":
                 refuse(step, budget_bytes, least=search.least_bytes if search else None, is_stopped=is_stopped)
             step.measure(step.without)
-            found = min(step.measured, key=lambda picks: step.measured[picks].device_bytes)
+            allowed = [picks for picks in step.measured if not step.is_over_on_host(picks)]
+            found = min(allowed or [step.without], key=lambda picks: step.measured[picks].device_bytes)
         if found is not None and (is_needed or step.cost(found) <= -FASTER):
             picks = found
     return FoundStep(
@@ -120,6 +121,8 @@ def _searched(
         predicted,
         costs,
         lambda i: step.measure(path[i]).device_bytes,
+        kinds=[int(step.is_sending(picks)) for picks in path],
+        is_refused=lambda i: step.is_over_on_host(path[i]),
         num_before=int(step.without in step.measured),
         max_compiles=max_compiles,
     )
@@ -127,7 +130,8 @@ def _searched(
         if picks in step.measured and picks != step.without:
             search.observe(i, step.measured[picks].device_bytes)
     chosen = search.cheapest(budget_bytes)
-    found = [(predicted[i] / max(1, without), search.ratio(i), 0) for i in sorted(search.known)]
+    own = [i for i in sorted(search.known) if not search.kinds[i]]
+    found = [(predicted[i] / max(1, without), search.ratio(i), 0) for i in own]
     add_samples(record, name, found)
     if chosen is None or adds_up or search.is_stopped:
         return None if chosen is None else path[chosen], search
@@ -163,7 +167,7 @@ def _raised(step: Step, picks: Picks, budget_bytes: int, most_raises: int) -> Pi
             i = over - 1 if over == most else (fits + over) // 2
             tried = (*picks[:f], i, *picks[f + 1 :])
             left -= tried not in step.measured
-            if step.measure(tried).device_bytes <= budget_bytes:
+            if step.measure(tried).device_bytes <= budget_bytes and not step.is_over_on_host(tried):
                 fits, picks = i, tried
             else:
                 over = i
@@ -184,6 +188,7 @@ def _found(analysis: Analysis, candidate: Candidate | None) -> Found:
         unplanned_peak_bytes=unplanned,
         predicted_peak_bytes=peak(candidate) if candidate else unplanned,
         expected_least_bytes=peak(analysis.candidates[0] if analysis.candidates else None),
+        host_budget_bytes=analysis.host_budget,
     )
 
 

@@ -71,6 +71,11 @@ class Compiler:
             that plans are worth having in which all layers that the program repeats keep the same.
         usable_share: of a chip's memory, what JAX lets programs use unless told otherwise.
         compile_options: options of the compiler that jaxckpt measures with, None for its own defaults.
+        host_memory: JAX's name of the memory of the host in which values may wait for their backward; empty where it
+            has none.
+        counts_host: whether its memory analysis tells bytes on the host from those on the device.
+        least_offload_bytes: values below this size are not sent to the host.
+        offload_options: options of the compiler that a program needs which sends values to the host, None for none.
         facts: the record of what it asks of a chip beside memory and rates, None if nothing.
         part: what `define_target` and files of targets call that record.
         backend: what `jax.default_backend` calls the platform, where that is another name.
@@ -88,6 +93,10 @@ class Compiler:
     wants_identical_layers: bool = False
     usable_share: float = 1.0
     compile_options: dict[str, Any] | None = None
+    host_memory: str = ""
+    counts_host: bool = True
+    least_offload_bytes: int = 2**20
+    offload_options: dict[str, Any] | None = None
     facts: type[Any] | None = None
     part: str = ""
     backend: str = ""
@@ -160,6 +169,23 @@ class Compiler:
         """
         results = stats.output_size_in_bytes - stats.alias_size_in_bytes
         return stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
+
+    def host_bytes(self, stats: Any) -> int:
+        """Bytes on the host: arguments and results that live there, shared ones once, and what waits there.
+
+        Args:
+            stats: what `memory_analysis` says.
+        """
+        size = lambda name: getattr(stats, f"host_{name}_size_in_bytes", 0)  # noqa: E731
+        return size("argument") + size("output") - size("alias") + size("temp")
+
+    def sent_bytes(self, aval: Any) -> int:
+        """Bytes of a value on the host; by default what its dtype says.
+
+        Args:
+            aval: its shape and dtype.
+        """
+        return size_bytes(aval)
 
     def says_at_most(self, stats: Any) -> bool:
         """Whether `device_bytes` may be more than the program takes; by default it is what the program takes.

@@ -25,6 +25,10 @@ class CpuCompiler(Compiler):
     stacks_tiny_badly = True
     # A GPU reads slices of what is there in place.
     copies_slices = True
+    # The host's memory is the device's own, so nothing is won there; that programs are right can be seen all the same.
+    host_memory = "pinned_host"
+    counts_host = False
+    least_offload_bytes = 1024
     # Buffers are assigned before LLVM runs, so its optimisations change nothing but the time this takes.
     compile_options = {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}  # noqa: RUF012  # read only
 

@@ -52,6 +52,9 @@ class GpuCompiler(Compiler):
     stacking_passes = 4
     # XLA_PYTHON_CLIENT_MEM_FRACTION changes it where the device is.
     usable_share = 0.75
+    host_memory = "pinned_host"
+    # Without it XLA's own rematerialization takes buffers on the host for device memory, and makes values again.
+    offload_options = {"xla_gpu_enable_host_memory_offloading": True}  # noqa: RUF012  # read only
     facts = Gpu
     part = "gpu"
     backend = "gpu"

@@ -22,6 +22,8 @@ from jaxckpt.targets.topology import devices_for
 
 # What is smaller lies on every device if nobody says where: step counters, keys, learning rates.
 _SMALL_BYTES = 1024
+# JAX's name of the host's memory from which devices read.
+HOST = "pinned_host"
 
 
 def mesh(
@@ -114,7 +116,7 @@ def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
     Raises:
         ShardingError: a leaf without a sharding among others that have one, by its name.
     """
-    found = [_sharding(leaf) for leaf in leaves]
+    found: list[Any] = [_sharding(leaf) for leaf in leaves]
     first = next(filter(None, found), None)
     if first is None:
         return (None,) * len(found)
@@ -201,7 +203,8 @@ def place(specs: Sequence[Any], target: str | None) -> tuple[list[Any], int]:
     if number == 1:
         if target is None:
             return list(specs), 1
-        found = (jax.sharding.SingleDeviceSharding(devices_of(target)[0]),) * len(leaves)
+        device = devices_of(target)[0]
+        found = tuple(jax.sharding.SingleDeviceSharding(device, memory_kind=host_memory(x)) for x in leaves)
     else:
         found = tuple(_on_target(sharding, target) for sharding in found)
     placed = [
@@ -209,6 +212,16 @@ def place(specs: Sequence[Any], target: str | None) -> tuple[list[Any], int]:
         for x, s in zip(leaves, found, strict=True)
     ]
     return jax.tree.unflatten(tree, placed), number
+
+
+def is_on_host(sharding: Any) -> bool:
+    """Whether an array with this sharding lives in the host's memory."""
+    return getattr(sharding, "memory_kind", None) == HOST
+
+
+def host_memory(leaf: Any) -> str | None:
+    """The kind of the host's memory that an argument lives in; None where it lives on its device."""
+    return HOST if not isinstance(leaf, Tracer) and is_on_host(getattr(leaf, "sharding", None)) else None
 
 
 def _on_target(sharding: Any, target: str | None) -> Any:

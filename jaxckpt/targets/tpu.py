@@ -27,7 +27,7 @@ from jaxckpt.targets.compiler import Chip, Compiler
 from jaxckpt.targets.describe import described_devices
 from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
 
-_LANES = 128
+_LANES, _SUBLANES = 128, 8
 _DEFAULT_PRECISIONS = (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
 # Their operands and results of one rank are laid out alike.
 _KEEPS_LAYOUT = primitives.FUSIBLE | primitives.IMAGES
@@ -58,6 +58,7 @@ class TpuCompiler(Compiler):
     stacking_passes = 1
     heads_wait_for_loops = True
     wants_identical_layers = True
+    host_memory = "pinned_host"
     facts = Tpu
     part = "tpu"
     nearest = "v5e"
@@ -118,7 +119,17 @@ class TpuCompiler(Compiler):
         """
         if total := getattr(stats, "total_allocation_bytes", 0):
             return total
-        return max(super().device_bytes(stats), getattr(stats, "peak_memory_in_bytes", 0))
+        # That peak has what is on the host in it.
+        peak = getattr(stats, "peak_memory_in_bytes", 0) - self.host_bytes(stats)
+        return max(super().device_bytes(stats), peak)
+
+    def sent_bytes(self, aval: Any) -> int:
+        """Bytes of a value on the host, which is in tiles there too, and never rounded to bfloat16."""
+        if len(aval.shape) < 2 or not math.prod(aval.shape):
+            return size_bytes(aval)
+        *_, rows, lanes = aval.shape
+        tiled = math.ceil(rows / _SUBLANES) * _SUBLANES * math.ceil(lanes / _LANES) * _LANES
+        return size_bytes(aval) // (rows * lanes) * tiled
 
     def says_at_most(self, stats: Any) -> bool:
         """Where JAX does not tell the allocations, the bytes are a bound."""

@@ -41,6 +41,7 @@ class Option:
     Attributes:
         name: for reports.
         saved_bytes: interior values held from the block's forward to its backward, its outputs not among them.
+        host_bytes: interior values and inputs held on the host meanwhile; they cost the device nothing.
         saved_outputs: positions, among the block's outputs, of those its own backward reads.
         recompute_time: time to make what the backward needs from the block's inputs and what was saved.
         forward_times: `[num_outputs + 1]`, time to make the saved values and the first j outputs. Outputs stand in
@@ -63,6 +64,7 @@ class Option:
     saved_outputs: tuple[int, ...] = ()
     unread_inputs: tuple[int, ...] = ()
     last_forward_peak_bytes: int = 0
+    host_bytes: int = 0
 
     def peak_until(self, block: int, until: int) -> int:
         """Its forward's peak as the given block, in an interval that ends before block `until`."""
@@ -258,7 +260,13 @@ def _check_block(k: int, block: Block, num_outputs: int, num_inputs: int) -> Non
     for o, option in _numbered(block):
         check_numbers(
             f"blocks[{k}].options[{o}]",
-            *(option.saved_bytes, option.recompute_time, option.backward_peak_bytes, option.last_forward_peak_bytes),
+            *(
+                option.saved_bytes,
+                option.recompute_time,
+                option.backward_peak_bytes,
+                option.last_forward_peak_bytes,
+                option.host_bytes,
+            ),
         )
         if any(not 0 <= p < num_outputs for p in option.saved_outputs):
             raise InvalidProblemError(f"blocks[{k}].options[{o}].saved_outputs={option.saved_outputs} names no output")

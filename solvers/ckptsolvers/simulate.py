@@ -23,6 +23,7 @@ class Judgement:
         work: time of every forward and every rebuild inside backwards. The backwards themselves are the same in
             every schedule and not counted.
         extra_work: work beyond one plain forward sweep.
+        host_bytes: most bytes held on the host at once.
         num_forwards: how often each block's forward ran, `[n]`.
         peak_block: the block at whose step the peak stands.
         peak_phase: whether that step was a forward or a backward.
@@ -39,6 +40,7 @@ class Judgement:
     peak_phase: Literal["forward", "backward"]
     peak_live: tuple[int, ...]
     forwards: Mapping[tuple[int, int | None, int], int] = field(repr=False, compare=False)
+    host_bytes: int = 0
 
 
 def simulate(problem: Problem, schedule: Schedule) -> Judgement:
@@ -77,6 +79,7 @@ class _Replay:
         self.cotangents = {v for v, value in enumerate(problem.values) if value.read_by[-1] == n}
         self.live_bytes = 0
         self.other_bytes = sum(problem.values[v].cotangent_bytes for v in self.cotangents)
+        self.host_now = self.host_peak = 0
         self.work = 0
         self.forwards: Counter[tuple[int, int | None, int]] = Counter()
         self.next_backward = n - 1
@@ -95,6 +98,8 @@ class _Replay:
             self._hold(outputs[p] for p in block.options[o].saved_outputs)
             self.saved[k] = o
             self.other_bytes += block.options[o].saved_bytes
+            self.host_now += block.options[o].host_bytes
+            self.host_peak = max(self.host_peak, self.host_now)
         self.work += runs.forward_times[num_wanted]
         self.forwards[k, o, num_wanted] += 1
 
@@ -116,6 +121,7 @@ class _Replay:
         # The option's peak holds what it saved and its outputs' cotangents, so they leave the count first.
         self._let_go(own)
         self.other_bytes -= option.saved_bytes
+        self.host_now -= option.host_bytes
         for v in outputs:
             if v in self.cotangents:
                 self.cotangents.remove(v)
@@ -144,6 +150,7 @@ class _Replay:
             peak_phase=phase,
             peak_live=live,
             forwards=self.forwards,
+            host_bytes=self.host_peak,
         )
 
     def _check_inputs(self, k: int, phase: str, option: int | None = None) -> None:
