@@ -110,7 +110,7 @@ def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
         ShardingError: a leaf without a sharding among others that have one, by its name.
     """
     found = [_sharding(leaf) for leaf in leaves]
-    first = next(filter(None, found), None)
+    first: Any = next(filter(None, found), None)
     if first is None:
         return (None,) * len(found)
     everywhere = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else None
