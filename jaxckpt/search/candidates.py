@@ -132,9 +132,9 @@ def _sending(problem: Problem, host_budget: int) -> list[Candidate]:
         found.update({c.digest: c for c in judged if 0 < c.judgement.host_bytes <= host_budget})
         return all(c.judgement.host_bytes <= host_budget for c in judged)
 
-    prices = priced(problem, host_budget)
-    if prices and not is_within(prices[0]):
-        next(filter(is_within, prices[1:]), None)  # at a higher price less is sent
+    at_prices = priced(problem, host_budget)
+    if at_prices and not is_within(at_prices[0]):
+        next(filter(is_within, at_prices[1:]), None)  # at a higher price less is sent
         list(map(is_within, first_senders(problem, host_budget)))
     return list(found.values())
 

@@ -116,8 +116,8 @@ def completed(leaves: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
     Raises:
         ShardingError: a leaf without a sharding among others that have one, by its name.
     """
-    found: list[Any] = [_sharding(leaf) for leaf in leaves]
-    first = next(filter(None, found), None)
+    found = [_sharding(leaf) for leaf in leaves]
+    first: Any = next(filter(None, found), None)
     if first is None:
         return (None,) * len(found)
     everywhere = on_every_device(leaves)
