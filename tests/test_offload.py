@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ckptsolvers import Keep, Schedule
+from ckptsolvers.schedule import region
 from helpers import assert_close, jit, x64
 from jax import lax
 from jax.sharding import SingleDeviceSharding
@@ -16,10 +18,12 @@ from jaxckpt import apply
 from jaxckpt.api import auto_remat as decorator
 from jaxckpt.cli import main
 from jaxckpt.compilation.host import host_bytes
-from jaxckpt.errors import BudgetError, JaxckptWarning, PlanFileError
+from jaxckpt.errors import BudgetError, JaxckptWarning, OptionError, PlanFileError
+from jaxckpt.model.cut import spans_at
 from jaxckpt.model.option import Place, SavedValues
 from jaxckpt.program.ir import is_on_host
 from jaxckpt.targets.cpu import CpuCompiler
+from jaxckpt.targets.sharding import trace_placed
 
 LENGTH, ROWS, WIDTH = 12, 192, 16
 ROOM = "64MB"
@@ -227,3 +231,54 @@ def test_the_command_line(capsys):
         assert '"host_budget_bytes": 1000000000' in capsys.readouterr().out
     assert main(["plan", *call[:-2], "50%"]) == 2
     assert "host_budget='50%' is a share" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["frontier", "fit"])
+def test_other_commands_take_it(command, capsys):
+    budget = [] if command == "frontier" else ["--budget", "90%"]
+    assert main([command, "examples.mlp_revolve:loss", *budget, "--host-budget", "50%"]) == 2
+    assert "host_budget='50%' is a share" in capsys.readouterr().err
+
+
+def test_names_of_the_function_go_nowhere():
+    with pytest.raises(OptionError, match="sends nothing to the host"):
+        jaxckpt.plan(loss, *args("float32"), budget="50%", solver="names", host_budget="1GB")
+
+
+def test_a_kept_plan_is_of_its_host_budget(tmp_path):
+    options = {"budget": "60%", "verify": False, "calibration": None, "cache_dir": tmp_path}
+    given = args("float32")
+    for room in (None, 10**9, 2 * 10**9):
+        assert jaxckpt.plan(loss, *given, host_budget=room, **options).host_budget_bytes == room
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    assert jaxckpt.plan(loss, *given, **options).host_budget_bytes is None
+
+
+@pytest.mark.parametrize("num_sent", [1, 2])
+def test_equal_regions_send_their_own_inputs(num_sent):
+    def chain(ws, x):
+        for w in ws:
+            x = jnp.tanh(jnp.sin(x) @ w)
+        return jnp.sum(x)
+
+    with x64():
+        ws, x = [jnp.full((WIDTH, WIDTH), 0.1 * i) for i in (1, 2)], jnp.linspace(0, 1, WIDTH)
+        traced = trace_placed(chain, (ws, x))
+        program = traced.program
+        starts = [k for k, eqn in enumerate(program.equations) if eqn.primitive.name == "sin"]
+        ends = [starts[1], len(program.equations) - 1, len(program.equations)]
+        spans = spans_at(program, [tuple(range(a, b)) for a, b in zip([0, *ends], ends, strict=False)])
+        schedule = Schedule((region((Keep(0, 0),)), region((Keep(1, 0),)), Keep(2, 0)))
+        saved = [SavedValues(())] * 3
+        sent = [program.inputs[i] for i in (1, 0)][:num_sent]
+        fun = apply.Application().planned(program, spans, schedule, saved, "test", host=sent)
+        given = [*ws, x]
+        named = [e for e in jax.make_jaxpr(fun)(*given).eqns if e.primitive.name in ("remat2", "checkpoint", "remat")]
+        assert len({id(e.params["jaxpr"]) for e in named[:2]}) == 3 - num_sent
+        planned = lambda ws, x: fun(*ws, x)[0]  # noqa: E731
+        assert sent_values(planned, ws, x) == num_sent
+        assert_close(jit(jax.grad(planned, (0, 1)))(ws, x), jax.grad(chain, (0, 1))(ws, x), 1e-12)
+        apply._warn_on_device.cache_clear()
+        with apply.ON_DEVICE(True), pytest.warns(JaxckptWarning, match="stays on the device"):
+            num_left = sent_values(planned, ws, x)
+        assert num_left == 0

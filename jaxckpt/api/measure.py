@@ -1,7 +1,7 @@
 """The device bytes of a function, or of its value and gradient."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxckpt.api.arguments import (
@@ -27,6 +27,7 @@ def measure(
     has_aux: bool = False,
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
+    compiler_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Measurement:
     """Compile a function, or its value and gradient, and read the device bytes.
@@ -41,6 +42,8 @@ def measure(
         has_aux: as in `jax.grad`.
         static_argnums: as in `plan`.
         static_argnames: as in `plan`.
+        compiler_options: as in `jax.jit`, beside those that the target needs anyway; `compiler_options(plan)` for a
+            plan that sends values to the host.
         **kwargs: named arguments of `fun`, as in `plan`.
 
     Returns:
@@ -64,6 +67,7 @@ def measure(
     check_argnums(argnums)
     check_flags(has_aux=has_aux, differentiate=differentiate is None or differentiate)
     call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "measure")
+    options = {"compiler_options": dict(compiler_options)} if compiler_options else {}
     with described(target):
         traced = trace_placed(call.fun, call.args, call.kwargs)
         program = traced.program
@@ -74,5 +78,7 @@ def measure(
             say_measured_as_it_is()
             goal = None
         if goal is None:
-            return compiled_bytes(plain, input_specs(program)[len(constants) :], target, closed_over=constants)
-        return compiled_bytes(goal.differentiated(plain), measured_specs(program, goal), target, closed_over=constants)
+            fun, specs = plain, input_specs(program)[len(constants) :]
+        else:
+            fun, specs = goal.differentiated(plain), measured_specs(program, goal)
+        return compiled_bytes(fun, specs, target, closed_over=constants, jit_options=options)

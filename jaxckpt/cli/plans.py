@@ -140,13 +140,19 @@ def _measured(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> tu
         differentiate=True,
         argnums=argnums(options),
         has_aux=options.has_aux,
+        compiler_options=jaxckpt.compiler_options(plan),
     )
     # A plan within a cost has no budget: what it took is what it is held to.
     most = plan.peak_bytes if plan.budget_bytes is None else plan.budget_bytes
     what = "the budget" if plan.budget_bytes is not None else "what the plan says"
-    fits = found.device_bytes <= most
+    host = plan.host_budget_bytes
+    fits = found.device_bytes <= most and (host is None or found.host_bytes <= host)
     verdict = "fits" if fits else "no longer fits"
-    return found.device_bytes, fits, f"{verdict} {what}, {show_bytes(most)}: {found}"
+    if host is not None:
+        what += f", {show_bytes(most)}, and {show_bytes(host)} of the host"
+    else:
+        what += f", {show_bytes(most)}"
+    return found.device_bytes, fits, f"{verdict} {what}: {found}"
 
 
 def _compared(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> Any:

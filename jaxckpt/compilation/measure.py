@@ -126,7 +126,7 @@ def lowered_for(
 ) -> Callable[[], Measurement]:
     """Trace and lower a function as `compiled_bytes` does; what is returned compiles it, in any thread."""
     if closed_over:
-        return _lowered_with_constants(fun, specs, target, closed_over)
+        return _lowered_with_constants(fun, specs, target, closed_over, jit_options)
     chip = find_target(target)
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise CompilerError(_PART.format("inside shard_map"))
@@ -178,16 +178,16 @@ def lowered_for(
 
 
 def _lowered_with_constants(
-    fun: Callable, specs: Sequence[Any], target: str | None, closed_over: Sequence[Any]
+    fun: Callable, specs: Sequence[Any], target: str | None, closed_over: Sequence[Any], jit_options: Mapping[str, Any]
 ) -> Callable[[], Measurement]:
     """The same of a function of constants, which the user's own jit compiles into the program."""
     num_bytes = sum(x.nbytes for x in closed_over)
     if num_bytes <= _MOST_CONSTANT_BYTES:
-        return lowered_for(functools.partial(fun, *closed_over), specs, target)
+        return lowered_for(functools.partial(fun, *closed_over), specs, target, jit_options=jit_options)
     # As text they would take several times their bytes. As arguments they change nothing that is held in between.
     everywhere = on_every_device(jax.tree.leaves(list(specs)))
     constants = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in closed_over]
-    finish = lowered_for(fun, [*constants, *specs], target)
+    finish = lowered_for(fun, [*constants, *specs], target, jit_options=jit_options)
 
     def finished() -> Measurement:
         found = finish()

@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptsolvers import Keep
 
+from jaxckpt.model.option import Place
 from jaxckpt.result.plan import Plan
 from jaxckpt.units import short_bytes, short_count, show_bytes
 
@@ -18,6 +19,8 @@ _NUMBERS = {
     "measured_peak_bytes": show_bytes,
     "least_peak_bytes": show_bytes,
     "constant_bytes": show_bytes,
+    "host_budget_bytes": show_bytes,
+    "host_bytes": show_bytes,
     "forward_flops": lambda x: f"{short_count(x)}FLOP",
     "recompute_flops": lambda x: f"{short_count(x)}FLOP",
     "recompute_cost": lambda x: f"{x:,}",
@@ -142,6 +145,8 @@ def _saved_bytes(plan: Plan) -> dict[str, int]:
     found: dict[str, int] = {}
     for group in plan.saved:
         name = f"{group.shape_dtype} of {group.primitive} at {group.source} {group.scope}".rstrip()
+        if group.place != Place.DEVICE.value:
+            name += f" on the {group.place}"
         found[name] = found.get(name, 0) + group.size_bytes
     return found
 
