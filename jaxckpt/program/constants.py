@@ -28,7 +28,7 @@ def _total(values: Iterable[Any]) -> int:
 def _inside(equations: Iterable[Any]) -> Iterator[Any]:
     """Constants among the operands of equations, and those of jaxprs in their parameters."""
     for eqn in equations:
-        for operand in getattr(eqn, "invars", None) or eqn.inputs:
+        for operand in eqn.invars if hasattr(eqn, "invars") else eqn.inputs:
             yield getattr(operand, "val", getattr(operand, "value", None))
         for param in eqn.params.values():
             for inner in param if isinstance(param, tuple | list) else (param,):
