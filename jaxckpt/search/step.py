@@ -288,7 +288,8 @@ class Step:
     @property
     def name(self) -> str:
         """A digest of the step's arguments and of what is planned in it."""
-        shapes = [(x.shape, str(x.dtype), str(getattr(x, "sharding", None))) for x in jax.tree.leaves(self.args)]
+        leaves = [(jax.typeof(x), getattr(x, "sharding", None)) for x in jax.tree.leaves(self.args)]
+        shapes = [(aval.shape, str(aval.dtype), str(sharding)) for aval, sharding in leaves]
         return cache.digest((*shapes, self.donate_argnums, *(p.fingerprint() for p in self.programs)))
 
     @property
