@@ -76,12 +76,21 @@ def test_an_infeasible_budget_says_what_is_feasible_and_what_forces_it(verify):
     assert any("float32[256,32]" in what and "models.py:" in line for what, _, line in error.forced_by)
 
 
-def test_a_budget_below_what_no_plan_changes_is_refused_without_a_compile():
-    with no_compiles(), pytest.raises(InfeasibleBudgetError, match="which no plan changes") as caught:
+def test_the_error_of_a_budget_below_what_no_plan_changes_names_the_least():
+    with pytest.raises(InfeasibleBudgetError, match="which no plan changes") as caught:
         jaxckpt.plan(chain_loss, *ARGS, budget=1000)
     error = caught.value
-    assert error.least_peak_bytes is None and error.num_compiles == 0 and not error.measured
+    assert error.least_peak_bytes == error.expected_least_bytes and 0 < error.num_compiles <= 8
     assert error.forced_by[0][1] < error.expected_least_bytes
+    least = jaxckpt.plan(chain_loss, *ARGS, budget=error.least_peak_bytes)
+    assert least.measured_peak_bytes == error.least_peak_bytes
+
+
+def test_a_predicted_plan_is_refused_without_a_compile():
+    with no_compiles(), pytest.raises(InfeasibleBudgetError, match="which no plan changes") as caught:
+        jaxckpt.plan(chain_loss, *ARGS, budget=1000, verify=False)
+    error = caught.value
+    assert error.least_peak_bytes is None and error.num_compiles == 0 and not error.measured
 
 
 def test_neither_or_both_limits_are_refused():

@@ -181,6 +181,14 @@ class Analysis:
         pairs = zip(program.inputs, program.shardings, strict=False)
         return sum(local_bytes(program.avals[v], s) for v, s in pairs if is_on_host(s))
 
+    @property
+    def saves_anything(self) -> bool:
+        """Whether a backward pass reads anything of the forward, without a plan too."""
+        if self.blocks is None:
+            return False
+        options = (option for block in self.blocks.problem.blocks for option in block.options)
+        return any(option.saved_bytes or option.backward_peak_bytes for option in options)
+
     @functools.cached_property
     def unplanned(self) -> Candidate:
         """The schedule that keeps everything, as the program does without a plan."""

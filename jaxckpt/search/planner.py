@@ -45,7 +45,7 @@ class _Search:
         self.candidates = analysis.all_candidates
         self.program = analysis.program.fingerprint()
         self.record = self._record()
-        self.all_bytes = analysis.unplanned.judgement.peak_bytes if analysis.blocks else 0
+        self.all_bytes = analysis.unplanned.judgement.peak_bytes if analysis.saves_anything else 0
         self.unplanned: int | None = None  # measured device bytes
         self.search = BudgetSearch(
             Surrogate(
