@@ -196,7 +196,7 @@ def rotated(w, x):
     return jnp.mean(jnp.abs(z) ** 2)
 
 
-@pytest.mark.parametrize("fun", [fourier, rotated])
+@pytest.mark.parametrize("fun", [fourier, pytest.param(rotated, marks=pytest.mark.slow)])
 def test_complex_values_are_not_saved_by_name(fun):
     for budget in ("90%", "80%", "70%"):
         with jax.numpy_dtype_promotion("standard"):
@@ -273,7 +273,7 @@ def dropped(w, x, key):
     return jnp.mean(x**2), (keys, key)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [jax.random.key, pytest.param(jax.random.PRNGKey, marks=pytest.mark.slow)])
 def test_keys(make, wide):
     with x64() if wide else warnings.catch_warnings():
@@ -306,7 +306,9 @@ COLLECTIVES = {
 }
 
 
-@pytest.mark.parametrize("name", COLLECTIVES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "cond" else name for name in COLLECTIVES]
+)
 def test_collectives_under_vmap(name):
     def inside(f):
         return lambda w, x: jax.vmap(jax.grad(f), (None, 0), axis_name="d")(w, x)
@@ -363,6 +365,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_collectives_and_explicit_meshes_on_two_devices():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run([sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False)

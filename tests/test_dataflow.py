@@ -74,7 +74,7 @@ def test_a_rule_of_its_own_may_send_tangents_anywhere():
 OPERATIONS = (jnp.sin, jnp.cumsum, stopped, lambda x: x * 2, lambda x: jnp.flip(x))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     picks=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=6),
     form=st.sampled_from(["scan", "cond", "remat"]),

@@ -27,7 +27,12 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param("data", marks=pytest.mark.slow), "fsdp", pytest.param("tensor", marks=pytest.mark.slow)]
+    "layout",
+    [
+        pytest.param("data", marks=pytest.mark.slow),
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("tensor", marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_train_to_the_same_losses(layout):
     shown = run("--devices", "8", "--layout", layout)

@@ -22,7 +22,7 @@ def table_frontier(problem):
     return [(level * table.unit_bytes, int(table.times()[level])) for level in table.steps()], table
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(problems(max_blocks=4))
 def test_the_recurrence_equals_brute_force(problem):
     frontier, table = table_frontier(problem)
@@ -106,7 +106,7 @@ def every_chain(first_size):
         yield sizes, peaks, costs, work @ costs.T
 
 
-@pytest.mark.parametrize("first_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first_size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3))])
 def test_every_chain_of_four_stages_at_every_budget(first_size):
     for sizes, peaks, costs, work in every_chain(first_size):
         largest = int(peaks.max())

@@ -186,6 +186,7 @@ print(solve_lower_sets_dag(forward, budget_bytes=24, family="exact").steps)
 """
 
 
+@pytest.mark.slow
 def test_the_same_answer_whatever_the_hash_seed():
     answers = {
         subprocess.run(
