@@ -375,6 +375,11 @@ def held_jaxpr(primitive: Any) -> Any:
     return getattr(held, "jaxpr", held)
 
 
+def checks_each_operation() -> bool:
+    """Whether `jax_debug_nans` or `jax_debug_infs` is set."""
+    return bool(config.debug_nans.value or config.debug_infs.value)
+
+
 def ordered_checkpoints() -> contextlib.AbstractContextManager:
     """Let `jax.checkpoint` inside be of the kind that recomputes in order.
 

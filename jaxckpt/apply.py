@@ -181,7 +181,7 @@ class _Runner:
             values=env,
             prefix=self.prefix,
             checkpointed=functools.partial(self._region, node, env, depth, is_inner),
-            uncovered=functools.partial(self._call, node, env, depth, functools.partial(jax.jit, inline=True), "as is"),
+            uncovered=functools.partial(self._call, node, env, depth, *_uncovered()),
             applier=self.applier,
         )
         kind_named(save.kind).run(block)
@@ -272,6 +272,14 @@ class _Runner:
             likeness = self.likeness.key(self.spans[blocks], self.saved[blocks], *self._ends(node), depth)
             found = self.keys[where] = self.numbers.setdefault((where[2], likeness), len(self.numbers))
         return found
+
+
+def _uncovered() -> tuple[Callable[[Callable], Callable], str]:
+    """What is around a block that is left to JAX, and a name for it: one function of equal blocks."""
+    if _compat.checks_each_operation():
+        # Each operation has to be seen, outside of any `jit` too.
+        return lambda fun: fun, "each operation"
+    return functools.partial(jax.jit, inline=True), "one function"
 
 
 def _shape(node: Node, start: int) -> Hashable:
