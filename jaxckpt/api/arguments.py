@@ -68,7 +68,12 @@ def is_differentiated_already(program: Program, goal: Objective, *, within: bool
         goal: what of it would be differentiated.
         within: whether a derivative inside a loop or a branch counts, such as one that is accumulated.
     """
-    return not goal.is_scalar and any(
+    return not goal.is_scalar and differentiates(program, within=within)
+
+
+def differentiates(program: Program, *, within: bool) -> bool:
+    """Whether something is differentiated in a program, or, if that counts, in one of its loops or branches."""
+    return any(
         any("transpose(" in str(s) for s in eqn.name_stacks) or (within and _compat.is_differentiated_within(eqn))
         for eqn in program.equations
     )

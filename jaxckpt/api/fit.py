@@ -20,6 +20,7 @@ from jaxckpt.units import Budget, parse_budget
 
 def fit(
     step: Callable,
+    /,
     *args: Any,
     budget: int | str,
     cost: str = "time",

@@ -32,6 +32,7 @@ Expected = Callable[[int], int]
 
 def frontier(
     fun: Callable,
+    /,
     *args: Any,
     cost: str = "time",
     target: str | None = None,

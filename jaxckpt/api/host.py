@@ -64,6 +64,6 @@ def offload_options(target: str | None) -> dict[str, Any]:
 
 
 def _compiler(target: str | None) -> Compiler:
-    name = (target or jax.default_backend()).partition(":")[0]
+    name = (target or jax.default_backend()).partition(":")[0].lower()
     chip = known_chips().get(name)
     return own_compiler(name) if chip is None else chip.compiler

@@ -51,7 +51,8 @@ def kept_or_made(
 def plan_key(program: Program, goal: Objective, request: Request) -> str:
     """A name under which a plan is kept."""
     program_key = program.fingerprint(), program.keeps_checkpoints, len(program.closed_over)
-    return kept_key((*program_key, goal, request), request.target)
+    # A fingerprint is of shapes; bytes are of each device's part of them.
+    return kept_key((*program_key, tuple(map(str, program.shardings)), goal, request), request.target)
 
 
 def kept_key(parts: tuple[Any, ...], target: str | None) -> str:

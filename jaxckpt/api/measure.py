@@ -8,18 +8,22 @@ from jaxckpt.api.arguments import (
     check_argnums,
     check_flags,
     check_function,
+    differentiates,
     is_differentiated_already,
     say_measured_as_it_is,
 )
 from jaxckpt.compilation.measure import Measurement, compiled_bytes
-from jaxckpt.compilation.objective import input_specs, measured_specs, objective
+from jaxckpt.compilation.objective import Objective, input_specs, measured_specs, objective
+from jaxckpt.errors import NotDifferentiableError
 from jaxckpt.program.interpret import run
 from jaxckpt.program.static import bound_call
+from jaxckpt.program.trace import Traced
 from jaxckpt.targets.sharding import described, trace_placed
 
 
 def measure(
     fun: Callable,
+    /,
     *args: Any,
     target: str | None = None,
     differentiate: bool | None = None,
@@ -73,12 +77,24 @@ def measure(
         program = traced.program
         plain = functools.partial(run, program)
         constants = program.closed_over
-        goal = None if differentiate is False else objective(traced, argnums, has_aux)
-        if differentiate is None and goal is not None and is_differentiated_already(program, goal, within=True):
+        goal = None if differentiate is False else _goal(traced, argnums, has_aux, differentiate is None)
+        if differentiate is None and goal is None:
             say_measured_as_it_is()
-            goal = None
         if goal is None:
             fun, specs = plain, input_specs(program)[len(constants) :]
         else:
             fun, specs = goal.differentiated(plain), measured_specs(program, goal)
         return compiled_bytes(fun, specs, target, closed_over=constants, jit_options=options)
+
+
+def _goal(traced: Traced, argnums: Any, has_aux: bool, may_be_step: bool) -> Objective | None:
+    """What is differentiated; None of a gradient or a step, which is measured as it is."""
+    try:
+        goal = objective(traced, argnums, has_aux)
+    except NotDifferentiableError:
+        if not (may_be_step and differentiates(traced.program, within=True)):
+            raise
+        goal = None
+    if goal is None or (may_be_step and is_differentiated_already(traced.program, goal, within=True)):
+        return None
+    return goal

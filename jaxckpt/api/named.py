@@ -2,7 +2,8 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ckptsolvers.names import needed_names
@@ -21,7 +22,13 @@ from jaxckpt.units import parse_budget, parse_bytes, show_bytes
 
 
 def named_loss(
-    fun: Callable, args: tuple[Any, ...], cost: str, target: str | None, argnums: Any, has_aux: bool
+    fun: Callable,
+    args: tuple[Any, ...],
+    cost: str,
+    target: str | None,
+    argnums: Any,
+    has_aux: bool,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> NamedLoss:
     """A function that is differentiated here.
 
@@ -33,7 +40,7 @@ def named_loss(
     @functools.cache
     def programs(keep_checkpoints: bool) -> tuple[Program, Objective]:
         with described(target):
-            traced = trace_placed(fun, args, keep_checkpoints=keep_checkpoints)
+            traced = trace_placed(fun, args, dict(kwargs), keep_checkpoints=keep_checkpoints)
         return traced.program, objective(traced, argnums, has_aux)
 
     return NamedLoss(target=target, cost=cost, label=_label(fun), programs=programs)

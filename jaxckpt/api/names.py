@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxckpt.api.arguments import check_argnums, check_flags, check_function, is_differentiated_already
+from jaxckpt.api.arguments import check_argnums, check_flags, check_function, differentiates, is_differentiated_already
 from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.api.named import choose_names, named_loss
 from jaxckpt.api.plan import check_limits
@@ -15,6 +15,7 @@ from jaxckpt.targets.sharding import described, trace_placed
 
 def names(
     fun: Callable,
+    /,
     *args: Any,
     budget: int | str,
     cost: str = "time",
@@ -107,7 +108,7 @@ def _subject(
     """The function, differentiated here, or a step that differentiates functions of its own."""
     try:
         loss = named_loss(fun, args, cost, target, argnums, has_aux)
-        is_step = is_differentiated_already(*loss.programs(True))
+        is_step = is_differentiated_already(*loss.programs(True), within=True)
     except NotDifferentiableError:
         if not _differentiates(fun, args, target):
             raise
@@ -123,5 +124,4 @@ def _subject(
 
 def _differentiates(fun: Callable, args: tuple[Any, ...], target: str | None) -> bool:
     with described(target):
-        program = trace_placed(fun, args).program
-    return any("transpose(" in str(stack) for eqn in program.equations for stack in eqn.name_stacks)
+        return differentiates(trace_placed(fun, args).program, within=True)

@@ -33,15 +33,16 @@ from jaxckpt.units import parse_budget, parse_bytes, show_bytes
 
 
 @overload
-def plan(fun: Callable, *args: Any, solver: Literal["names"], **options: Any) -> Names: ...
+def plan(fun: Callable, /, *args: Any, solver: Literal["names"], **options: Any) -> Names: ...
 
 
 @overload
-def plan(fun: Callable, *args: Any, solver: Any = "auto", **options: Any) -> Plan: ...
+def plan(fun: Callable, /, *args: Any, solver: Any = "auto", **options: Any) -> Plan: ...
 
 
 def plan(
     fun: Callable,
+    /,
     *args: Any,
     budget: int | str | None = None,
     max_cost: float | None = None,
@@ -136,11 +137,11 @@ def plan(
                 'solver="names" chooses what is saved on the device and sends nothing to the host: leave host_budget '
                 "out, or take another solver"
             )
+        if cache_dir is not None or calibration != "auto":
+            raise OptionError('solver="names" keeps nothing and reads no record; leave cache_dir and calibration out')
         check_limits(max_compiles, on_infeasible)
         call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "plan")
-        by_place = lambda *args: call.fun(*args[:-1], **args[-1])  # noqa: E731
-        named = (by_place, (*call.args, call.kwargs)) if call.kwargs else (call.fun, call.args)
-        subject = named_loss(*named, cost, target, argnums, has_aux)
+        subject = named_loss(call.fun, call.args, cost, target, argnums, has_aux, call.kwargs)
         refuse_differentiated(*subject.programs(True), "plan")
         return choose_names(
             subject,
@@ -175,7 +176,7 @@ def plan(
     is_share = request.budget is not None and request.budget.size_bytes is None
     if keep_checkpoints or not is_share or made.measured_peak_bytes is None:
         return made
-    options: dict[str, Any] = {"target": target, "argnums": argnums, "has_aux": has_aux}
+    options: dict[str, Any] = {"target": target, "argnums": argnums, "has_aux": has_aux, "differentiate": True}
     return _beside_as_written(made, lambda: measure(call.fun, *call.args, **options, **call.kwargs))
 
 

@@ -113,7 +113,7 @@ def _check(options: argparse.Namespace) -> int:
     is_right = True
     if options.measure:
         measured, fits, said = _measured(plan, fun, args, options)
-        answer |= {"fits": fits, "measured_peak_bytes": measured}
+        answer |= {"fits": fits, "measured_peak_bytes": measured.device_bytes, "host_bytes": measured.host_bytes}
         lines.append(said)
         is_right &= fits
     if options.values:
@@ -125,9 +125,10 @@ def _check(options: argparse.Namespace) -> int:
     return YES if is_right else NO
 
 
-def _measured(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> tuple[int, bool, str]:
-    """Bytes of the plan as they are compiled now, whether they still fit, and that as a sentence."""
+def _measured(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> tuple[Any, bool, str]:
+    """The plan as it is compiled and measured now, whether they still fit, and that as a sentence."""
     import jaxckpt
+    from jaxckpt.api.host import offload_options
     from jaxckpt.targets.chip import device_label
     from jaxckpt.units import show_bytes
 
@@ -140,7 +141,8 @@ def _measured(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> tu
         differentiate=True,
         argnums=argnums(options),
         has_aux=options.has_aux,
-        compiler_options=jaxckpt.compiler_options(plan),
+        # `measure` adds those of the target.
+        compiler_options=offload_options(plan.target) if plan.is_on_host else {},
     )
     # A plan within a cost has no budget: what it took is what it is held to.
     most = plan.peak_bytes if plan.budget_bytes is None else plan.budget_bytes
@@ -152,7 +154,7 @@ def _measured(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> tu
         what += f", {show_bytes(most)}, and {show_bytes(host)} of the host"
     else:
         what += f", {show_bytes(most)}"
-    return found.device_bytes, fits, f"{verdict} {what}: {found}"
+    return found, fits, f"{verdict} {what}: {found}"
 
 
 def _compared(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> Any:

@@ -69,7 +69,8 @@ class Pure:
     @property
     def positional(self) -> tuple[Callable, tuple[Any, ...]]:
         """The same with every argument by its place, where the caller named none."""
-        names, number = tuple(self.kwargs), len(self.args)
+        # As callers count them: by name, and what a function closes over at the end.
+        names, number = sorted(self.kwargs, key=lambda name: (name == CLOSURE, name)), len(self.args)
         if not names:
             return self.fun, self.args
 
@@ -77,7 +78,7 @@ class Pure:
         def by_place(*args: Any) -> Any:
             return self.fun(*args[:number], **dict(zip(names, args[number:], strict=True)))
 
-        return by_place, (*self.args, *self.kwargs.values())
+        return by_place, (*self.args, *(self.kwargs[name] for name in names))
 
     def variables(self) -> tuple[Any, ...] | None:
         """For each leaf, the path and the variable of a module that it is in; None where it is in none."""

@@ -70,8 +70,12 @@ class Comparison:
         return f"value      {self.value}\ngradients  {self.gradients}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"is_close": self.is_close, **asdict(self)}
+        """Plain data; a difference that is not finite is None."""
+        value, gradients = (
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(one).items()}
+            for one in (self.value, self.gradients)
+        )
+        return {"is_close": self.is_close, "value": value, "gradients": gradients}
 
 
 def compare_runs(

@@ -230,6 +230,7 @@ class Plan:
     def compare(
         self,
         fun: Callable,
+        /,
         *args: Any,
         argnums: int | Sequence[int] = 0,
         has_aux: bool = False,
