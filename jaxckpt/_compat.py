@@ -23,6 +23,7 @@ from jax._src import (
     source_info_util,  # no public way to read or restore an equation's source
 )
 from jax._src.export import shape_poly
+from jax._src.interpreters.partial_eval import DynamicJaxprTrace
 from jax._src.lax import parallel
 from jax._src.lax.control_flow import conditionals
 from jax._src.mesh import AbstractDevice
@@ -373,6 +374,16 @@ def held_jaxpr(primitive: Any) -> Any:
     if held is None:
         held = jax.make_jaxpr(primitive.expand)(*primitive.in_avals)
     return getattr(held, "jaxpr", held)
+
+
+def is_staged() -> bool:
+    """Whether operations here are added to a jaxpr, rather than run, however often they are differentiated."""
+    trace = core.trace_ctx.trace
+    while trace is not None:
+        if isinstance(trace, DynamicJaxprTrace):
+            return True
+        trace = getattr(trace, "parent_trace", None)
+    return False
 
 
 def checks_each_operation() -> bool:

@@ -276,8 +276,8 @@ class _Runner:
 
 def _uncovered() -> tuple[Callable[[Callable], Callable], str]:
     """What is around a block that is left to JAX, and a name for it: one function of equal blocks."""
-    if _compat.checks_each_operation():
-        # Each operation has to be seen, outside of any `jit` too.
+    if _compat.checks_each_operation() or not _compat.is_staged():
+        # What runs operation by operation is neither compiled as one function at each call, nor hidden from checks.
         return lambda fun: fun, "each operation"
     return functools.partial(jax.jit, inline=True), "one function"
 

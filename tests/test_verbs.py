@@ -345,3 +345,41 @@ def test_kept_step_plans_over_the_budget_warn_again(tmp_path):
             planned(W, X)
         assert "Nothing fits the budget" in planned.report()
     assert len(list(tmp_path.glob("step-*.json"))) == 1
+
+
+def test_named_arguments_of_a_plan_of_names_are_not_differentiated():
+    from jax.ad_checkpoint import checkpoint_name
+
+    layer = jax.checkpoint(lambda x, w: x + jnp.tanh(checkpoint_name(x @ w, "h")) @ w)
+
+    def loss(w, x, mask):
+        for _ in range(4):
+            x = layer(x, w)
+        return jnp.sum((x * mask) ** 2)
+
+    w, x, mask = jnp.eye(32), jnp.ones((256, 32)), jnp.ones((256, 1))
+    by_name = jaxckpt.plan(loss, w, x, mask=mask, argnums=-1, solver="names", budget="90%", on_infeasible="least")
+    by_place = jaxckpt.plan(loss, w, x, mask, argnums=1, solver="names", budget="90%", on_infeasible="least")
+    assert (by_name.code, by_name.peak_bytes) == (by_place.code, by_place.peak_bytes)
+    with pytest.raises(jaxckpt.NotDifferentiableError):
+        jaxckpt.plan(loss, w=w, x=x, mask=mask, solver="names", budget="90%")
+
+
+def test_a_step_that_counts_first_is_measured_as_it_is():
+    def step(count, w, x):
+        return count + 1, w - jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(w)
+
+    with pytest.warns(jaxckpt.JaxckptWarning, match="differentiates already"):
+        found = jaxckpt.measure(step, jnp.int32(0), jnp.eye(32), jnp.ones((256, 32)))
+    as_it_is = jaxckpt.measure(step, jnp.int32(0), jnp.eye(32), jnp.ones((256, 32)), differentiate=False)
+    assert found.device_bytes == as_it_is.device_bytes
+
+
+def test_arguments_may_have_the_names_of_the_verbs_own():
+    def train(w, x, step):
+        return w - 0.1 / (1 + step) * jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) ** 2))(w)
+
+    w, x = jnp.eye(32), jnp.ones((256, 32))
+    fitted = jaxckpt.fit(train, w, x, step=jnp.float32(1), budget="1GB")
+    np.testing.assert_allclose(fitted.step(w, x, step=jnp.float32(1)), train(w, x, jnp.float32(1)), rtol=1e-6)
+    assert jaxckpt.measure(lambda w, fun: jnp.sum(w * fun), w, fun=w).device_bytes > 0

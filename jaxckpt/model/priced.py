@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from ckptsolvers import Option, Problem
 
-# An option that no budget has room for; sums of a million such still fit in 64 bits.
-_NO_ROOM = 2**40
+from jaxckpt.model.option import NO_ROOM
+
 # Prices between the lowest at which a byte matters and the highest at which one is sent.
 _NUM_PRICES, _RATIO = 8, 2
 # A price has no answer between two sums of few pieces, so the first of so many blocks that may send are tried alone.
@@ -65,7 +65,7 @@ def _at(option: Option, price: float, host_budget: int) -> Option:
 
 
 def _never(option: Option) -> Option:
-    return replace(option, forward_peak_bytes=_NO_ROOM, backward_peak_bytes=_NO_ROOM)
+    return replace(option, forward_peak_bytes=NO_ROOM, backward_peak_bytes=NO_ROOM)
 
 
 def _with_options(problem: Problem, change: Callable[[Option], Option]) -> Problem:

@@ -83,7 +83,7 @@ class Analysis:
             outside_regions=lambda eqn: is_apart(eqn) or is_logits(eqn),
             profiler=self.profiler,
             # Sizes of the problem are those of all devices together.
-            host_budget=None if host_budget is None else host_budget * self.split,
+            host_budget=None if host_budget is None else max(0, host_budget - self.fixed_host_bytes) * self.split,
         )
         divide = functools.partial(
             cut_program, program, dag, self.active, is_alone=is_alone, is_apart=is_apart, is_head=is_logits

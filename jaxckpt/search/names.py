@@ -123,6 +123,7 @@ class _Search:
         self.all = all_name_choices(problem) if len(problem.names) <= MOST_JUDGED else None
         self.sizes: dict[Treatment, Measurement] = {}
         self.known: dict[tuple[int, ...], NameChoice] = {}
+        self.expected: dict[tuple[int, ...], float] = {}  # before they were measured
         self.written: Measurement | None = None
         self.is_stopped = False
         self.bound_work = math.inf
@@ -141,7 +142,7 @@ class _Search:
         best = self._improved(budget, min(fits, key=lambda c: c.work, default=None))
         if best is None:
             best = self._least(budget, unplanned)
-        expected = self.surrogate.expected(best) if best is not self.nothing else self._bytes(best)
+        expected = self.expected.get(best.saved, self._bytes(best))
         return self._found(best, budget, unplanned, self.sizes[self._names(best)], round(expected))
 
     def _measure_written(self) -> None:
@@ -267,6 +268,7 @@ class _Search:
         self.known[choice.saved] = choice
         found = self.sizes[self._names(choice)] = self.subject.measure(self._names(choice))
         if choice is not self.nothing:
+            self.expected[choice.saved] = self.surrogate.expected(choice)
             self.surrogate.observe(choice, found.device_bytes)
 
     def _bytes(self, choice: NameChoice) -> int:

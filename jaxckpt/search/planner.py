@@ -165,7 +165,11 @@ class _Search:
     def _is_over_on_host(self, i: int) -> bool:
         """Whether a candidate that was measured takes more of the host than it may."""
         most = self.request.host_budget_bytes
-        return most is not None and self.analysis.measure(self.candidates[i]).host_bytes > most
+        return (
+            most is not None
+            and self.candidates[i].judgement.host_bytes > 0
+            and self.analysis.measure(self.candidates[i]).host_bytes > most
+        )
 
     def _faster(self, budget: int) -> int | None:
         """The fastest plan within the budget where none is needed, if it is that much faster: loops may stack less."""
