@@ -68,12 +68,11 @@ PROGRAMS = {"chain": _chain, "scan": _scan, "rules": _rules, "branches": _branch
 
 def _flags(names):
     """All of these flags on; a test is skipped where this JAX lacks one."""
+    if missing := [name for name in names if not hasattr(config, name)]:
+        pytest.skip(f"jax {jax.__version__} has no {', '.join(missing)}")
     stack = contextlib.ExitStack()
     for name in names:
-        flag = getattr(config, name, None)
-        if flag is None:
-            pytest.skip(f"jax {jax.__version__} has no {name}")
-        stack.enter_context(flag(True))
+        stack.enter_context(getattr(config, name)(True))
     return stack
 
 
