@@ -381,5 +381,5 @@ def test_arguments_may_have_the_names_of_the_verbs_own():
 
     w, x = jnp.eye(32), jnp.ones((256, 32))
     fitted = jaxckpt.fit(train, w, x, step=jnp.float32(1), budget="1GB")
-    np.testing.assert_allclose(fitted.step(w, x, step=jnp.float32(1)), train(w, x, jnp.float32(1)), rtol=1e-6)
+    np.testing.assert_allclose(fitted.step(w, x, step=jnp.float32(1)), train(w, x, jnp.float32(1)), rtol=1e-5)
     assert jaxckpt.measure(lambda w, fun: jnp.sum(w * fun), w, fun=w).device_bytes > 0
