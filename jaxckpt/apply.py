@@ -21,9 +21,10 @@ from jaxckpt.model.option import NOTHING_SAVED, Place, Save
 from jaxckpt.model.tree import Tree
 from jaxckpt.program.interpret import outputs_of
 from jaxckpt.program.ir import Program
+from jaxckpt.targets.sharding import HOST
 
 # JAX's names of kinds of memory.
-_DEVICE_MEMORY, _HOST_MEMORY = "device", "pinned_host"
+_DEVICE_MEMORY = "device"
 # Set where what a plan sends to the host stays on the device: JAX cannot transpose such a copy, so what is
 # differentiated in reverse twice has none.
 ON_DEVICE = jax.make_user_context(False)
@@ -50,7 +51,7 @@ def _policy(places: tuple[tuple[str, Place], ...]) -> Callable[..., bool]:
         names_which_can_be_saved=names[Place.DEVICE],
         names_which_can_be_offloaded=names[Place.HOST],
         offload_src=_DEVICE_MEMORY,
-        offload_dst=_HOST_MEMORY,
+        offload_dst=HOST,
     )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 import jaxckpt
 from jaxckpt import apply
 from jaxckpt.api import auto_remat as decorator
+from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.cli import main
 from jaxckpt.compilation.host import host_bytes
 from jaxckpt.errors import BudgetError, JaxckptWarning, OptionError, PlanFileError
@@ -157,6 +158,7 @@ def test_steps_with_donation():
 
 
 def test_arguments_that_live_on_the_host_count_and_stay_there():
+    see_differentiated()
     params, x = args("float32")
     host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     held = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=host), params)

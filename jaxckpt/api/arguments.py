@@ -25,6 +25,11 @@ def check_function(fun: Any, verb: str) -> None:
         raise OptionError(f"{verb} takes a function, and was given {str(fun)[:60]!r}{hint}")
 
 
+def name_of(fun: Any) -> str:
+    """A function's name in messages; an object that is called has its class's."""
+    return getattr(fun, "__name__", type(fun).__name__)
+
+
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number, of Python's or NumPy's, and neither True nor False."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -18,7 +18,7 @@ import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
-from jaxckpt.api.arguments import check_flags, check_function
+from jaxckpt.api.arguments import check_flags, check_function, name_of
 from jaxckpt.api.host import offload_options
 from jaxckpt.api.kept import kept_or_made, plan_key
 from jaxckpt.api.plan import make_request, plan_program
@@ -166,7 +166,7 @@ class _Decorated:
         return _restored, (given,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        fun, label = self.fun, getattr(self.fun, "__name__", type(self.fun).__name__)
+        fun, label = self.fun, name_of(self.fun)
         if is_disabled():
             return fun(*args, **kwargs)
         if self.request is None and FITTING.value is None:

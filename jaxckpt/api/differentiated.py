@@ -16,6 +16,7 @@ import jax.extend.core as jex
 from jax.core import Tracer
 
 from jaxckpt import _compat
+from jaxckpt.api.arguments import name_of
 from jaxckpt.api.auto_remat import Call, auto_remat_p
 from jaxckpt.errors import UnsupportedProgramError
 from jaxckpt.program.effects import refuse_effects
@@ -158,4 +159,4 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 def _name(fun: Callable) -> str:
     while isinstance(fun, functools.partial):
         fun = fun.func
-    return getattr(fun, "__name__", type(fun).__name__)
+    return name_of(fun)

@@ -26,19 +26,18 @@ from jax.core import Tracer
 from jax.interpreters import ad, batching, mlir
 
 from jaxckpt import _compat
-from jaxckpt.api.arguments import check_flags, check_function
+from jaxckpt.api.arguments import check_flags, check_function, name_of
 from jaxckpt.api.call_form import JitOptions, PlainForm, PureCall, form_of
 from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.api.fit import search_within
 from jaxckpt.api.host import check_host_budget, offload_options
-from jaxckpt.api.kept import kept_key, warn_infeasible
+from jaxckpt.api.kept import kept_key, read_kept, warn_infeasible, write_kept
 from jaxckpt.api.plan import check_limits
 from jaxckpt.api.processes import Exchange, agreed
 from jaxckpt.api.switch import is_disabled
 from jaxckpt.compilation import cache
-from jaxckpt.compilation.files import keep_text
 from jaxckpt.compilation.measure import Measurement
-from jaxckpt.errors import JaxckptWarning, OptionError, PlanFileError, PlanMismatchError, TargetError
+from jaxckpt.errors import JaxckptWarning, OptionError, TargetError
 from jaxckpt.model.time import check_cost
 from jaxckpt.program.flatten import flatten
 from jaxckpt.result.build import build_step
@@ -187,7 +186,7 @@ def _jitted(fun: Callable, options: "_Options") -> Callable:
         see_differentiated()
         return PlannedJit(fun, options)
     if not options.is_planned:
-        _say_unplanned(getattr(fun, "__name__", type(fun).__name__))
+        _say_unplanned(name_of(fun))
     return UnplannedJit(fun, options)
 
 
@@ -323,7 +322,7 @@ class PlannedJit:
     def __init__(self, fun: Callable, options: _Options):
         functools.update_wrapper(self, fun)
         self._fun, self._options = fun, options
-        self._label = getattr(fun, "__name__", type(fun).__name__)
+        self._label = name_of(fun)
         self._lock = threading.RLock()
         self._entries: dict[Hashable, _Entry] = {}
         self._shapes: set[Any] = set()
@@ -552,7 +551,7 @@ def _leaf_shardings(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
 
 def _kept_or_made(step: Step, options: _Options) -> StepPlans:
     path = _path(step, options)
-    found = _read(path, step)
+    found = read_kept(path, StepPlans.load_kept, lambda plans: _check(plans, step))
     if found is not None:
         if found.measurement.device_bytes > found.budget_bytes:
             warn_infeasible(found.budget_bytes, found.measurement.device_bytes)
@@ -566,11 +565,7 @@ def _kept_or_made(step: Step, options: _Options) -> StepPlans:
         on_infeasible=options.on_infeasible,
     )
     made = StepPlans.of(build_step(fitted), tuple(goal for _, goal in step.analyses))
-    if path is not None:
-        try:
-            keep_text(path, made.to_text())
-        except OSError as error:
-            _LOG.warning("the plans could not be kept at %s: %s", path, error)
+    write_kept(path, made)
     return made
 
 
@@ -597,22 +592,12 @@ def _path(step: Step, options: _Options) -> Path | None:
     return cache.folder(options.cache_dir) / f"step-{kept_key(parts, options.target)}.json"
 
 
-def _read(path: Path | None, step: Step) -> StepPlans | None:
-    if path is None:
-        return None
-    try:
-        found = StepPlans.load_kept(path, path.parent)
-        found.check({key: f.program for key, f in step.free.functions.items()})
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (PlanFileError, OSError, PlanMismatchError) as error:
-        _LOG.warning("the kept plans %s cannot be used and are made again: %s", path, error)
-        return None
-    return found
+def _check(plans: StepPlans, step: Step) -> None:
+    plans.check({key: f.program for key, f in step.free.functions.items()})
 
 
 def _taken(step: Step, data: dict[str, Any]) -> StepPlans:
     """The plans of process 0, for this process's own step."""
     found = StepPlans.from_json(data, "the plans of process 0")
-    found.check({key: f.program for key, f in step.free.functions.items()})
+    _check(found, step)
     return found

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from jaxckpt import _compat
 from jaxckpt._version import __version__
@@ -22,6 +22,11 @@ from jaxckpt.targets.chip import device_label, find_target
 from jaxckpt.units import show_bytes
 
 _LOG = logging.getLogger("jaxckpt")
+_T = TypeVar("_T")
+
+
+class _HasText(Protocol):
+    def to_text(self) -> str: ...
 
 
 def kept_or_made(
@@ -38,11 +43,11 @@ def kept_or_made(
     """
     is_kept = isinstance(request.solver, str) and not program.description.opaque
     path = cache.folder(cache_dir) / f"{plan_key(program, goal, request)}.json" if is_kept else None
-    found = _read(path, program)
+    found = read_kept(path, Plan.load_kept, lambda plan: plan.check(program))
     if found is None:
         found = make()
         if found.measured_peak_bytes is not None or not request.verify:
-            _write(path, found)  # a prediction for want of a compiler is made again once there is one
+            write_kept(path, found)  # a prediction for want of a compiler is made again once there is one
     elif found.budget_bytes is not None and found.peak_bytes > found.budget_bytes:
         warn_infeasible(found.budget_bytes, found.peak_bytes)
     return found
@@ -70,27 +75,35 @@ def kept_key(parts: tuple[Any, ...], target: str | None) -> str:
     return hashlib.sha256(repr((*parts, versions, place)).encode()).hexdigest()[:32]
 
 
-def _read(path: Path | None, program: Program) -> Plan | None:
+def read_kept(path: Path | None, load: Callable[[Path, Path], _T], check: Callable[[_T], None]) -> _T | None:
+    """What is kept at a path, if it can be used; what cannot is said in the log.
+
+    Args:
+        path: None where nothing is kept.
+        load: reads a file of a folder.
+        check: raises `PlanMismatchError` where what was read is for something else.
+    """
     if path is None:
         return None
     try:
-        found = Plan.load_kept(path, path.parent)
-        found.check(program)
+        found = load(path, path.parent)
+        check(found)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (PlanFileError, OSError, PlanMismatchError) as error:
-        _LOG.warning("the kept plan %s cannot be used and is made again: %s", path, error)
+        _LOG.warning("kept plans at %s cannot be used and are made again: %s", path, error)
         return None
     return found
 
 
-def _write(path: Path | None, found: Plan) -> None:
+def write_kept(path: Path | None, found: _HasText) -> None:
+    """Keep plans; what cannot be written is said in the log."""
     if path is None:
         return
     try:
         keep_text(path, found.to_text())
     except OSError as error:
-        _LOG.warning("the plan could not be kept at %s: %s", path, error)
+        _LOG.warning("plans could not be kept at %s: %s", path, error)
 
 
 def warn_infeasible(budget_bytes: int, peak_bytes: int) -> None:

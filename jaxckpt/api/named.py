@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptsolvers.names import needed_names
 
-from jaxckpt.api.arguments import check_flags
+from jaxckpt.api.arguments import check_flags, name_of
 from jaxckpt.compilation.objective import Objective, objective
 from jaxckpt.errors import CompilerError, JaxckptWarning, OptionError
 from jaxckpt.model.time import check_cost
@@ -43,11 +43,7 @@ def named_loss(
             traced = trace_placed(fun, args, dict(kwargs), keep_checkpoints=keep_checkpoints)
         return traced.program, objective(traced, argnums, has_aux)
 
-    return NamedLoss(target=target, cost=cost, label=_label(fun), programs=programs)
-
-
-def _label(fun: Callable) -> str:
-    return getattr(fun, "__name__", type(fun).__name__)
+    return NamedLoss(target=target, cost=cost, label=name_of(fun), programs=programs)
 
 
 def choose_names(

@@ -3,7 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxckpt.api.arguments import check_argnums, check_flags, check_function, differentiates, is_differentiated_already
+from jaxckpt.api.arguments import (
+    check_argnums,
+    check_flags,
+    check_function,
+    differentiates,
+    is_differentiated_already,
+    name_of,
+)
 from jaxckpt.api.differentiated import see_differentiated
 from jaxckpt.api.named import choose_names, named_loss
 from jaxckpt.api.plan import check_limits
@@ -118,8 +125,7 @@ def _subject(
                 raise OptionError("donate_argnums is for a step, and this function differentiates nothing itself")
             return loss
     see_differentiated()
-    label = getattr(fun, "__name__", type(fun).__name__)
-    return NamedStep(target=target, cost=cost, label=label, step=fun, args=args, donate_argnums=donate_argnums)
+    return NamedStep(target=target, cost=cost, label=name_of(fun), step=fun, args=args, donate_argnums=donate_argnums)
 
 
 def _differentiates(fun: Callable, args: tuple[Any, ...], target: str | None) -> bool:

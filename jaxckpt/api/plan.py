@@ -2,14 +2,13 @@
 
 import functools
 import math
-import numbers
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from jaxckpt.api.arguments import check_argnums, check_flags, check_function, refuse_differentiated
+from jaxckpt.api.arguments import check_argnums, check_flags, check_function, is_count, refuse_differentiated
 from jaxckpt.api.host import check_host_budget
 from jaxckpt.api.kept import kept_or_made, warn_infeasible
 from jaxckpt.api.measure import measure
@@ -254,8 +253,7 @@ def check_limits(max_compiles: Any, on_infeasible: Any) -> None:
     Raises:
         OptionError: with what is accepted.
     """
-    is_number = isinstance(max_compiles, numbers.Integral) and not isinstance(max_compiles, bool)
-    if max_compiles is not None and not (is_number and int(max_compiles) >= 1):
+    if max_compiles is not None and not (is_count(max_compiles) and int(max_compiles) >= 1):
         raise OptionError(
             f"max_compiles={max_compiles!r} is not a number of compiles; write 1 or more, None for no limit, or "
             "verify=False to compile nothing"

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from jaxckpt.cli.common import YES, argnums, command, number_or_text, takes_function
+from jaxckpt.cli.common import YES, argnums, command, number_or_text, takes_function, takes_limits
 from jaxckpt.cli.loading import function_and_args
 
 
@@ -27,8 +27,7 @@ def add(commands: Any) -> None:
         "--donate-argnums", type=int, nargs="+", default=[], help="of a step, the arguments that it gives away"
     )
     names.add_argument("--no-verify", action="store_true", help="predict, do not compile")
-    names.add_argument("--max-compiles", type=int, help="stop with the best choice that fits after so many compiles")
-    names.add_argument("--least", action="store_true", help="where nothing fits take the least bytes, with a warning")
+    takes_limits(names)
     form = names.add_mutually_exclusive_group()
     form.add_argument("--code", action="store_true", help="print the policy as Python and nothing else")
     form.add_argument("--maxtext", action="store_true", help="print it as MaxText's configuration and nothing else")
