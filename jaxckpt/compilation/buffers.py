@@ -40,8 +40,8 @@ class Buffer:
         in_heap: whether it lies in the heap.
         made_at: step at which it is made; 0 for what is there from the start.
         last_read: step of its last reader; `made_at` where there is none.
-        held_until: last step at which its bytes are taken, at least `last_read`: arguments and results are held to the
-            end.
+        held_until: last step at which its bytes are its own. Arguments and results are held to the end. One before
+            `last_read` where that step writes its result over it.
         source: `file:line` of the user's code, the file relative to its project; empty where XLA does not say.
         scope: name stack of the operation without JAX's own transformations; empty where XLA does not say.
         phase: forward, backward, recomputed, optimizer or other.
@@ -93,10 +93,11 @@ class Totals:
         result_bytes: of other results.
         constant_bytes: of constants.
         heap_bytes: of what is shared by temporaries.
-        thread_local_bytes: of what runs in threads of its own; it counts in the device's total on some platforms.
+        thread_local_bytes: of what belongs to single threads, such as the operands of a reduction.
         vmem_bytes: in a TPU's on-chip memory.
         host_bytes: in the host's memory.
         other_bytes: in other memories, such as semaphores.
+        is_thread_local_counted: whether `thread_local_bytes` take room on the device, as on TPUs.
     """
 
     argument_bytes: int
@@ -107,11 +108,13 @@ class Totals:
     vmem_bytes: int = 0
     host_bytes: int = 0
     other_bytes: int = 0
+    is_thread_local_counted: bool = False
 
     @property
     def device_bytes(self) -> int:
-        """Arguments, results, constants and heap."""
-        return self.argument_bytes + self.result_bytes + self.constant_bytes + self.heap_bytes
+        """Arguments, results, constants and heap, and what belongs to threads where it takes room there."""
+        threads = self.thread_local_bytes if self.is_thread_local_counted else 0
+        return self.argument_bytes + self.result_bytes + self.constant_bytes + self.heap_bytes + threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,14 +194,14 @@ class CompiledMemory:
         """The device's memory over the schedule: what is stacked in a picture.
 
         Args:
-            by: an attribute of buffers, or a function of a buffer that returns a label. Buffers whose label is empty
-                are unattributed.
+            by: an attribute of buffers, or a function of a buffer that returns a label. Where XLA gives no scope it is
+                the line that counts, and the other way round; buffers whose label is empty are unattributed.
 
         Returns:
             Bands whose bytes add up to `totals.device_bytes` at every step, the largest at the peak first, then
             `UNATTRIBUTED`, `RESERVED` and `GAPS`; none that is empty throughout.
         """
-        label = by if callable(by) else lambda buffer: getattr(buffer, by)
+        label = by if callable(by) else lambda buffer: _label(buffer, by)
         changes: dict[str, list[int]] = defaultdict(lambda: [0] * (self.num_steps + 1))
         for buffer in self.on_device():
             found = changes[label(buffer) or UNATTRIBUTED]
@@ -212,7 +215,8 @@ class CompiledMemory:
 
     def on_device(self) -> Iterator[Buffer]:
         """Buffers that count in `totals.device_bytes`."""
-        return (b for b in self.buffers if b.place == "device" and b.role != "thread-local")
+        threads = self.totals.is_thread_local_counted
+        return (b for b in self.buffers if b.place == "device" and (threads or b.role != "thread-local"))
 
     def _rest(self, bands: list[Band]) -> Iterator[Band]:
         live = [sum(column) for column in zip(*(band.size_bytes for band in bands), strict=True)] or [
@@ -258,6 +262,11 @@ class CompiledMemory:
         return found
 
 
+def _label(buffer: Buffer, by: str) -> str:
+    other = {"scope": buffer.source, "source": buffer.scope}.get(by, "")
+    return getattr(buffer, by) or other
+
+
 _RECORD = record_of(
     CompiledMemory,
     buffers=list[record_of(Buffer, phase=Phase, place=Place, role=Role)],
@@ -277,5 +286,5 @@ def _check(found: CompiledMemory, where: str) -> None:
         if live + gap != found.heap_bytes:
             raise PlanFileError(f"{where} is damaged: live bytes and gaps at step {i} are not the heap")
     for i, buffer in enumerate(found.buffers):
-        if not buffer.made_at <= buffer.last_read <= buffer.held_until < num:
+        if not (buffer.made_at <= buffer.held_until < num and buffer.made_at <= buffer.last_read < num):
             raise PlanFileError(f"{where} is damaged: buffers[{i}] is live outside the schedule")

@@ -1,0 +1,297 @@
+"""From XLA's buffer assignment to buffers: what lies where, from when to when, and what it is for."""
+
+import bisect
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxckpt.compilation.buffers import Buffer, CompiledMemory, Place, Role, Totals
+from jaxckpt.compilation.hlo import proto
+from jaxckpt.compilation.hlo.module import Module
+from jaxckpt.compilation.hlo.origins import Origin, Origins
+from jaxckpt.compilation.hlo.ranges import Range, last_reads, ranges, without_overlaps
+from jaxckpt.compilation.hlo.shapes import show_shape, unpadded_bytes
+from jaxckpt.compilation.hlo.values import Position, Values, indices_of, shape_at
+from jaxckpt.errors import ProgramFormatError
+
+# XLA's numbers of memories, as its compilers for TPU and GPU use them.
+_PLACES: dict[int, Place] = {0: "device", 1: "vmem", 5: "host"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Values at one place that take over from each other: one buffer.
+
+    Attributes:
+        values: in the order in which they are made.
+        offset: in its allocation.
+        size: in bytes.
+        start: first step.
+        end: last step.
+    """
+
+    values: tuple[int, ...]
+    offset: int
+    size: int
+    start: int
+    end: int
+
+
+def read_program(
+    content: bytes, *, target: str, reported: Mapping[str, int], counts_thread_local: bool = False
+) -> CompiledMemory:
+    """Read the memory of a compiled program.
+
+    Args:
+        content: a serialized `HloProto` with a schedule and a buffer assignment.
+        target: for which chip, for reports.
+        reported: the compiler's own numbers.
+        counts_thread_local: whether what belongs to one thread takes room on the device.
+
+    Raises:
+        ProgramFormatError: something in it is not as known, or does not add up.
+    """
+    program = proto.parse(content)
+    try:
+        return _Reader(program).memory(target, reported, counts_thread_local)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, ProgramFormatError):
+            raise
+        raise ProgramFormatError(f"XLA's description of the compiled program is not as known: {error!r}") from error
+
+
+class _Reader:
+    def __init__(self, program: Any):
+        self._module = module = Module(program.module)
+        self._allocations = program.assignment.allocations
+        if not self._allocations:
+            raise ProgramFormatError("XLA's description of the compiled program has no buffer assignment")
+        buffers = program.assignment.buffers
+        defined = {(b.defined_at.instruction, tuple(b.defined_at.index)): b.id for b in buffers}
+        self._places = {value: position for position, value in defined.items()}
+        self._values = Values(module, defined)
+        self._ranges = ranges(module, self._values)
+        self._merged = self._values.merged()
+        without_overlaps(self._ranges, self._merged)
+        self._group = {value: number for number, values in enumerate(self._merged) for value in values}
+        self._reads = last_reads(module, self._values)
+        self._origins = Origins(module, self._values)
+        root = module.root(module.entry)
+        self._results = {self._values.at(root, index) for index in indices_of(root.shape)}
+
+    def memory(self, target: str, reported: Mapping[str, int], counts_thread_local: bool) -> CompiledMemory:
+        found: list[Buffer] = []
+        base, heap = 0, set()
+        for allocation in self._allocations:
+            if in_heap(allocation):
+                heap.add(allocation.index)
+            found += self._buffers(allocation, base if in_heap(allocation) else None)
+            base += allocation.size if in_heap(allocation) else 0
+        num_steps = len(self._module.order)
+        live = live_bytes((b for b in found if b.in_heap), num_steps)
+        return CompiledMemory(
+            target=target,
+            buffers=tuple(sorted(found, key=lambda b: (b.made_at, b.allocation, b.offset, b.name))),
+            steps=tuple(instruction.name for instruction in self._module.order),
+            phases=tuple(self._origins.phases()),
+            live_bytes=live,
+            gap_bytes=tuple(base - size for size in live),
+            totals=_totals(self._allocations, counts_thread_local),
+            reported=dict(reported),
+        )
+
+    def _buffers(self, allocation: Any, base: int | None) -> list[Buffer]:
+        """The buffers of an allocation, without those that never take room."""
+        pieces = self._pieces(allocation)
+        # Elsewhere than on the device XLA assigns with finer ranges than those of its schedule.
+        pieces = _one_after_another(pieces, strict=allocation.color == 0)
+        for piece in pieces:
+            if piece.offset + piece.size > allocation.size:
+                raise ProgramFormatError(f"a buffer reaches beyond its allocation {allocation.index}")
+        check_apart(pieces, allocation.index)
+        found = [self._buffer(piece, allocation, base) for piece in pieces]
+        owner = next((b.name for b in found if b.role in ("result", "argument")), "")
+        if base is not None or not owner:
+            return found
+        return [b if b.name == owner else replace(b, shared_with=owner) for b in _with_owner(found, owner)]
+
+    def _pieces(self, allocation: Any) -> list[_Piece]:
+        places: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for each in allocation.assigned:
+            places[each.offset, each.size].append(each.buffer)
+        num_steps = len(self._module.order)
+        found = []
+        for (offset, size), values in places.items():
+            live = {v: self._held(v, allocation, num_steps) for v in values}
+            for group in self._runs(sorted(values, key=lambda v: (live[v], v)), live):
+                start, end = min(live[v][0] for v in group), max(live[v][1] for v in group)
+                found.append(_Piece(values=tuple(group), offset=offset, size=size, start=start, end=end))
+        return found
+
+    def _held(self, value: int, allocation: Any, num_steps: int) -> Range:
+        """First and last step at which a value takes its room."""
+        if allocation.is_constant or allocation.is_thread_local or value not in self._ranges:
+            return 0, num_steps - 1
+        start, end = self._ranges[value]
+        return min(start, num_steps - 1), min(end, num_steps - 1)
+
+    def _runs(self, values: Sequence[int], live: Mapping[int, Range]) -> Iterator[list[int]]:
+        """Values at one place, divided where one does not take over from another as what is merged does."""
+        run: list[int] = []
+        for value in values:
+            if run and not self._continues(run, value, live):
+                yield run
+                run = []
+            run.append(value)
+        if run:
+            yield run
+
+    def _continues(self, run: Sequence[int], value: int, live: Mapping[int, Range]) -> bool:
+        group = self._group.get(value)
+        is_merged = group is not None and any(self._group.get(v) == group for v in run)
+        return is_merged and live[value][0] <= max(live[v][1] for v in run) + 1
+
+    def _buffer(self, piece: _Piece, allocation: Any, base: int | None) -> Buffer:
+        (number, index), origin = self._named(piece.values)
+        instruction = self._module.instructions[number]
+        shape = shape_at(instruction.shape, index)
+        last = max((self._reads.get(v, 0) for v in piece.values), default=0)
+        return Buffer(
+            name=instruction.name + "".join(f"#{i}" for i in index),
+            opcode=instruction.opcode,
+            shape=show_shape(shape),
+            size_bytes=piece.size,
+            unpadded_bytes=min(unpadded_bytes(shape), piece.size),
+            allocation=allocation.index,
+            offset=piece.offset + (base or 0),
+            in_heap=base is not None,
+            made_at=piece.start,
+            last_read=max(piece.start, last),
+            held_until=piece.end,
+            source=origin.source,
+            scope=origin.scope,
+            phase=origin.phase,
+            place=_PLACES.get(allocation.color, "other"),
+            role=self._role(piece, allocation),
+        )
+
+    def _named(self, values: Iterable[int]) -> tuple[Position, Origin]:
+        """The position after which a buffer is named, its first real maker's, and the origin of what it holds.
+
+        What XLA adds, such as zeros for the branch that does not make a value, is there for what reads it.
+        """
+        places = [self._places[value] for value in values]
+        instructions = self._module.instructions
+        real = [p for p in places if self._origins.is_real(instructions[p[0]])]
+        named = next(iter(real), places[0])
+        every = (self._origins.of(instructions[number], index) for number, index in (named, *places))
+        found = itertools.chain(every, map(self._origins.reading, values), self._relatives(values))
+        return named, next((origin for origin in found if origin.scope or origin.source), Origin())
+
+    def _relatives(self, values: Iterable[int]) -> Iterator[Origin]:
+        """Origins of what lies at the same place at other times, such as the result of the other branch."""
+        for value in values:
+            for relative in self._merged[self._group[value]] if value in self._group else ():
+                number, index = self._places[relative]
+                yield self._origins.of(self._module.instructions[number], index)
+
+    def _role(self, piece: _Piece, allocation: Any) -> Role:
+        if allocation.is_thread_local:
+            return "thread-local"
+        if allocation.is_constant:
+            return "constant"
+        if not self._results.isdisjoint(piece.values) and allocation.is_result:
+            return "result"
+        makers = (self._module.instructions[self._places[v][0]] for v in piece.values)
+        entry = self._module.entry
+        if allocation.is_parameter and any(i.opcode == "parameter" and i.computation == entry for i in makers):
+            return "argument"
+        return "temporary"
+
+
+def in_heap(allocation: Any) -> bool:
+    """Whether an allocation is part of the heap that temporaries share."""
+    kept = allocation.is_parameter or allocation.is_result or allocation.is_constant or allocation.is_thread_local
+    return not kept and allocation.color == 0
+
+
+def live_bytes(buffers: Iterable[Buffer], num_steps: int) -> tuple[int, ...]:
+    """Bytes that are taken at each step, `[num_steps]`."""
+    changes = [0] * (num_steps + 1)
+    for buffer in buffers:
+        changes[buffer.made_at] += buffer.size_bytes
+        changes[buffer.held_until + 1] -= buffer.size_bytes
+    return tuple(itertools.accumulate(changes[:-1]))
+
+
+def check_apart(pieces: Iterable[_Piece], allocation: int) -> None:
+    """See that no two buffers take the same bytes at one step, so that their sum is what is taken.
+
+    Raises:
+        ProgramFormatError: two do.
+    """
+    events = sorted(
+        itertools.chain.from_iterable(((p.start, 1, p), (p.end + 1, 0, p)) for p in pieces if p.size),
+        key=lambda event: (event[0], event[1], event[2].offset),
+    )
+    taken: list[tuple[int, int]] = []
+    for step, is_start, piece in events:
+        span = piece.offset, piece.offset + piece.size
+        at = bisect.bisect_left(taken, span)
+        if not is_start:
+            del taken[at]
+            continue
+        if (at and taken[at - 1][1] > span[0]) or (at < len(taken) and taken[at][0] < span[1]):
+            raise ProgramFormatError(f"two buffers of allocation {allocation} lie at one place at step {step}")
+        taken.insert(at, span)
+
+
+def _one_after_another(pieces: list[_Piece], *, strict: bool) -> list[_Piece]:
+    """Let a buffer end before the one that is written over it in the step that reads it last.
+
+    Args:
+        pieces: of one allocation.
+        strict: whether a longer overlap is left for `check_apart` to refuse; otherwise the earlier buffer ends.
+    """
+    pieces = sorted(pieces, key=lambda p: (p.start, p.end))
+    found = []
+    for i, piece in enumerate(pieces):
+        end = piece.end
+        for later in itertools.takewhile(lambda p: p.start <= piece.end, pieces[i + 1 :]):
+            apart = later.offset >= piece.offset + piece.size or piece.offset >= later.offset + later.size
+            if not apart and (not strict or later.start == piece.end):
+                end = later.start - 1
+                break
+        if end >= piece.start:
+            found.append(replace(piece, end=end))
+    return found
+
+
+def _with_owner(found: list[Buffer], owner: str) -> list[Buffer]:
+    """Buffers of an allocation, of which the owner says with what it shares it, where that is one."""
+    others = [b.name for b in found if b.name != owner]
+    return [replace(b, shared_with=others[0]) if b.name == owner and others else b for b in found]
+
+
+def _totals(allocations: Iterable[Any], counts_thread_local: bool) -> Totals:
+    sizes: dict[str, int] = defaultdict(int)
+    for each in allocations:
+        sizes[_kind(each)] += each.size
+    return Totals(**{f"{name}_bytes": sizes[name] for name in _KINDS}, is_thread_local_counted=counts_thread_local)
+
+
+_KINDS = ("argument", "result", "constant", "heap", "thread_local", "vmem", "host", "other")
+
+
+def _kind(allocation: Any) -> str:
+    if allocation.color:
+        return _PLACES.get(allocation.color, "other")
+    if allocation.is_thread_local:
+        return "thread_local"
+    if allocation.is_parameter:
+        return "argument"
+    if allocation.is_constant:
+        return "constant"
+    return "result" if allocation.is_result else "heap"
