@@ -58,8 +58,8 @@ def _final(folder: Path, found: Measurement) -> bytes:
     files = list(folder.glob(_FINAL))
     if not files:
         raise CompilerError(
-            f"the compiler for target={found.target!r} wrote no description of the program: either it refused it, which "
-            f"takes {found.device_bytes:,} bytes, or nothing was compiled"
+            f"the compiler for target={found.target!r} wrote no description of the program: either it refused it, "
+            f"which takes {found.device_bytes:,} bytes, or nothing was compiled"
         )
     if len(files) > 1:
         names = ", ".join(sorted(file.name for file in files))

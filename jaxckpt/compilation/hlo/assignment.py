@@ -259,7 +259,9 @@ def _one_after_another(pieces: list[_Piece], *, strict: bool) -> list[_Piece]:
     found = []
     for i, piece in enumerate(pieces):
         end = piece.end
-        for later in itertools.takewhile(lambda p: p.start <= piece.end, pieces[i + 1 :]):
+        for later in itertools.islice(pieces, i + 1, None):
+            if later.start > piece.end:
+                break
             apart = later.offset >= piece.offset + piece.size or piece.offset >= later.offset + later.size
             if not apart and (not strict or later.start == piece.end):
                 end = later.start - 1

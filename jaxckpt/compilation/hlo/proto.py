@@ -12,8 +12,9 @@ from google.protobuf.message import DecodeError
 from jaxckpt.errors import ProgramFormatError
 
 _PACKAGE = "jaxckpt.hlo"
-_KINDS = {"int": 3, "bool": 8, "str": 9, "bytes": 12}
-_MESSAGE, _ONE, _MANY = 11, 1, 3
+_KINDS: dict[str, Any] = {"int": 3, "bool": 8, "str": 9}
+_MESSAGE: Any = 11
+_ONE, _MANY = 1, 3
 # Of each message its fields: name, number, type; "*" before a type is a list of it.
 _FIELDS = {
     "Layout": (("minor_to_major", 1, "*int"), ("memory_space", 8, "int")),

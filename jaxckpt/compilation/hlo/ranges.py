@@ -29,16 +29,16 @@ def last_reads(module: Module, values: Values) -> Mapping[int, int]:
 
 def _range(module: Module, values: Values, position: Position, value: int) -> Range:
     instruction = module.instructions[position[0]]
-    first, after = module.spans[instruction.computation]
-    start = first if instruction.opcode == "parameter" else module.step[instruction.id]
+    is_parameter = instruction.opcode == "parameter"
+    start = module.spans[instruction.computation][0] if is_parameter else module.step[instruction.id]
     context = module.contexts.get(instruction.computation)
     if context is not None and module.is_root(instruction):
         # The result of what runs asynchronously is there from its start on.
         start = module.spans[context][1]
     end = start if context is None else module.spans[context][1]
-    if instruction.opcode == "parameter" and instruction.computation == module.entry:
-        if (instruction.parameter_number, position[1]) not in module.aliased_parameters:
-            return start, len(module.order)
+    is_given_away = (instruction.parameter_number, position[1]) in module.aliased_parameters
+    if is_parameter and instruction.computation == module.entry and not is_given_away:
+        return start, len(module.order)
     reads = map(_reading(module), values.readers.get(value, ()))
     passes = (_passing(module, module.instructions[number]) for number, _ in values.positions.get(value, ()))
     return start, max(end, *reads, *passes, start)

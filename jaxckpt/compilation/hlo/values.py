@@ -105,8 +105,10 @@ class Values:
         return None
 
     def merged(self) -> list[list[int]]:
-        """Values that must lie at one place: what a loop is given, what its iterations make of it and what it returns;
-        what the branches of a conditional return.
+        """Values that must lie at one place, where control flow meets.
+
+        They are what a loop is given, what its iterations make of it and what it returns, and what the branches of a
+        conditional return.
         """
         graph = nx.Graph()
         for (number, index), value in self.defined.items():
