@@ -6,18 +6,21 @@ to write to, and gives the same program; the folder is removed again whatever ha
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from jaxckpt.compilation.buffers import CompiledMemory
 from jaxckpt.compilation.hlo.assignment import read_program
+from jaxckpt.compilation.hlo.estimate import estimate_program
 from jaxckpt.compilation.measure import Measurement, lowered_for
 from jaxckpt.errors import CompilerError, ProgramFormatError
 from jaxckpt.targets.chip import find_target
 
 _FINAL = "*after_optimizations.hlo.pb"
+# What a TPU's compiler writes before it assigns, and is there where it then refuses the program.
+_SCHEDULED = "*before_buffer_assignment.hlo.pb"
 
 
 def program_memory(
@@ -38,33 +41,37 @@ def program_memory(
         closed_over: arrays that `fun` takes before the others. Very large ones are arguments of what is compiled.
         jit_options: other keywords of `jax.jit`, a plan's compiler options among them.
 
+    Returns:
+        The buffers as XLA assigned them. Where the compiler refuses the program as too large for the chip but says how
+        it would schedule it, they are estimated from shapes, and `is_estimated` says so.
+
     Raises:
-        CompilerError: the target's compiler is not here, failed, or refused the program as too large.
+        CompilerError: the target's compiler is not here, failed, or refused the program without a word of it.
         ProgramFormatError: the compiler's description of the program is not as known.
     """
     with tempfile.TemporaryDirectory(prefix="jaxckpt") as folder:
         dump_options = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
         found = lowered_for(fun, specs, target, donate_argnums, closed_over, jit_options, dump_options)()
-        return read_program(
-            _final(Path(folder), found),
-            target=found.target,
-            reported=_numbers(found),
-            counts_thread_local=find_target(target).compiler.counts_thread_local,
-        )
-
-
-def _final(folder: Path, found: Measurement) -> bytes:
-    """The description of the program as it was compiled."""
-    files = list(folder.glob(_FINAL))
-    if not files:
+        final, scheduled = (_only(Path(folder), pattern) for pattern in (_FINAL, _SCHEDULED))
+        if final is not None:
+            compiler = find_target(target).compiler
+            numbers, threads = _numbers(found), compiler.counts_thread_local
+            return read_program(final, target=found.target, reported=numbers, counts_thread_local=threads)
+        if scheduled is not None:
+            return replace(estimate_program(scheduled, target=found.target), reported=_numbers(found))
         raise CompilerError(
-            f"the compiler for target={found.target!r} wrote no description of the program: either it refused it, "
-            f"which takes {found.device_bytes:,} bytes, or nothing was compiled"
+            f"the compiler for target={found.target!r} wrote no description of the program: it refused it, which "
+            f"takes {found.device_bytes:,} bytes, or compiled nothing"
         )
+
+
+def _only(folder: Path, pattern: str) -> bytes | None:
+    """The one file of a kind, None where there is none."""
+    files = sorted(folder.glob(pattern))
     if len(files) > 1:
-        names = ", ".join(sorted(file.name for file in files))
+        names = ", ".join(file.name for file in files)
         raise ProgramFormatError(f"the compiler wrote {len(files)} programs where one was compiled: {names}")
-    return files[0].read_bytes()
+    return files[0].read_bytes() if files else None
 
 
 def _numbers(found: Measurement) -> dict[str, int]:

@@ -55,14 +55,16 @@ def read_program(
     """
     program = proto.parse(content)
     try:
-        return _Reader(program).memory(target, reported, counts_thread_local)
+        return Reader(program).memory(target, reported, counts_thread_local)
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         if isinstance(error, ProgramFormatError):
             raise
         raise ProgramFormatError(f"XLA's description of the compiled program is not as known: {error!r}") from error
 
 
-class _Reader:
+class Reader:
+    """Reads a program with a buffer assignment."""
+
     def __init__(self, program: Any):
         self._module = module = Module(program.module)
         self._allocations = program.assignment.allocations
@@ -82,11 +84,10 @@ class _Reader:
         self._results = {self._values.at(root, index) for index in indices_of(root.shape)}
 
     def memory(self, target: str, reported: Mapping[str, int], counts_thread_local: bool) -> CompiledMemory:
+        """The memory of the program; see `read_program`."""
         found: list[Buffer] = []
-        base, heap = 0, set()
+        base = 0
         for allocation in self._allocations:
-            if in_heap(allocation):
-                heap.add(allocation.index)
             found += self._buffers(allocation, base if in_heap(allocation) else None)
             base += allocation.size if in_heap(allocation) else 0
         num_steps = len(self._module.order)

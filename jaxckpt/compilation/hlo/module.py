@@ -114,6 +114,11 @@ class Module:
         """Those of the entry's parameters whose buffers results take over: `(parameter, index)`."""
         return frozenset((e.parameter, tuple(e.parameter_index)) for e in self._proto.aliases.entries)
 
+    @functools.cached_property
+    def aliased_results(self) -> dict[Index, int]:
+        """Of each result that takes over a parameter's buffer, by its index, that parameter."""
+        return {tuple(e.output_index): e.parameter for e in self._proto.aliases.entries}
+
     def _read(self, computation: Any) -> None:
         self.roots[computation.id] = computation.root
         parameters = self.parameters[computation.id] = {}

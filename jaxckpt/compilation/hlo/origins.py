@@ -93,8 +93,8 @@ class Origins:
         found: list[Phase] = []
         for instruction in self._module.order:
             phase = self.of(instruction).phase if self.is_real(instruction) else "other"
-            is_own = phase != "other" or not found
-            found.append(phase if is_own or instruction.op_name else found[-1])
+            is_said = phase != "other" or (self.is_real(instruction) and instruction.op_name)
+            found.append(phase if is_said or not found else found[-1])
         return found
 
     def _nearer(self, instruction: Instruction, index: Index) -> list[tuple[Instruction, Index]]:

@@ -72,37 +72,7 @@ class Values:
 
     def source(self, instruction: Instruction, index: Index) -> tuple[Instruction, Index] | None:
         """Where the value comes from that an instruction passes on; None if that is not known."""
-        module, opcode = self._module, instruction.opcode
-        operand = lambda number: module.operand(instruction, number)  # noqa: E731
-        for output, number, inner in instruction.aliases:
-            if index[: len(output)] == output:
-                return operand(number), (*inner, *index[len(output) :])
-        if opcode == "get-tuple-element":
-            return operand(0), (instruction.tuple_index, *index)
-        if opcode in _PASSES or opcode == "while" or (opcode == "copy" and index):
-            return operand(0), index
-        if opcode in _DONES:
-            return operand(0), (1, *index)
-        if opcode == "copy-done":
-            return operand(0), (0, *index)
-        if opcode in ("call", "conditional"):
-            return module.root(instruction.called[0]), index
-        if opcode == "parameter":
-            return self._argument(instruction, index)
-        if not index:
-            return None
-        first, rest = index[0], index[1:]
-        if opcode == "tuple":
-            return operand(first), rest
-        if opcode == "async-start" and first == 1:
-            return module.root(instruction.called[0]), rest
-        if opcode == "async-start" and first == 0 and rest:
-            return operand(rest[0]), rest[1:]
-        if (opcode == "copy-start" and first == 1) or (opcode in ("send", "recv-done") and first == 0):
-            return operand(0), rest if opcode != "recv-done" else index
-        if opcode in _STARTS and first == 0:
-            return (operand(0), rest) if len(instruction.operands) == 1 else (operand(rest[0]), rest[1:])
-        return None
+        return source_of(self._module, instruction, index)
 
     def merged(self) -> list[list[int]]:
         """Values that must lie at one place, where control flow meets.
@@ -129,16 +99,52 @@ class Values:
         elif instruction.opcode == "conditional":
             yield from ((module.root(branch), index) for branch in instruction.called)
 
-    def _argument(self, parameter: Instruction, index: Index) -> tuple[Instruction, Index] | None:
-        """Where the value of a parameter comes from, which is the same at each call."""
-        caller = self._module.callers.get(parameter.computation)
-        if caller is None:
-            return None
-        if caller.opcode == "conditional":
-            number = 1 + caller.called.index(parameter.computation)
-        else:
-            number = 0 if caller.opcode == "while" else parameter.parameter_number
-        return self._module.operand(caller, number), index
+
+def source_of(module: Module, instruction: Instruction, index: Index) -> tuple[Instruction, Index] | None:
+    """Where the value comes from that an instruction passes on at an index; None if it is not known to pass one on."""
+    opcode = instruction.opcode
+    operand = lambda number: module.operand(instruction, number)  # noqa: E731
+    for output, number, inner in instruction.aliases:
+        if index[: len(output)] == output:
+            return operand(number), (*inner, *index[len(output) :])
+    if opcode == "get-tuple-element":
+        return operand(0), (instruction.tuple_index, *index)
+    if opcode in _PASSES or opcode == "while" or (opcode == "copy" and index):
+        return operand(0), index
+    if opcode in _DONES:
+        return operand(0), (1, *index)
+    if opcode == "copy-done":
+        return operand(0), (0, *index)
+    if opcode in ("call", "conditional"):
+        return module.root(instruction.called[0]), index
+    if opcode == "parameter":
+        return _argument(module, instruction, index)
+    if not index:
+        return None
+    first, rest = index[0], index[1:]
+    if opcode == "tuple":
+        return operand(first), rest
+    if opcode == "async-start" and first == 1:
+        return module.root(instruction.called[0]), rest
+    if opcode == "async-start" and first == 0 and rest:
+        return operand(rest[0]), rest[1:]
+    if (opcode == "copy-start" and first == 1) or (opcode in ("send", "recv-done") and first == 0):
+        return operand(0), rest if opcode != "recv-done" else index
+    if opcode in _STARTS and first == 0:
+        return (operand(0), rest) if len(instruction.operands) == 1 else (operand(rest[0]), rest[1:])
+    return None
+
+
+def _argument(module: Module, parameter: Instruction, index: Index) -> tuple[Instruction, Index] | None:
+    """Where the value of a parameter comes from, which is the same at each call."""
+    caller = module.callers.get(parameter.computation)
+    if caller is None:
+        return None
+    if caller.opcode == "conditional":
+        number = 1 + caller.called.index(parameter.computation)
+    else:
+        number = 0 if caller.opcode == "while" else parameter.parameter_number
+    return module.operand(caller, number), index
 
 
 def indices_of(shape: Any, index: Index = ()) -> Iterator[Index]:
