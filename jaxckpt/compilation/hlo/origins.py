@@ -57,7 +57,9 @@ class Origins:
         """The origin of what an instruction makes."""
         maker = self.maker(instruction, index)
         found = self._of_maker(maker.id)
-        if found.phase == "other" and maker.opcode != "parameter" and instruction.id in self._derived:
+        # What is inside a fusion is not in the schedule.
+        known = maker if maker.id in self._module.step or instruction.opcode == "tuple" else instruction
+        if found.phase == "other" and maker.opcode != "parameter" and known.id in self._derived:
             return Origin(scope=found.scope, source=found.source, phase="optimizer")
         return found
 
@@ -82,7 +84,7 @@ class Origins:
         """Whether an instruction makes a value, and does not only pass on, copy or fill."""
         if instruction.opcode == "parameter":
             return instruction.computation == self._module.entry
-        if instruction.opcode == "custom-call" and not instruction.operands:
+        if instruction.opcode == "tuple" or (instruction.opcode == "custom-call" and not instruction.operands):
             return False
         while instruction.opcode == "fusion" and instruction.called:
             instruction = self._module.root(instruction.called[0])
@@ -103,8 +105,9 @@ class Origins:
         if opcode == "fusion" and instruction.called:
             root = module.root(instruction.called[0])
             return [(root, index)]
-        if opcode == "tuple" and index:
-            return [(module.operand(instruction, index[0]), index[1:])]
+        if opcode == "tuple" and instruction.operands:
+            # A table of addresses belongs to what it begins with.
+            return [(module.operand(instruction, index[0] if index else 0), index[1:])]
         if opcode == "dynamic-update-slice":
             return [(module.operand(instruction, 1), ())]
         if opcode == "parameter":
