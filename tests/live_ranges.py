@@ -10,12 +10,13 @@ from typing import Any
 
 from jaxckpt.compilation.buffers import CompiledMemory
 from jaxckpt.compilation.hlo import proto
-from jaxckpt.compilation.hlo.assignment import Reader, read_program
+from jaxckpt.compilation.hlo.assignment import Reader, in_heap, live_bytes, read_program
 from jaxckpt.compilation.measure import Measurement, lowered_for
 from jaxckpt.targets.chip import find_target
 
 _STEP = re.compile(r"^    (\d+):(.*)$", re.MULTILINE)
 _RANGE = re.compile(r"^    (\S+?)\{([\d,]*)\}:(-?\d+)-(-?\d+)$", re.MULTILINE)
+_ALLOC, _FREE = 0, 1
 Ranges = dict[tuple[str, tuple[int, ...]], tuple[int, int]]
 
 
@@ -48,6 +49,8 @@ class Told:
         assert self.read_order == self.order
         assert self.read_ranges == self.ranges
         check_sums(self.memory)
+        for allocation, peak in heap_peaks(self.content).items():
+            assert peak == _peak_of_arrays(self.memory, allocation)
         totals = self.memory.totals
         constants = 0 if self.counts_constants else totals.constant_bytes
         # A compiler that knows but one memory counts there what waits on the host.
@@ -77,6 +80,38 @@ def check_sums(memory: CompiledMemory) -> None:
             holes, reached = holes + start - reached, stop
         assert holes + memory.heap_bytes - reached == memory.gap_bytes[step]
         assert memory.live_bytes[step] + memory.gap_bytes[step] == memory.heap_bytes
+
+
+def heap_peaks(content: bytes) -> dict[int, int]:
+    """Of each part of the heap the most bytes of arrays, by the trace of XLA's own simulation; tables are not in it."""
+    assignment = proto.parse(content).assignment
+    sizes = {buffer.id: buffer.size for buffer in assignment.buffers}
+    heap = {allocation.index for allocation in assignment.allocations if in_heap(allocation)}
+    return {t.allocation: _trace_peak(t.events, sizes) for t in assignment.traces if t.allocation in heap}
+
+
+def _trace_peak(events: Any, sizes: Mapping[int, int]) -> int:
+    """The most bytes of a trace; what shares its place with another counts as long as one of them is there."""
+    owner: dict[int, int] = {}
+    num: dict[int, int] = {}
+    now = most = 0
+    for event in events:
+        if event.kind == _FREE:
+            held = owner[event.buffer]
+            num[held] -= 1
+            now -= sizes[held] if num[held] == 0 else 0
+            continue
+        held = event.buffer if event.kind == _ALLOC else owner[event.shares_with]
+        owner[event.buffer] = held
+        now += sizes[held] if num.get(held, 0) == 0 else 0
+        num[held] = num.get(held, 0) + 1
+        most = max(most, now)
+    return most
+
+
+def _peak_of_arrays(memory: CompiledMemory, allocation: int) -> int:
+    arrays = [b for b in memory.buffers if b.allocation == allocation and not b.shape.startswith("(")]
+    return max(live_bytes(arrays, memory.num_steps))
 
 
 def told(
