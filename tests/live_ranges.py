@@ -50,7 +50,7 @@ class Told:
         assert self.read_ranges == self.ranges
         check_sums(self.memory)
         for allocation, peak in heap_peaks(self.content).items():
-            assert peak == _peak_of_arrays(self.memory, allocation)
+            assert peak == peak_of_arrays(self.memory, allocation)
         totals = self.memory.totals
         constants = 0 if self.counts_constants else totals.constant_bytes
         # A compiler that knows but one memory counts there what waits on the host.
@@ -109,9 +109,10 @@ def _trace_peak(events: Any, sizes: Mapping[int, int]) -> int:
     return most
 
 
-def _peak_of_arrays(memory: CompiledMemory, allocation: int) -> int:
-    arrays = [b for b in memory.buffers if b.allocation == allocation and not b.shape.startswith("(")]
-    return max(live_bytes(arrays, memory.num_steps))
+def peak_of_arrays(memory: CompiledMemory, allocation: int | None = None) -> int:
+    """The most bytes of arrays that are live in the heap, or in a part of it, without tables of addresses."""
+    parts = [b for b in memory.buffers if b.in_heap and allocation in (None, b.allocation)]
+    return max(live_bytes((b for b in parts if not b.shape.startswith("(")), memory.num_steps))
 
 
 def told(

@@ -73,7 +73,7 @@ class Origins:
         here, best, seen = (instruction, index), instruction, set()
         while len(seen) < _MOST_STEPS:
             seen.add((here[0].id, here[1]))
-            best = here[0] if here[0].op_name else best
+            best = here[0] if is_named(here[0]) or not best.op_name else best
             found = next((n for n in self._nearer(*here) if (n[0].id, n[1]) not in seen), None)
             if found is None:
                 break
@@ -118,7 +118,7 @@ class Origins:
             return [(module.root(called), index) for called in instruction.called]
         if opcode == "copy-start":
             return [(module.operand(instruction, 0), ())]
-        if opcode == "bitcast" or (not instruction.op_name and instruction.operands):
+        if opcode == "bitcast" or (instruction.operands and not is_named(instruction)):
             source = self._values.source(instruction, index)
             return [source] if source is not None else self._operands(instruction)
         return []
@@ -176,6 +176,11 @@ class Origins:
             if any(maker in found for maker in makers):
                 found.add(instruction.id)
         return found
+
+
+def is_named(instruction: Instruction) -> bool:
+    """Whether an instruction bears an operation's name, and not that of a call, a loop or a branch around it."""
+    return bool(instruction.op_name) and not _OWN.fullmatch(instruction.op_name.rpartition("/")[2])
 
 
 def phase_of(op_name: str) -> Phase:
