@@ -143,7 +143,10 @@ def viewed(name: str, target: str, size: str | None, python: str) -> dict[str, A
 
 def main() -> int:
     """Read what is due, print all of it."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.xprof and not Path(options.xprof).exists():
+        parser.error(f"there is no {options.xprof}; `make .venv-xprof/.installed` makes one with XProf")
     warnings.simplefilter("ignore")
     stop = time.monotonic() + 60 * options.minutes
     store, rows, left = Store(OUT / "compiled-memory.jsonl"), [], 0
