@@ -183,6 +183,15 @@ def test_the_plans_own_function_is_asked_for():
         jaxckpt.read_memory(chain, W, array(ROWS + 1, WIDTH), plan=plan)
 
 
+def test_a_whole_step_gives_its_arguments_away(memory):
+    fun, specs, donated = PROGRAMS["scanned step"]
+    found = jaxckpt.read_memory(fun, *specs[:2], x=specs[2], donate_argnums=donated)
+    assert found.totals == memory.totals and found.live_bytes == memory.live_bytes
+    assert found.reported["alias_bytes"] == 2 * 4 * STACK.size
+    with pytest.raises(jaxckpt.OptionError, match="whole step"):
+        jaxckpt.read_memory(fun, *specs, donate_argnums=0, differentiate=True)
+
+
 # Names.
 
 
