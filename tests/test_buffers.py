@@ -256,6 +256,8 @@ def test_bands_end_with_what_is_no_buffer(memory):
     assert bands[-1].size_bytes == memory.gap_bytes
     at_peak = [b.size_bytes[memory.peak_step] for b in bands[:-2] if b.label != "unattributed"]
     assert at_peak == sorted(at_peak, reverse=True)
+    labels = {band.label for band in memory.bands("source")}
+    assert {"arguments", "constants"} < labels and "w" not in labels
     own = memory.bands(lambda buffer: "large" if buffer.size_bytes > 1000 else "small")
     assert {b.label for b in own} == {"large", "small", RESERVED, GAPS}
 
