@@ -76,7 +76,7 @@ def parts() -> dict[str, list[str]]:
     found["fidelity"] = [*fidelity, "--verified"]
     for target in _TARGETS:
         found[f"fidelity-{target}"] = [_with_compilers(), *fidelity[1:], "--targets", target, "--budgets", "10"]
-    reading = ["benchmarks/compiled_memory.py", "--minutes", "28"]
+    reading = ["benchmarks/compiled_memory.py", "--minutes", "20"]
     for target in ("cpu", *_TARGETS):
         python = sys.executable if target == "cpu" else _with_compilers()
         # A GPU's assembler takes its time; what is tiny a TPU keeps on its chip.
