@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from jaxckpt.api.measure import measure as measure
     from jaxckpt.api.names import names as names
     from jaxckpt.api.plan import plan as plan
+    from jaxckpt.api.read_memory import read_memory as read_memory
     from jaxckpt.api.scan import scan as scan
     from jaxckpt.api.while_loop import while_loop as while_loop
+    from jaxckpt.compilation.buffers import Buffer as Buffer
+    from jaxckpt.compilation.buffers import CompiledMemory as CompiledMemory
     from jaxckpt.compilation.measure import Measurement as Measurement
     from jaxckpt.errors import BudgetError as BudgetError
     from jaxckpt.errors import CompilerError as CompilerError
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from jaxckpt.errors import OptionError as OptionError
     from jaxckpt.errors import PlanFileError as PlanFileError
     from jaxckpt.errors import PlanMismatchError as PlanMismatchError
+    from jaxckpt.errors import ProgramFormatError as ProgramFormatError
     from jaxckpt.errors import ShardingError as ShardingError
     from jaxckpt.errors import TargetError as TargetError
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
@@ -62,6 +66,7 @@ _HOMES = {
     "OptionError": "errors",
     "PlanFileError": "errors",
     "PlanMismatchError": "errors",
+    "ProgramFormatError": "errors",
     "ShardingError": "errors",
     "TargetError": "errors",
     "UnsupportedProgramError": "errors",
@@ -70,6 +75,9 @@ _HOMES = {
     "jit": "api.jit",
     "Measurement": "compilation.measure",
     "measure": "api.measure",
+    "Buffer": "compilation.buffers",
+    "CompiledMemory": "compilation.buffers",
+    "read_memory": "api.read_memory",
     "mesh": "targets.sharding",
     "Names": "result.names",
     "names": "api.names",

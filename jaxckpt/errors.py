@@ -79,3 +79,7 @@ class CompilerError(TargetError):
 
 class ShardingError(JaxckptError, ValueError):
     """Arguments that lie on several devices in a way that cannot be compiled."""
+
+
+class ProgramFormatError(CompilerError):
+    """A compiled program whose description by XLA is not as jaxckpt knows it: nothing is guessed about it."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxckpt.api.arguments import (
@@ -18,6 +19,7 @@ from jaxckpt.errors import NotDifferentiableError
 from jaxckpt.program.interpret import run
 from jaxckpt.program.static import bound_call
 from jaxckpt.program.trace import Traced
+from jaxckpt.result.plan import Plan
 from jaxckpt.targets.sharding import described, trace_placed
 
 
@@ -67,24 +69,75 @@ def measure(
         >>> measure(lambda x: jnp.sum(jnp.tanh(x) ** 2), x).argument_bytes
         262144
     """
-    check_function(fun, "measure")
+    options = {"compiler_options": dict(compiler_options)} if compiler_options else {}
+    static = static_argnums, static_argnames
+    with described(target):
+        found = subject_of(fun, args, kwargs, differentiate, argnums, has_aux, *static, verb="measure")
+        return compiled_bytes(found.fun, found.specs, target, closed_over=found.constants, jit_options=options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is compiled of a function.
+
+    Attributes:
+        fun: of the constants and the arguments, flat.
+        specs: of the arguments.
+        constants: arrays that the function closes over.
+    """
+
+    fun: Callable
+    specs: Sequence[Any]
+    constants: Sequence[Any]
+
+
+def subject_of(
+    fun: Callable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    differentiate: bool | None,
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    static_argnums: int | Sequence[int],
+    static_argnames: str | Sequence[str],
+    *,
+    verb: str,
+    plan: Plan | None = None,
+) -> Subject:
+    """Trace a function, and its derivative where it is to be differentiated, under a plan where there is one.
+
+    Args:
+        fun: as in `measure`, like what follows.
+        args: positional arguments.
+        kwargs: named ones.
+        differentiate: whether value and gradient, or the function itself.
+        argnums: as in `jax.grad`.
+        has_aux: as in `jax.grad`.
+        static_argnums: as in `plan`.
+        static_argnames: as in `plan`.
+        verb: who asks, for messages.
+        plan: one of this function.
+
+    Raises:
+        PlanMismatchError: the function or its shapes are not those of the plan.
+    """
+    check_function(fun, verb)
     check_argnums(argnums)
     check_flags(has_aux=has_aux, differentiate=differentiate is None or differentiate)
-    call = bound_call(fun, args, kwargs, static_argnums, static_argnames, "measure")
-    options = {"compiler_options": dict(compiler_options)} if compiler_options else {}
-    with described(target):
-        traced = trace_placed(call.fun, call.args, call.kwargs)
-        program = traced.program
-        plain = functools.partial(run, program)
-        constants = program.closed_over
-        goal = None if differentiate is False else _goal(traced, argnums, has_aux, differentiate is None)
-        if differentiate is None and goal is None:
-            say_measured_as_it_is()
-        if goal is None:
-            fun, specs = plain, input_specs(program)[len(constants) :]
-        else:
-            fun, specs = goal.differentiated(plain), measured_specs(program, goal)
-        return compiled_bytes(fun, specs, target, closed_over=constants, jit_options=options)
+    call = bound_call(fun, args, kwargs, static_argnums, static_argnames, verb)
+    keeps = plan is None or plan.keeps_checkpoints
+    traced = trace_placed(call.fun, call.args, call.kwargs, keep_checkpoints=keeps)
+    program = traced.program
+    if plan is not None:
+        plan.check(program)
+    flat = functools.partial(run, program) if plan is None else plan.flat(program)
+    goal = None if differentiate is False else _goal(traced, argnums, has_aux, differentiate is None)
+    if differentiate is None and goal is None:
+        say_measured_as_it_is()
+    constants = program.closed_over
+    if goal is None:
+        return Subject(fun=flat, specs=input_specs(program)[len(constants) :], constants=constants)
+    return Subject(fun=goal.differentiated(flat), specs=measured_specs(program, goal), constants=constants)
 
 
 def _goal(traced: Traced, argnums: Any, has_aux: bool, may_be_step: bool) -> Objective | None:

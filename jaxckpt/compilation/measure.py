@@ -123,10 +123,15 @@ def lowered_for(
     donate_argnums: int | Sequence[int] = (),
     closed_over: Sequence[Any] = (),
     jit_options: Mapping[str, Any] = MappingProxyType({}),
+    dump_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[], Measurement]:
-    """Trace and lower a function as `compiled_bytes` does; what is returned compiles it, in any thread."""
+    """Trace and lower a function as `compiled_bytes` does; what is returned compiles it, in any thread.
+
+    With `dump_options`, compiler options that change nothing but what the compiler writes down, it is compiled whether
+    or not its sizes are known, and they are not kept.
+    """
     if closed_over:
-        return _lowered_with_constants(fun, specs, target, closed_over, jit_options)
+        return _lowered_with_constants(fun, specs, target, closed_over, jit_options, dump_options)
     chip = find_target(target)
     if jax.sharding.get_abstract_mesh().manual_axes:
         raise CompilerError(_PART.format("inside shard_map"))
@@ -149,11 +154,12 @@ def lowered_for(
         raise CompilerError(f"the program cannot be lowered for target={label!r}: {said}") from error
     options = {**(chip.compiler.compile_options or {}), **own_options} or None
     host = 0 if chip.compiler.counts_host else -(-host_bytes(traced.jaxpr) // step_split(placed))
-    name = cache.digest((lowered.as_text(), chip, num_devices, options, host, *_versions(chip)))
-    kept = cache.read(name, Measurement)
+    name = cache.digest((lowered.as_text(), chip, num_devices, options, host, *_versions(chip), *dump_options))
+    kept = None if dump_options else cache.read(name, Measurement)
     if kept is not None:
         found = replace(kept, target=label)
         return lambda: found
+    options = {**(options or {}), **dump_options} or None
     if target is not None and process.SWITCH in os.environ:
         compiled = process.sizes_later(fun, placed, donate_argnums, target, options)
     else:
@@ -170,7 +176,7 @@ def lowered_for(
 
     def finished() -> Measurement:
         found = _DOOR.get()(name, asked)
-        if found.compile_s > _WORTH_KEEPING_S:
+        if found.compile_s > _WORTH_KEEPING_S and not dump_options:
             cache.write(name, asdict(found))
         return replace(found, target=label)
 
@@ -178,16 +184,22 @@ def lowered_for(
 
 
 def _lowered_with_constants(
-    fun: Callable, specs: Sequence[Any], target: str | None, closed_over: Sequence[Any], jit_options: Mapping[str, Any]
+    fun: Callable,
+    specs: Sequence[Any],
+    target: str | None,
+    closed_over: Sequence[Any],
+    jit_options: Mapping[str, Any],
+    dump_options: Mapping[str, Any],
 ) -> Callable[[], Measurement]:
     """The same of a function of constants, which the user's own jit compiles into the program."""
     num_bytes = sum(x.nbytes for x in closed_over)
     if num_bytes <= _MOST_CONSTANT_BYTES:
-        return lowered_for(functools.partial(fun, *closed_over), specs, target, jit_options=jit_options)
+        fun = functools.partial(fun, *closed_over)
+        return lowered_for(fun, specs, target, jit_options=jit_options, dump_options=dump_options)
     # As text they would take several times their bytes. As arguments they change nothing that is held in between.
     everywhere = on_every_device(jax.tree.leaves(list(specs)))
     constants = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in closed_over]
-    finish = lowered_for(fun, [*constants, *specs], target, jit_options=jit_options)
+    finish = lowered_for(fun, [*constants, *specs], target, jit_options=jit_options, dump_options=dump_options)
 
     def finished() -> Measurement:
         found = finish()

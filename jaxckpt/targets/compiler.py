@@ -74,6 +74,8 @@ class Compiler:
         host_memory: JAX's name of the memory of the host in which values may wait for their backward; empty where it
             has none.
         counts_host: whether its memory analysis tells bytes on the host from those on the device.
+        counts_thread_local: whether what belongs to single threads, such as a reduction's operands, takes room on the
+            device.
         least_offload_bytes: values below this size are not sent to the host.
         offload_options: options of the compiler that a program needs which sends values to the host, None for none.
         facts: the record of what it asks of a chip beside memory and rates, None if nothing.
@@ -95,6 +97,7 @@ class Compiler:
     compile_options: dict[str, Any] | None = None
     host_memory: str = ""
     counts_host: bool = True
+    counts_thread_local: bool = False
     least_offload_bytes: int = 2**20
     offload_options: dict[str, Any] | None = None
     facts: type[Any] | None = None

@@ -58,6 +58,8 @@ class TpuCompiler(Compiler):
     stacking_passes = 1
     heads_wait_for_loops = True
     wants_identical_layers = True
+    # Seen in `total_allocation_bytes`, which are the allocations to the byte with them.
+    counts_thread_local = True
     host_memory = "pinned_host"
     facts = Tpu
     part = "tpu"

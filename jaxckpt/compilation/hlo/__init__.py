@@ -1,0 +1,1 @@
+"""XLA's own description of a compiled program: its module, schedule and buffer assignment."""
