@@ -164,6 +164,15 @@ class PlanLike(Protocol):
     @property
     def unknown(self) -> Sequence[str]: ...
 
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def schedule_digest(self) -> str: ...
+
+    @property
+    def jax_version(self) -> str: ...
+
 
 class StepLike(Protocol):
     """A step with its plans, as far as it is reported."""

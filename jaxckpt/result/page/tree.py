@@ -1,0 +1,79 @@
+"""The tree of regions: as rows of a chart, and as nested lists in words."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptsolvers import Keep
+from ckptsolvers.schedule import Node
+
+from jaxckpt.kinds.base import kind_named
+from jaxckpt.result._protocols import PlanLike
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """A node of the tree in words: "keep" or "recompute", what, and what is inside."""
+
+    kind: str
+    text: str
+    inside: tuple["Branch", ...] = ()
+
+
+def branches(plan: PlanLike) -> tuple[Branch, ...]:
+    """The tree in words; empty where the program runs as it is."""
+    return () if plan.schedule is None else tuple(_branches(plan.schedule.nodes, plan))
+
+
+def region_rows(plan: PlanLike) -> dict[str, Any] | None:
+    """The rows of the chart, with how many blocks and levels there are; None where there is no schedule."""
+    if plan.schedule is None:
+        return None
+    rows = list(_rows(plan.schedule.nodes, plan, 0))
+    return {"blocks": len(plan.blocks), "depth": 1 + max(row["depth"] for row in rows), "rows": rows}
+
+
+def runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
+    """Nodes in a row, kept ones together."""
+    run: list[Node] = []
+    for node in nodes:
+        if run and not (isinstance(node, Keep) and isinstance(run[-1], Keep)):
+            yield run
+            run = []
+        run.append(node)
+    if run:
+        yield run
+
+
+def span(start: int, stop: int, plan: PlanLike) -> str:
+    """Blocks as a person reads them, with what they are."""
+    blocks = f"block {start}" if stop == start + 1 else f"blocks {start}-{stop - 1}"
+    first, last = plan.block_labels[start], plan.block_labels[stop - 1]
+    return f"{blocks}  {first}" if first == last else f"{blocks}  {first} ... {last}"
+
+
+# Regions nest some twenty deep at most, so recursion is safe here.
+def _branches(nodes: Sequence[Node], plan: PlanLike) -> Iterator[Branch]:
+    for run in runs(nodes):
+        first, last = run[0], run[-1]
+        if isinstance(first, Keep):
+            saves = [(node.start, plan.block_saves[node.start]) for node in run]
+            said = [f"block {k}: {line}" for k, save in saves for line in kind_named(save.kind).describe(save)]
+            inside = tuple(Branch(kind="", text=line) for line in said)
+            yield Branch(kind="keep", text=f"keep {span(first.start, last.stop, plan)}", inside=inside)
+        else:
+            nested = any(not isinstance(child, Keep) for child in first.children)
+            inside = tuple(_branches(first.children, plan)) if nested else ()
+            yield Branch(kind="recompute", text=f"recompute {span(first.start, first.stop, plan)}", inside=inside)
+
+
+def _rows(nodes: Sequence[Node], plan: PlanLike, depth: int) -> Iterator[dict[str, Any]]:
+    for run in runs(nodes):
+        first, last = run[0], run[-1]
+        start, stop = first.start, last.stop
+        blocks, _, what = span(start, stop, plan).partition("  ")
+        kind = "keep" if isinstance(first, Keep) else "recompute"
+        place = {"start": start, "stop": stop, "depth": depth, "bottom": depth + 0.92}
+        yield {**place, "kind": kind, "blocks": blocks, "what": what}
+        if not isinstance(first, Keep):
+            yield from _rows(first.children, plan, depth + 1)
