@@ -58,6 +58,12 @@ $(TARGETS_STAMP): pyproject.toml
 	  echo "the compiler for $$chip could not be installed: its tests are skipped"; rm -f $@; \
 	done
 
+# XProf's memory viewer, for `make nightly PART=memory-xprof`.
+.venv-xprof/.installed:
+	$(PYTHON) -m venv .venv-xprof
+	.venv-xprof/bin/python -m pip install --quiet xprof
+	touch $@
+
 test-targets: $(TARGETS_STAMP)
 	$(TARGETS_BIN)/python -m pytest -m targets -rs
 
@@ -88,4 +94,4 @@ nightly: $(STAMP)
 	$(BIN)/python benchmarks/nightly.py $(PART)
 
 clean:
-	rm -rf $(VENV) $(TARGETS_VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TARGETS_VENV) .venv-xprof .pytest_cache .ruff_cache .hypothesis

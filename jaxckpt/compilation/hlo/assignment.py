@@ -66,22 +66,22 @@ class Reader:
     """Reads a program with a buffer assignment."""
 
     def __init__(self, program: Any):
-        self._module = module = Module(program.module)
+        self.module = module = Module(program.module)
         self._allocations = program.assignment.allocations
         if not self._allocations:
             raise ProgramFormatError("XLA's description of the compiled program has no buffer assignment")
         buffers = program.assignment.buffers
         defined = {(b.defined_at.instruction, tuple(b.defined_at.index)): b.id for b in buffers}
         self._places = {value: position for position, value in defined.items()}
-        self._values = Values(module, defined)
-        self._ranges = ranges(module, self._values)
-        self._merged = self._values.merged()
-        without_overlaps(self._ranges, self._merged)
+        self.values = Values(module, defined)
+        self.ranges = ranges(module, self.values)
+        self._merged = self.values.merged()
+        without_overlaps(self.ranges, self._merged)
         self._group = {value: number for number, values in enumerate(self._merged) for value in values}
-        self._reads = last_reads(module, self._values)
-        self._origins = Origins(module, self._values)
+        self._reads = last_reads(module, self.values)
+        self._origins = Origins(module, self.values)
         root = module.root(module.entry)
-        self._results = {self._values.at(root, index) for index in indices_of(root.shape)}
+        self._results = {self.values.at(root, index) for index in indices_of(root.shape)}
 
     def memory(self, target: str, reported: Mapping[str, int], counts_thread_local: bool) -> CompiledMemory:
         """The memory of the program; see `read_program`."""
@@ -90,12 +90,12 @@ class Reader:
         for allocation in self._allocations:
             found += self._buffers(allocation, base if in_heap(allocation) else None)
             base += allocation.size if in_heap(allocation) else 0
-        num_steps = len(self._module.order)
+        num_steps = len(self.module.order)
         live = live_bytes((b for b in found if b.in_heap), num_steps)
         return CompiledMemory(
             target=target,
             buffers=tuple(sorted(found, key=lambda b: (b.made_at, b.allocation, b.offset, b.name))),
-            steps=tuple(instruction.name for instruction in self._module.order),
+            steps=tuple(instruction.name for instruction in self.module.order),
             phases=tuple(self._origins.phases()),
             live_bytes=live,
             gap_bytes=tuple(base - size for size in live),
@@ -122,7 +122,7 @@ class Reader:
         places: dict[tuple[int, int], list[int]] = defaultdict(list)
         for each in allocation.assigned:
             places[each.offset, each.size].append(each.buffer)
-        num_steps = len(self._module.order)
+        num_steps = len(self.module.order)
         found = []
         for (offset, size), values in places.items():
             live = {v: self._held(v, allocation, num_steps) for v in values}
@@ -133,9 +133,9 @@ class Reader:
 
     def _held(self, value: int, allocation: Any, num_steps: int) -> Range:
         """First and last step at which a value takes its room."""
-        if allocation.is_constant or allocation.is_thread_local or value not in self._ranges:
+        if allocation.is_constant or allocation.is_thread_local or value not in self.ranges:
             return 0, num_steps - 1
-        start, end = self._ranges[value]
+        start, end = self.ranges[value]
         return min(start, num_steps - 1), min(end, num_steps - 1)
 
     def _runs(self, values: Sequence[int], live: Mapping[int, Range]) -> Iterator[list[int]]:
@@ -156,7 +156,7 @@ class Reader:
 
     def _buffer(self, piece: _Piece, allocation: Any, base: int | None) -> Buffer:
         (number, index), origin = self._named(piece.values)
-        instruction = self._module.instructions[number]
+        instruction = self.module.instructions[number]
         shape = shape_at(instruction.shape, index)
         last = max((self._reads.get(v, 0) for v in piece.values), default=0)
         return Buffer(
@@ -184,7 +184,7 @@ class Reader:
         What XLA adds, such as zeros for the branch that does not make a value, is there for what reads it.
         """
         places = [self._places[value] for value in values]
-        instructions = self._module.instructions
+        instructions = self.module.instructions
         real = [p for p in places if self._origins.is_real(instructions[p[0]])]
         named = next(iter(real), places[0])
         every = (self._origins.of(instructions[number], index) for number, index in (named, *places))
@@ -196,7 +196,7 @@ class Reader:
         for value in values:
             for relative in self._merged[self._group[value]] if value in self._group else ():
                 number, index = self._places[relative]
-                yield self._origins.of(self._module.instructions[number], index)
+                yield self._origins.of(self.module.instructions[number], index)
 
     def _role(self, piece: _Piece, allocation: Any) -> Role:
         if allocation.is_thread_local:
@@ -205,8 +205,8 @@ class Reader:
             return "constant"
         if not self._results.isdisjoint(piece.values) and allocation.is_result:
             return "result"
-        makers = (self._module.instructions[self._places[v][0]] for v in piece.values)
-        entry = self._module.entry
+        makers = (self.module.instructions[self._places[v][0]] for v in piece.values)
+        entry = self.module.entry
         if allocation.is_parameter and any(i.opcode == "parameter" and i.computation == entry for i in makers):
             return "argument"
         return "temporary"

@@ -1,7 +1,7 @@
 """What a scheduled program takes by its shapes alone, where the compiler did not get as far as an assignment.
 
-A last resort: it knows neither how arrays are padded nor the heap's gaps, and not what the compiler computes in place
-but where loops and slices say so. Within 1 % on CPU, up to 13 % off on GPUs and TPUs for small transformers.
+A last resort: it knows neither how arrays are padded nor the heap's gaps, and of what the compiler computes in place
+only what loops and slices say. That is up to a tenth off on CPU, more on GPUs and TPUs.
 """
 
 from collections.abc import Iterator

@@ -57,7 +57,9 @@ class Origins:
         """The origin of what an instruction makes."""
         maker = self.maker(instruction, index)
         found = self._of_maker(maker.id)
-        if found.phase == "other" and maker.opcode != "parameter" and instruction.id in self._derived:
+        # What is inside a fusion is not in the schedule.
+        known = maker if maker.id in self._module.step or instruction.opcode == "tuple" else instruction
+        if found.phase == "other" and maker.opcode != "parameter" and known.id in self._derived:
             return Origin(scope=found.scope, source=found.source, phase="optimizer")
         return found
 
@@ -71,7 +73,7 @@ class Origins:
         here, best, seen = (instruction, index), instruction, set()
         while len(seen) < _MOST_STEPS:
             seen.add((here[0].id, here[1]))
-            best = here[0] if here[0].op_name else best
+            best = here[0] if is_named(here[0]) or not best.op_name else best
             found = next((n for n in self._nearer(*here) if (n[0].id, n[1]) not in seen), None)
             if found is None:
                 break
@@ -82,7 +84,7 @@ class Origins:
         """Whether an instruction makes a value, and does not only pass on, copy or fill."""
         if instruction.opcode == "parameter":
             return instruction.computation == self._module.entry
-        if instruction.opcode == "custom-call" and not instruction.operands:
+        if instruction.opcode == "tuple" or (instruction.opcode == "custom-call" and not instruction.operands):
             return False
         while instruction.opcode == "fusion" and instruction.called:
             instruction = self._module.root(instruction.called[0])
@@ -103,8 +105,9 @@ class Origins:
         if opcode == "fusion" and instruction.called:
             root = module.root(instruction.called[0])
             return [(root, index)]
-        if opcode == "tuple" and index:
-            return [(module.operand(instruction, index[0]), index[1:])]
+        if opcode == "tuple" and instruction.operands:
+            # A table of addresses belongs to what it begins with.
+            return [(module.operand(instruction, index[0] if index else 0), index[1:])]
         if opcode == "dynamic-update-slice":
             return [(module.operand(instruction, 1), ())]
         if opcode == "parameter":
@@ -115,7 +118,7 @@ class Origins:
             return [(module.root(called), index) for called in instruction.called]
         if opcode == "copy-start":
             return [(module.operand(instruction, 0), ())]
-        if opcode == "bitcast" or (not instruction.op_name and instruction.operands):
+        if opcode == "bitcast" or (instruction.operands and not is_named(instruction)):
             source = self._values.source(instruction, index)
             return [source] if source is not None else self._operands(instruction)
         return []
@@ -173,6 +176,11 @@ class Origins:
             if any(maker in found for maker in makers):
                 found.add(instruction.id)
         return found
+
+
+def is_named(instruction: Instruction) -> bool:
+    """Whether an instruction bears an operation's name, and not that of a call, a loop or a branch around it."""
+    return bool(instruction.op_name) and not _OWN.fullmatch(instruction.op_name.rpartition("/")[2])
 
 
 def phase_of(op_name: str) -> Phase:
