@@ -97,6 +97,7 @@ def build_step(found: FoundStep) -> Fitted:
         is_stopped=found.is_stopped,
         calibration=found.calibration,
         constant_bytes=jaxpr_constant_bytes(found.step.closed),
+        found=found,
     )
 
 

@@ -53,12 +53,12 @@ def _limits() -> list[Spec]:
     """Budget and chip as lines across, and the peak as a point, each with its words."""
     y = {"field": "y", "type": _QUANTITY}
     dashes = {"field": "dash", "type": "nominal", "scale": None, "legend": None}
-    words = {"type": "text", "baseline": "bottom", "dy": -3, "style": "words"}
+    words = {"type": "text", "baseline": "bottom", "dy": -3}
     ends = [("start", 0, 4), ("end", "width", -4)]
     return [
         {
             "data": {"name": "limits"},
-            "mark": {"type": "rule", "style": "limit", "strokeWidth": 1.6},
+            "mark": {"type": "rule", "strokeWidth": 1.6},
             "encoding": {"y": y, "strokeDash": dashes},
         },
         *(
@@ -72,7 +72,7 @@ def _limits() -> list[Spec]:
         ),
         {
             "data": {"name": "peak"},
-            "mark": {"type": "point", "style": "peak", "shape": "diamond", "size": 90, "filled": True},
+            "mark": {"type": "point", "opacity": 1, "shape": "diamond", "size": 90, "filled": True},
             "encoding": {"x": {"field": "x", "type": _QUANTITY}, "y": y},
         },
         *(
@@ -106,8 +106,8 @@ def heap() -> Spec:
 
 def frontier() -> Spec:
     """Step cost over peak bytes: plans as a curve, hand-written policies as points, the chosen plan ringed."""
-    x = _axis("peak", "$peak", domain=None) | {"scale": {"zero": False, "nice": True}}
-    y = _axis("cost", "step cost, unplanned = 1", domain=None, format=".2f") | {"scale": {"zero": False, "nice": True}}
+    x = _axis("peak", "$peak", domain=None) | {"scale": {"zero": False, "nice": True, "padding": 14}}
+    y = _axis("cost", "step cost, unplanned = 1", domain=None, format=".2f") | {"scale": {"zero": False, "nice": True, "padding": 14}}
     tips = [{"field": name, "title": title} for name, title in _FRONTIER_TIPS.items()]
     points = {"x": x, "y": y, "tooltip": tips}
     shapes = {"domain": ["plan", "policy", "unplanned"], "range": ["circle", "triangle-up", "square"]}
@@ -116,7 +116,7 @@ def frontier() -> Spec:
         [
             {
                 "data": {"name": "limits"},
-                "mark": {"type": "rule", "style": "limit", "strokeDash": [6, 4]},
+                "mark": {"type": "rule", "strokeDash": [6, 4]},
                 "encoding": {"x": {"field": "x", "type": _QUANTITY}},
             },
             {
@@ -137,17 +137,17 @@ def frontier() -> Spec:
             {
                 "data": {"name": "points"},
                 "transform": [{"filter": "datum.kind != 'plan'"}],
-                "mark": {"type": "text", "style": "words", "dy": -11},
+                "mark": {"type": "text", "align": "right", "dx": -9, "dy": {"expr": "datum.dy"}, "baseline": "middle"},
                 "encoding": {"x": x, "y": y, "text": {"field": "name"}},
             },
             {
                 "data": {"name": "chosen"},
-                "mark": {"type": "point", "style": "ring", "size": 260, "strokeWidth": 2.2, "filled": False},
+                "mark": {"type": "point", "opacity": 1, "size": 260, "strokeWidth": 2.2, "filled": False},
                 "encoding": {"x": x, "y": y},
             },
             {
                 "data": {"name": "chosen"},
-                "mark": {"type": "text", "style": "words", "fontWeight": "bold", "dy": 20},
+                "mark": {"type": "text", "align": "left", "fontWeight": "bold", "dx": 14, "dy": -12},
                 "encoding": {"x": x, "y": y, "text": {"value": "this plan"}},
             },
         ],

@@ -18,7 +18,9 @@ _NUMBER = re.compile(r"\d+")
 def groupings(programs: Sequence[CompiledMemory]) -> dict[str, Label]:
     """Name -> what a buffer belongs to: by scope, by line or by phase."""
     temporaries = [b for memory in programs for b in memory.peak if not _fixed(b) and b.place == "device"]
-    scopes, lines = _Groups(temporaries, _scope_path), _Groups(temporaries, lambda b: (b.source or _scope(b),))
+    layers = Layers(b.scope for memory in programs for b in memory.buffers)
+    scopes = _Groups(temporaries, lambda b: tuple(layers.any(b.scope).split("/")) if b.scope else (b.source,))
+    lines = _Groups(temporaries, lambda b: (b.source or layers.any(b.scope),))
     return {
         "scope": lambda b: _fixed(b) or scopes.label(b),
         "line": lambda b: _fixed(b) or lines.label(b),
@@ -40,26 +42,48 @@ def ordered(labels: Iterable[str], sizes: Callable[[str], int]) -> list[str]:
     return sorted(labels, key=rank)
 
 
-def any_layer(scope: str) -> str:
-    """A scope with its numbers left out, which is the same for all layers of a kind.
+def once(scope: str) -> str:
+    """A scope without what is in it twice in a row, as a checkpoint's own scope is in what it recomputes.
 
     Example:
-        >>> any_layer("GPT2/h11/attn")
+        >>> once("GPT2/h1/GPT2/h1/attn")
+        'GPT2/h1/attn'
+    """
+    parts = scope.split("/")
+    for length in range(len(parts) // 2, 0, -1):
+        if parts[:length] == parts[length : 2 * length]:
+            return once("/".join(parts[length:]))
+    return scope
+
+
+class Layers:
+    """Names for scopes that are the same for all layers of a kind: with a star for a number that there are several of.
+
+    Args:
+        scopes: all that there are.
+
+    Example:
+        >>> Layers(["GPT2/h0/attn", "GPT2/h1/attn"]).any("GPT2/h0/attn")
         'GPT2/h*/attn'
     """
-    return _NUMBER.sub("*", scope)
+
+    def __init__(self, scopes: Iterable[str]):
+        self._spellings: dict[str, set[str]] = defaultdict(set)
+        for scope in set(scopes):
+            for part in once(scope).split("/"):
+                self._spellings[_NUMBER.sub("*", part)].add(part)
+
+    def any(self, scope: str) -> str:
+        """A scope as all layers of its kind have it."""
+        return "/".join(map(self._part, once(scope).split("/")))
+
+    def _part(self, part: str) -> str:
+        starred = _NUMBER.sub("*", part)
+        return starred if len(self._spellings[starred]) > 1 else part
 
 
 def _fixed(buffer: Buffer) -> str:
     return {"argument": ARGUMENTS, "constant": ARGUMENTS, "result": RESULTS}.get(buffer.role, "")
-
-
-def _scope(buffer: Buffer) -> str:
-    return any_layer(buffer.scope)
-
-
-def _scope_path(buffer: Buffer) -> tuple[str, ...]:
-    return tuple(_scope(buffer).split("/")) if buffer.scope else (buffer.source,)
 
 
 class _Groups:
@@ -85,14 +109,16 @@ class _Groups:
         return OTHER
 
     def _divide(self) -> set[tuple[str, ...]]:
-        chosen = {()}
+        chosen, divided = {()}, set()
         while True:
-            by_size = sorted(chosen, key=lambda key: (-self._sizes[key], key))
-            for key in by_size:
+            for key in sorted(chosen - divided, key=lambda key: (-self._sizes[key], key)):
                 parts = self._parts(key)
-                # What is left of a divided scope is in "other".
-                if parts and len(chosen) - 1 + len(parts) <= len(BANDS):
-                    chosen = chosen - {key} | set(parts)
+                # What is left of it, if much, is a part of its own.
+                rest = self._sizes[key] - sum(self._sizes[part] for part in parts)
+                stays = bool(key) and rest >= _LEAST_SHARE * self._sizes[key]
+                if parts and len(chosen) - (not stays) + len(parts) <= len(BANDS):
+                    chosen = (chosen if stays else chosen - {key}) | set(parts)
+                    divided.add(key)
                     break
             else:
                 return self._largest() if chosen == {()} else chosen

@@ -3,6 +3,7 @@
 import base64
 import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -58,6 +59,7 @@ def _environment() -> Any:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     environment.filters["size"] = short_bytes
+    environment.filters["path"] = _path
     environment.globals["tree"] = _tree
     return environment
 
@@ -107,8 +109,8 @@ def _memory(content: Content) -> dict[str, Any]:
         "peak_said": said,
         "peak_heads": [
             *(("bytes", True), ("count", True), ("shape", False), ("where", False), ("phase", False)),
-            *(("padding", True), ("made", True), ("last read", True), ("why it is alive", False)),
-            ("what could be done", False),
+            *(("padding", True), ("made", True), ("last read", True)),
+            ("why it is alive, and what could be done", False),
         ],
     }
 
@@ -198,9 +200,11 @@ def _points(content: Content) -> list[dict[str, Any]]:
             "cost": round(point.cost_ratio, 4),
             "recomputed": share(point.recompute_flops),
             "chosen": False,
+            "dy": 0,
         }
         for point in frontier.points
     ]
+    _spread([row for row in rows if row["kind"] != "plan"])
     plan = content.plans[0]
     chosen = {
         "name": "plan",
@@ -210,8 +214,18 @@ def _points(content: Content) -> list[dict[str, Any]]:
         "cost": round(1 + (cost_share([plan]) or 0), 4),
         "recomputed": share(plan.recompute_flops),
         "chosen": True,
+        "dy": 0,
     }
     return sorted([*rows, chosen], key=lambda row: (row["bytes"], -row["cost"], row["name"]))
+
+
+def _spread(rows: list[dict[str, Any]]) -> None:
+    """Keep the words beside points apart that are about as high, in pixels."""
+    tall = max((row["cost"] for row in rows), default=1) - min((row["cost"] for row in rows), default=1)
+    rows.sort(key=lambda row: -row["cost"])
+    for above, below in itertools.pairwise(rows):
+        if above["cost"] - below["cost"] < 0.09 * tall:
+            below["dy"] = above["dy"] + 13
 
 
 def _frontier(content: Content) -> dict[str, Any]:
@@ -300,6 +314,13 @@ def _made(content: Content) -> list[tuple[str, str]]:
     if plan.flags:
         found.append(("compiler flags", ", ".join(plan.flags)))
     return found
+
+
+def _path(text: str) -> Any:
+    """A path that is broken behind its slashes, if anywhere."""
+    import markupsafe  # noqa: PLC0415 - jinja2's
+
+    return markupsafe.Markup("/<wbr>").join(text.split("/"))
 
 
 def _tree(nodes: Sequence[Branch]) -> Any:

@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from jaxckpt.compilation.buffers import Buffer, CompiledMemory
-from jaxckpt.result.page.grouping import any_layer
-from jaxckpt.result.page.timeline import made_again
+from jaxckpt.result.page.grouping import Layers
+from jaxckpt.result.page.timeline import made_again, value_key
 
 # Padding of less is not worth a word.
 _MUCH_PADDING = 0.1
@@ -47,16 +47,16 @@ class PeakRow:
 
 def peak_rows(memory: CompiledMemory) -> list[PeakRow]:
     """What stands at the peak on the device, largest first."""
-    again = made_again(memory)
+    again, layers = made_again(memory), Layers(b.scope for b in memory.buffers)
     live = sum(b.size_bytes for b in memory.peak if b.place == "device")
     groups: dict[tuple, list[Buffer]] = defaultdict(list)
     counted = set(map(id, memory.on_device()))
     for buffer in memory.peak:
         if id(buffer) in counted and buffer.size_bytes:
-            key = (buffer.scope, buffer.source, buffer.shape) in again and buffer.phase == "forward"
-            why, advice = _why(buffer, memory), _advice(buffer, memory, live, key)
+            is_again = value_key(buffer) in again and buffer.phase == "forward"
+            why, advice = _why(buffer, memory), _advice(buffer, memory, live, is_again)
             # Arguments have names of their own, which say less than their shapes.
-            where = "" if buffer.role == "argument" else any_layer(buffer.scope)
+            where = "" if buffer.role == "argument" else layers.any(buffer.scope)
             groups[where, buffer.source, buffer.shape, buffer.phase, why, advice].append(buffer)
     rows = [_row(key, members) for key, members in groups.items()]
     return sorted(rows, key=lambda row: (-row.size_bytes, row.source, row.shape, row.scope, row.made_at))

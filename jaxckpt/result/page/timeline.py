@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxckpt.compilation.buffers import UNATTRIBUTED, Band, Buffer, CompiledMemory
-from jaxckpt.result.page.grouping import Label, groupings, ordered
+from jaxckpt.result.page.grouping import Label, groupings, once, ordered
 from jaxckpt.result.page.palette import PHASES, colors
 
 # Steps are drawn in so many columns, and a column shows the step of its own with the most bytes.
@@ -60,7 +60,7 @@ def _program(
 ) -> dict[str, Any]:
     drawn, peak = columns(memory), memory.peak_step
     shown = [step for _, step in drawn]
-    live = [sum(sizes) for sizes in zip(*(b.size_bytes for b in bands["phase"].values() if b.kind == "live"))]
+    live = [sum(sizes) for sizes in zip(*(b.size_bytes for b in bands["phase"].values() if b.kind == "live"), strict=True)]
     return {
         "steps": memory.num_steps,
         "x": [first for first, _ in drawn],
@@ -103,12 +103,9 @@ def _buffers(memory: CompiledMemory, groups: dict[str, Label], common: dict[str,
     chosen = sorted(live, key=lambda b: (-b.size_bytes, b.made_at, b.name))[:_MOST_BUFFERS]
     chosen.sort(key=lambda b: (b.made_at, -b.size_bytes, b.name))
     again = made_again(memory)
-    texts = {name: _table(getattr(b, name) for b in chosen) for name in ("shape", "source", "scope", "role")}
+    texts = {name: _table(get(b) for b in chosen) for name, get in _TEXTS.items()}
     positions = {by: {label: i for i, label in enumerate(labels)} for by, labels in common.items()}
-    bands = {
-        by: [positions[by][label(b) or UNATTRIBUTED] for b in chosen]
-        for by, label in groups.items()
-    }
+    bands = {by: [positions[by][label(b) or UNATTRIBUTED] for b in chosen] for by, label in groups.items()}
     return {
         "numLeftOut": len(live) - len(chosen),
         "name": [b.name for b in chosen],
@@ -119,9 +116,9 @@ def _buffers(memory: CompiledMemory, groups: dict[str, Label], common: dict[str,
         "held": [b.held_until for b in chosen],
         "offset": [b.offset if b.in_heap else -1 for b in chosen],
         "phase": [_PHASES.index(b.phase) for b in chosen],
-        "again": [again.get(_key(b), 0) if b.phase != "recomputed" else 0 for b in chosen],
+        "again": [again.get(value_key(b), 0) if b.phase != "recomputed" else 0 for b in chosen],
         "texts": {name: list(table) for name, table in texts.items()},
-        **{name: [table[getattr(b, name)] for b in chosen] for name, table in texts.items()},
+        **{name: [table[_TEXTS[name](b)] for b in chosen] for name, table in texts.items()},
         "bands": bands,
     }
 
@@ -131,13 +128,22 @@ def made_again(memory: CompiledMemory) -> dict[tuple[str, str, str], list[int]]:
     found: dict[tuple[str, str, str], list[int]] = {}
     for buffer in memory.buffers:
         if buffer.phase == "recomputed" and buffer.is_attributed:
-            count, first, last = found.get(_key(buffer), [0, buffer.made_at, 0])
-            found[_key(buffer)] = [count + 1, min(first, buffer.made_at), max(last, buffer.made_at)]
+            count, first, last = found.get(value_key(buffer), [0, buffer.made_at, 0])
+            found[value_key(buffer)] = [count + 1, min(first, buffer.made_at), max(last, buffer.made_at)]
     return found
 
 
-def _key(buffer: Buffer) -> tuple[str, str, str]:
-    return buffer.scope, buffer.source, buffer.shape
+_TEXTS = {
+    "shape": lambda b: b.shape,
+    "source": lambda b: b.source,
+    "scope": lambda b: once(b.scope),
+    "role": lambda b: b.role,
+}
+
+
+def value_key(buffer: Buffer) -> tuple[str, str, str]:
+    """What a value and the same value made again have in common."""
+    return once(buffer.scope), buffer.source, buffer.shape
 
 
 def _table(texts: Any) -> dict[str, int]:

@@ -40,7 +40,7 @@ def verdict(content: Content) -> Verdict:
     target, peak, label = _peak(content)
     before, before_label = _before(content)
     budget = budget_of(content)
-    cost, cost_label = _cost(content)
+    cost, number, cost_label = _cost(content)
     of = " of each device" if ":" in target else ""
     spare = None if budget is None else budget - peak
     words = [f"{short_bytes(peak)}{of} on {target}"]
@@ -56,7 +56,7 @@ def verdict(content: Content) -> Verdict:
         tiles.append(Tile(title="Taken off", number=f"{1 - peak / before:.1%}", label="of the bytes without a plan"))
     if spare is not None:
         tiles.append(Tile(title="Budget left", number=short_bytes(spare), label=f"of {short_bytes(budget or 0)}"))
-    tiles.append(Tile(title="Cost", number=cost, label=cost_label))
+    tiles.append(Tile(title="Cost", number=number, label=cost_label))
     word = "Planned" if budget is None else "Fits" if fits else "Does not fit"
     return Verdict(word=word, is_good=fits, sentence=", ".join(words), tiles=tuple(tiles))
 
@@ -81,22 +81,24 @@ def _peak(content: Content) -> tuple[str, int, str]:
 
 
 def _before(content: Content) -> tuple[int | None, str]:
-    if content.step is None:
-        plan = content.plans[0]
-        return plan.unplanned_peak_bytes, "measured" if plan.is_unplanned_measured else "predicted"
-    if content.step.unplanned is not None:
-        return content.step.unplanned.device_bytes, "measured, whole step"
-    unplanned = content.reading.unplanned
-    return (None, "") if unplanned is None else (unplanned.totals.device_bytes, "read from the compiled step")
+    unplanned, step, plan = content.reading.unplanned, content.step, content.plans[0]
+    if step is not None and step.unplanned is not None:
+        return step.unplanned.device_bytes, "measured, whole step"
+    if step is None and plan.is_unplanned_measured:
+        return plan.unplanned_peak_bytes, "measured"
+    if unplanned is not None:
+        return unplanned.totals.device_bytes, "estimated" if unplanned.is_estimated else "as compiled for this page"
+    return (None, "") if step is not None else (plan.unplanned_peak_bytes, "predicted")
 
 
-def _cost(content: Content) -> tuple[str, str]:
+def _cost(content: Content) -> tuple[str, str, str]:
+    """In words, as a number, and where it comes from."""
     share = cost_share(content.plans)
-    if share is None:
-        return "no recomputation", "counted"
     of = "step time" if content.plans[0].cost == "time" else "FLOPs"
-    label = "modelled" if of == "step time" else "counted"
-    return f"{abs(share):.1%} {'more' if share >= 0 else 'less'} {of}", f"{label}, of the unplanned step"
+    label = f"{of}, {'modelled' if of == 'step time' else 'counted'}"
+    if share is None:
+        return "no cost: nothing is recomputed", "none", label
+    return f"{abs(share):.1%} {'more' if share >= 0 else 'less'} {of}", f"{share:+.1%}", label
 
 
 def cost_share(plans: Sequence[PlanLike]) -> float | None:

@@ -4,7 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const root = document.documentElement, tip = $("tip"), charts = new Map();
 const order = ["unplanned", "planned"].filter((key) => key in data.programs);
-const state = {by: "scope", which: order.at(-1), lit: ""};
+const state = {by: "scope", which: order.at(-1), lit: "", scale: "one"};
 const count = new Intl.NumberFormat("en-US");
 
 const size = (bytes) => {
@@ -33,8 +33,7 @@ const config = () => {
   const axis = {labelColor: soft, titleColor: soft, gridColor: line, domainColor: line, tickColor: line, labelFontSize: 11, titleFontSize: 11.5, titleFontWeight: "normal", titlePadding: 8};
   return {
     background: null, font: "system-ui, sans-serif", view: {stroke: null}, axis,
-    style: {limit: {stroke: ink, opacity: .85}, words: {fill: ink, fontSize: 11.5},
-      peak: {fill: ink, stroke: card, strokeWidth: 1.5}, ring: {stroke: ink}, buffer: {stroke: card}},
+    text: {color: ink, fontSize: 11.5}, rule: {color: ink, opacity: .85}, point: {color: ink}, style: {buffer: {stroke: card}},
   };
 };
 const draw = async (place, name, values, datasets, options = {}) => {
@@ -52,14 +51,14 @@ const bandRows = (program, by) => data.by[by].labels.map((band, i) => ({
   band, place: i, color: data.by[by].colors[i], x: [...program.x, program.steps],
   v: [...program.bands[by][i], program.bands[by][i].at(-1)].map(scaled),
 }));
-const limitRows = () => data.limits.map((l) => ({...l, y: scaled(l.bytes)}));
+const limitRows = (most) => data.limits.filter((l) => l.bytes <= most).map((l) => ({...l, y: scaled(l.bytes)}));
 const drawTimeline = async (key) => {
   const place = $(`plot-${key}`), program = data.programs[key];
   const phases = program.phases.map(([x, x2, phase]) => ({x, x2, phase, color: data.phases.colors[phase]}));
   const left = program.peak < program.steps / 2;
   const peak = [{x: program.peak, y: scaled(program.peakLive), label: `peak ${size(program.peakLive)}`, side: left ? "left" : "right"}];
-  await draw(place, "timeline", {steps: program.steps, most: scaled(data.most), unit: data.unit.name},
-    {bands: bandRows(program, state.by), phases, limits: limitRows(), peak});
+  await draw(place, "timeline", {steps: program.steps, most: scaled(state.scale === "one" ? data.most : 1.12 * program.total), unit: data.unit.name},
+    {bands: bandRows(program, state.by), phases, limits: limitRows(state.scale === "one" ? data.most : 1.12 * program.total), peak});
   light(place.id);
 };
 const light = (id) => { const view = charts.get(id)?.view; if (view) view.signal("lit", state.lit).runAsync(); };
@@ -233,6 +232,7 @@ for (const key of order) {
 }
 if ($("phases")) $("phases").replaceChildren(...data.phases.labels.map((label, i) => node("span", {}, node("i", {color: data.phases.colors[i]}), label)));
 document.querySelectorAll("input[name=by]").forEach((input) => input.addEventListener("change", () => { state.by = input.value; state.lit = ""; drawAll(); }));
+document.querySelectorAll("input[name=scale]").forEach((input) => input.addEventListener("change", () => { state.scale = input.value; order.forEach(drawTimeline); }));
 document.querySelectorAll("input[name=which]").forEach((input) => input.addEventListener("change", () => { state.which = input.value; drawHeap(); }));
 document.querySelectorAll("table.sortable").forEach(sortable);
 document.querySelectorAll("button.more").forEach((button) => button.addEventListener("click", () => {
