@@ -3,9 +3,13 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from jaxckpt.cli.loading import UsageError
 
 YES, NO, USAGE = 0, 1, 2
 
@@ -56,6 +60,66 @@ def takes_host_budget(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--host-budget", type=number_or_text, help="bytes of the host's pinned memory that saved values may take"
     )
+
+
+def takes_page(command: argparse.ArgumentParser) -> None:
+    """Let a command write a page about what it finds, and a trace."""
+    command.add_argument("--html", type=Path, metavar="FILE", help="write one offline page about it, such as report.html")
+    command.add_argument("--source", action="store_true", help="show the text of source lines on the page")
+    command.add_argument("--trace", type=Path, metavar="FILE", help="write its memory over the schedule for Perfetto")
+
+
+def check_page(options: argparse.Namespace) -> None:
+    """Refuse a page or a trace that could not be written, before the work that it is about.
+
+    Raises:
+        UsageError: `--source` without a page.
+        OptionError: what draws a page is not installed.
+    """
+    from jaxckpt.compilation.files import check_writable
+    from jaxckpt.result.page import vega
+
+    if options.source and not options.html:
+        raise UsageError("--source is about the page that --html FILE writes")
+    if options.html:
+        vega.check_installed()
+    for path in filter(None, (options.html, options.trace)):
+        check_writable(path)
+
+
+def write_page(options: argparse.Namespace, read: Callable[[], Any], page: Callable[..., str]) -> None:
+    """Write the page and the trace that were asked for.
+
+    Args:
+        options: of the command.
+        read: reads the compiled programs.
+        page: makes a page; it takes `reading`, `name` and `command`.
+
+    Raises:
+        CompilerError: a trace was asked for, and the compiler refused the program.
+    """
+    from jaxckpt.compilation.files import write_text
+    from jaxckpt.compilation.trace_events import trace_text
+    from jaxckpt.errors import CompilerError
+
+    if not (options.html or options.trace):
+        return
+    reading = read()
+    if options.trace:
+        shown = reading.planned or reading.unplanned
+        if shown is None:
+            raise CompilerError(f"there is no trace: {reading.why_not}")
+        write_text(options.trace, trace_text(shown))
+        print(f"wrote {options.trace}", file=sys.stderr)
+    if options.html:
+        write_text(options.html, page(reading=reading, name=options.function, command=_command(options)))
+        print(f"wrote {options.html}", file=sys.stderr)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command as it was typed, files below this folder relative to it."""
+    here = os.getcwd() + os.sep
+    return shlex.join(["jaxckpt", *(word.replace(here, "") for word in options.typed)])
 
 
 def number_or_text(text: str) -> int | str:

@@ -6,12 +6,15 @@ from typing import Any
 
 from jaxckpt.cli.common import (
     YES,
+    check_page,
     command,
     number_or_text,
     takes_checkpoints,
     takes_host_budget,
     takes_limits,
     takes_named,
+    takes_page,
+    write_page,
 )
 from jaxckpt.cli.loading import UsageError, function_and_args, function_and_maker
 
@@ -24,6 +27,7 @@ def add(commands: Any) -> None:
     fit.add_argument("--solver", default="auto", help="as for plan")
     takes_limits(fit)
     takes_checkpoints(fit)
+    takes_page(fit)
 
     largest = command(commands, "largest-batch", _largest_batch, "find the largest batch whose step fits a budget")
     takes_named(largest, "MODULE:STEP", "returns the arguments at a batch size; default: its example_args")
@@ -42,7 +46,9 @@ def _takes_step(command: argparse.ArgumentParser, budget: str) -> None:
 
 def _fit(options: argparse.Namespace) -> int:
     import jaxckpt
+    from jaxckpt.result.page.reading import read_step
 
+    check_page(options)
     step, args = function_and_args(options)
     found = jaxckpt.fit(
         step,
@@ -57,7 +63,9 @@ def _fit(options: argparse.Namespace) -> int:
         max_compiles=options.max_compiles,
         on_infeasible="least" if options.least else "raise",
     )
-    return _print(found, options)
+    _print(found, options)
+    write_page(options, lambda: read_step(found.found, source=options.source), found.to_html)
+    return YES
 
 
 def _largest_batch(options: argparse.Namespace) -> int:

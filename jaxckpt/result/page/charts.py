@@ -53,38 +53,32 @@ def _limits() -> list[Spec]:
     """Budget and chip as lines across, and the peak as a point, each with its words."""
     y = {"field": "y", "type": _QUANTITY}
     dashes = {"field": "dash", "type": "nominal", "scale": None, "legend": None}
-    words = {"type": "text", "baseline": "bottom", "dy": -3}
-    ends = [("start", 0, 4), ("end", "width", -4)]
-    return [
+    found: list[Spec] = [
         {
             "data": {"name": "limits"},
             "mark": {"type": "rule", "strokeWidth": 1.6},
             "encoding": {"y": y, "strokeDash": dashes},
         },
-        *(
-            {
-                "data": {"name": "limits"},
-                "transform": [{"filter": f"datum.side == '{align}'"}],
-                "mark": {**words, "align": align, "dx": dx},
-                "encoding": {"y": y, "x": {"value": x}, "text": {"field": "label"}},
-            }
-            for align, x, dx in ends
-        ),
         {
             "data": {"name": "peak"},
             "mark": {"type": "point", "opacity": 1, "shape": "diamond", "size": 90, "filled": True},
             "encoding": {"x": {"field": "x", "type": _QUANTITY}, "y": y},
         },
-        *(
-            {
-                "data": {"name": "peak"},
-                "transform": [{"filter": f"datum.side == '{align}'"}],
-                "mark": {**words, "align": align, "dx": dx, "fontWeight": "bold"},
-                "encoding": {"x": {"field": "x", "type": _QUANTITY}, "y": y, "text": {"field": "label"}},
-            }
-            for align, dx in (("left", 6), ("right", -6))
-        ),
     ]
+    for align, x, dx in (("left", 0, 4), ("right", "width", -4)):
+        found += _words("limits", align, dx, {"y": y, "x": {"value": x}})
+    for align, dx in (("left", 6), ("right", -6)):
+        found += _words("peak", align, dx, {"y": y, "x": {"field": "x", "type": _QUANTITY}}, fontWeight="bold")
+    return found
+
+
+def _words(data: str, align: str, dx: int, place: Spec, **mark: Any) -> list[Spec]:
+    """Words on one side of a place, on a ground of their own: colours and lines behind them do not disturb."""
+    chosen = {"data": {"name": data}, "transform": [{"filter": f"datum.side == '{align}'"}]}
+    text = {"type": "text", "baseline": "bottom", "dy": -3, "align": align, "dx": dx, **mark}
+    ground = {"stroke": "$card", "strokeWidth": 3.5, "strokeJoin": "round", "aria": False}
+    encoding = place | {"text": {"field": "label"}}
+    return [{**chosen, "mark": {**text, **more}, "encoding": encoding} for more in (ground, {})]
 
 
 def heap() -> Spec:
@@ -111,7 +105,7 @@ def frontier() -> Spec:
     tips = [{"field": name, "title": title} for name, title in _FRONTIER_TIPS.items()]
     points = {"x": x, "y": y, "tooltip": tips}
     shapes = {"domain": ["plan", "policy", "unplanned"], "range": ["circle", "triangle-up", "square"]}
-    colors = {"domain": ["plan", "policy", "unplanned"], "range": ["#0072B2", "#D55E00", "#7a8594"]}
+    colors = {"domain": ["plan", "policy", "unplanned"], "range": ["$accent", "#D55E00", "#7a8594"]}
     return _chart(
         [
             {
@@ -122,7 +116,7 @@ def frontier() -> Spec:
             {
                 "data": {"name": "points"},
                 "transform": [{"filter": "datum.kind == 'plan'"}],
-                "mark": {"type": "line", "interpolate": "linear", "color": "#0072B2", "opacity": 0.6},
+                "mark": {"type": "line", "interpolate": "linear", "color": "$accent", "opacity": 0.7},
                 "encoding": {"x": x, "y": y},
             },
             {

@@ -108,9 +108,8 @@ def _memory(content: Content) -> dict[str, Any]:
         "peak": peak,
         "peak_said": said,
         "peak_heads": [
-            *(("bytes", True), ("count", True), ("shape", False), ("where", False), ("phase", False)),
-            *(("padding", True), ("made", True), ("last read", True)),
-            ("why it is alive, and what could be done", False),
+            *(("bytes", True), ("shape", False), ("where", False), ("phase", False), ("padding", True)),
+            *(("made", True), ("last read", True), ("why it is alive, and what could be done", False)),
         ],
     }
 
@@ -142,7 +141,7 @@ def _most(content: Content) -> int:
 def _limits(content: Content) -> list[dict[str, Any]]:
     """Budget and chip, where they are not far above all that is stacked."""
     stacked = _stacked(content)
-    given = [("budget", budget_of(content), [6, 4], "start"), ("chip", chip_bytes(content), [1, 0], "end")]
+    given = [("budget", budget_of(content), [6, 4], "left"), ("chip", chip_bytes(content), [1, 0], "right")]
     return [
         {"label": f"{name} {short_bytes(size)}", "bytes": size, "dash": dash, "side": side}
         for name, size, dash, side in given

@@ -90,7 +90,7 @@ def _why(buffer: Buffer, memory: CompiledMemory) -> str:
     if buffer.role == "result":
         return "a result, held to the end"
     reader = memory.phases[buffer.last_read]
-    if buffer.phase in ("forward", "other") and reader in _AFTER:
+    if _is_saved(buffer, memory):
         return "saved by the forward pass for the backward"
     if buffer.phase == "recomputed":
         return "recomputed for the backward pass of its region"
@@ -99,6 +99,13 @@ def _why(buffer: Buffer, memory: CompiledMemory) -> str:
     if buffer.phase == "optimizer":
         return "the optimizer's"
     return "between two operations"
+
+
+def _is_saved(buffer: Buffer, memory: CompiledMemory) -> bool:
+    """Whether it is of the forward pass and outlives its end, whoever reads it then."""
+    if buffer.phase not in ("forward", "other"):
+        return False
+    return any(phase in _AFTER for phase in memory.phases[buffer.made_at : buffer.last_read + 1])
 
 
 def _advice(buffer: Buffer, memory: CompiledMemory, live: int, is_made_again: bool) -> str:
@@ -118,7 +125,7 @@ def _advice(buffer: Buffer, memory: CompiledMemory, live: int, is_made_again: bo
         return "one operation's own, which no plan divides: compute it in parts, such as chunks of the batch"
     if is_made_again:
         return "a part of its kind is recomputed already; a lower budget recomputes more"
-    if memory.phases[buffer.last_read] in _AFTER and buffer.phase in ("forward", "other"):
+    if _is_saved(buffer, memory):
         return "a lower budget recomputes it; a host budget sends it to the host"
     if buffer.phase == "recomputed":
         return "a lower budget cuts its region into smaller ones"

@@ -37,7 +37,8 @@ const config = () => {
   };
 };
 const draw = async (place, name, values, datasets, options = {}) => {
-  const spec = {...fill(data.specs[name], values), datasets, description: place.getAttribute("aria-label") || name};
+  const css = getComputedStyle(root), colors = {card: css.getPropertyValue("--card").trim(), accent: css.getPropertyValue("--accent").trim()};
+  const spec = {...fill(data.specs[name], {...values, ...colors}), datasets, description: place.getAttribute("aria-label") || name};
   charts.get(place.id)?.finalize();
   const made = await vegaEmbed(place.querySelector(".canvas") || place, spec, {actions: false, renderer: "svg", config: config(), ast: true, ...options});
   charts.set(place.id, made);
