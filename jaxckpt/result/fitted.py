@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from jaxckpt.compilation.files import write_text
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.errors import OptionError
 from jaxckpt.result.notebook import report_html
 from jaxckpt.result.page import vega
-from jaxckpt.result.page.content import Content, Reading, write_page
+from jaxckpt.result.page.content import Content, Reading
 from jaxckpt.result.page.page import page_html
 from jaxckpt.result.page.reading import read_step
 from jaxckpt.result.plan import Plan
@@ -101,7 +102,7 @@ class Fitted:
         name = name or getattr(self.step, "__name__", "step")
         text = page_html(Content(name=name, plans=self.plans, step=self, reading=reading, command=command))
         if path is not None:
-            write_page(text, path)
+            write_text(path, text)
         return text
 
     def _batch_rows(self) -> list[tuple[str, str, str]]:

@@ -34,7 +34,7 @@ from jaxckpt.result._protocols import FrontierLike
 from jaxckpt.result.comparison import Comparison, arrays_like, compare_runs
 from jaxckpt.result.notebook import report_html
 from jaxckpt.result.page import vega
-from jaxckpt.result.page.content import Content, Reading, write_page
+from jaxckpt.result.page.content import Content, Reading
 from jaxckpt.result.page.page import page_html
 from jaxckpt.result.page.reading import read_plan
 from jaxckpt.result.report import show_plan
@@ -339,7 +339,7 @@ class Plan:
         content = Content(name=name, plans=(self,), reading=reading, frontier=frontier, command=command)
         text = page_html(content)
         if path is not None:
-            write_page(text, path)
+            write_text(path, text)
         return text
 
     def flat(self, program: Program) -> Callable[..., list[Any]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxckpt.compilation.buffers import CompiledMemory
 from jaxckpt.result._protocols import FrontierLike, PlanLike, StepLike
@@ -46,8 +45,3 @@ class Content:
     step: StepLike | None = None
     frontier: FrontierLike | None = None
     command: str = ""
-
-
-def write_page(text: str, path: str | Path) -> None:
-    """Write a page; a file that is there is replaced."""
-    Path(path).write_text(text, encoding="utf-8")
