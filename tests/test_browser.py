@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.result.page.reading import read_plan
 
 pytestmark = pytest.mark.browser
 
@@ -51,11 +50,12 @@ def args(num_layers):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Pages by name: of a function of many layers, of a whole step, of a plan alone."""
+    """Pages by name: of a function of many layers, the same again, of a whole step, of a plan alone."""
     folder = tmp_path_factory.mktemp("pages")
     made = jaxckpt.plan(loss, *args(NUM_LAYERS), budget="40%")
     curve = jaxckpt.frontier(loss, *args(NUM_LAYERS), num_points=6)
-    made.to_html(loss, *args(NUM_LAYERS), frontier=curve, source=True, path=folder / "function.html")
+    for name in ("function", "again"):
+        made.to_html(loss, *args(NUM_LAYERS), frontier=curve, source=True, path=folder / f"{name}.html")
     fitted = jaxckpt.fit(step, *args(4), budget="80%", donate_argnums=0)
     fitted.to_html(path=folder / "step.html")
     made.to_html(path=folder / "alone.html")
@@ -235,9 +235,4 @@ def test_a_plan_alone_has_a_page(opened):
 def test_a_page_of_many_layers_is_small_and_the_same_each_time(pages):
     text = pages["function"].read_bytes()
     assert len(text) < 3_000_000
-    made = jaxckpt.plan(loss, *args(NUM_LAYERS), budget="40%")
-    curve = jaxckpt.frontier(loss, *args(NUM_LAYERS), num_points=6)
-    reading = read_plan(made, loss, args(NUM_LAYERS), {}, source=True)
-    again = made.to_html(frontier=curve, reading=reading, name="loss").encode()
-    own = lambda page: re.sub(rb"<dt>(compiles|calibration)</dt><dd>.*?</dd>", b"", page)  # noqa: E731
-    assert len(own(again)) == len(own(text))
+    assert pages["again"].read_bytes() == text

@@ -93,6 +93,8 @@ def heap() -> Spec:
             "y2": {"field": "y2"},
             "color": _color(),
             "opacity": {"condition": {"test": "lit == '' || datum.band == lit", "value": 1}, "value": 0.15},
+            # What it says is up to the page's script, which is only asked about marks that have something to say.
+            "tooltip": {"field": "band"},
         },
     }
     return _chart([layer], height=300, lights=True)
@@ -167,13 +169,8 @@ def regions() -> Spec:
                 "axis": None,
             },
             "y2": {"field": "bottom"},
-            "color": {
-                "field": "kind",
-                "type": "nominal",
-                "scale": {"domain": ["keep", "recompute"], "range": ["#56B4E9", "#E69F00"]},
-                "legend": None,
-            },
-            "tooltip": [{"field": "kind"}, {"field": "blocks"}, {"field": "what"}],
+            "color": _color(),
+            "tooltip": [{"field": name} for name in ("kind", "blocks", "what", "saves")],
         },
     }
     return _chart([layer], height="$tall")

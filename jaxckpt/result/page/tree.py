@@ -1,5 +1,6 @@
 """The tree of regions: as rows of a chart, and as nested lists in words."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,32 @@ def _branches(nodes: Sequence[Node], plan: PlanLike) -> Iterator[Branch]:
 
 def _rows(nodes: Sequence[Node], plan: PlanLike, depth: int) -> Iterator[dict[str, Any]]:
     for run in runs(nodes):
-        first, last = run[0], run[-1]
-        start, stop = first.start, last.stop
-        blocks, _, what = span(start, stop, plan).partition("  ")
-        kind = "keep" if isinstance(first, Keep) else "recompute"
-        place = {"start": start, "stop": stop, "depth": depth, "bottom": depth + 0.92}
-        yield {**place, "kind": kind, "blocks": blocks, "what": what}
-        if not isinstance(first, Keep):
-            yield from _rows(first.children, plan, depth + 1)
+        if isinstance(run[0], Keep):
+            yield from (_row(*part, plan, depth) for part in _kept(run[0].start, run[-1].stop, plan))
+        else:
+            yield _row(run[0].start, run[0].stop, "recompute", "", plan, depth)
+            yield from _rows(run[0].children, plan, depth + 1)
+
+
+def _kept(start: int, stop: int, plan: PlanLike) -> Iterator[tuple[int, int, str, str]]:
+    """Kept blocks: those in a row that are left to JAX together, and each that saves a part of its values alone."""
+    for is_left, group in itertools.groupby(range(start, stop), lambda k: plan.block_saves[k].is_left_to_jax):
+        blocks = list(group)
+        if is_left:
+            yield blocks[0], blocks[-1] + 1, "keep", "saves what its backward reads"
+            continue
+        for k in blocks:
+            save = plan.block_saves[k]
+            num = len(save.named_values)
+            said = "; ".join(kind_named(save.kind).describe(save)) or f"saves {num} value{'s' * (num != 1)} by name"
+            yield k, k + 1, "part", said
+
+
+def _row(start: int, stop: int, kind: str, said: str, plan: PlanLike, depth: int) -> dict[str, Any]:
+    blocks, _, what = span(start, stop, plan).partition("  ")
+    place = {"start": start, "stop": stop, "depth": depth, "bottom": depth + 0.92}
+    return {**place, "kind": _KINDS[kind], "color": KIND_COLORS[kind], "blocks": blocks, "what": what, "saves": said}
+
+
+_KINDS = {"keep": "kept whole", "part": "kept in part", "recompute": "recomputed"}
+KIND_COLORS = {"keep": "#56B4E9", "part": "#009E73", "recompute": "#E69F00"}
