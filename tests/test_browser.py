@@ -173,7 +173,11 @@ def test_the_keyboard_reaches_the_peak_and_says_it(opened):
 
 def test_tables_sort_both_ways_and_open(opened):
     page = opened("function")
-    sizes = lambda: [int(v) for v in page.locator("#peak tbody tr td:first-child").evaluate_all("all => all.map(c => c.dataset.v)")]  # noqa: E731
+    first = page.locator("#peak tbody tr td:first-child")
+
+    def sizes():
+        return [int(value) for value in first.evaluate_all("all => all.map(c => c.dataset.v)")]
+
     head = page.locator("#peak th").first
     assert sizes() == sorted(sizes(), reverse=True) and head.get_attribute("aria-sort") == "descending"
     shown = page.locator("#peak tbody tr:visible").count()
@@ -192,7 +196,9 @@ def test_the_theme_changes_the_charts_too(opened):
     color = lambda: page.locator("#plot-planned svg .role-axis-label text").first.get_attribute("fill")  # noqa: E731
     light = color()
     page.locator("#theme").click()
-    page.wait_for_function("document.querySelector('#plot-planned svg .role-axis-label text')?.getAttribute('fill') !== '%s'" % light)
+    axis = "#plot-planned svg .role-axis-label text"
+    changed = f"document.querySelector('{axis}')?.getAttribute('fill') !== '{light}'"
+    page.wait_for_function(changed)
     assert page.evaluate("document.documentElement.dataset.theme") == "dark" and color() != light
 
 

@@ -92,7 +92,9 @@ def data_of(page):
 def test_a_page_is_the_same_whenever_it_is_made(plan, reading):
     page = page_html(content(plan, reading))
     again = jaxckpt.Plan.from_json(json.loads(plan.to_text()))
-    memories = [CompiledMemory.from_json(json.loads(json.dumps(m.to_json()))) for m in (reading.unplanned, reading.planned)]
+    memories = [
+        CompiledMemory.from_json(json.loads(json.dumps(m.to_json()))) for m in (reading.unplanned, reading.planned)
+    ]
     same = Reading(unplanned=memories[0], planned=memories[1], costs=reading.costs, texts=reading.texts)
     assert page_html(content(again, same)) == page
 
@@ -103,7 +105,9 @@ def test_names_are_text_and_only_the_pages_own_scripts_may_run(plan, reading):
     assert tags.names.count("script") == 3 and "img" not in tags.names
     assert not [name for name, _ in tags.attributes if name.startswith("on")]
     assert EVIL in "".join(tags.text)  # it is there, as text
-    policy = next(value for name, value in tags.attributes if name == "content" and value.startswith("default-src 'none'"))
+    policy = next(
+        value for name, value in tags.attributes if name == "content" and value.startswith("default-src 'none'")
+    )
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
     assert len(hashes) == 2 and all(f"'sha256-{h}'" in policy for h in hashes)
@@ -143,7 +147,9 @@ def test_a_column_shows_the_most_of_its_steps(reading):
 def test_what_is_made_again_is_said_of_what_it_stands_for(reading):
     assert not made_again(reading.unplanned)
     again = made_again(reading.planned)
-    assert any(scope == "layer0/dense" and count >= 1 and first <= last for (scope, *_), (count, first, last) in again.items())
+    assert any(
+        scope == "layer0/dense" and count >= 1 and first <= last for (scope, *_), (count, first, last) in again.items()
+    )
 
 
 def test_the_peak_in_rows_is_the_peak(reading):
@@ -184,7 +190,9 @@ def test_a_loops_time_goes_to_the_lines_of_its_body():
     assert {2, 3} <= found
 
 
-@pytest.mark.parametrize(("budget", "word", "said"), [("60%", "Fits", "below the budget"), (None, "Planned", "step time")])
+@pytest.mark.parametrize(
+    ("budget", "word", "said"), [("60%", "Fits", "below the budget"), (None, "Planned", "step time")]
+)
 def test_the_verdict_is_one_line(budget, word, said, plan):
     made = plan if budget else jaxckpt.plan(loss, *ARGS, max_cost=1.2, verify=False)
     found = verdict(content(made, Reading()))
@@ -230,18 +238,18 @@ def test_the_command_line_writes_pages_and_traces(tmp_path, monkeypatch, capsys)
     )
     monkeypatch.chdir(tmp_path)
     place = str(tmp_path / "page.html")
-    words = ["plan", "own_model.py:loss", "--budget", "60%", "--html", place, "--trace", "trace.json"]
+    words = ["plan", "own_model.py:loss", "--budget", "70%", "--html", place, "--trace", "trace.json"]
     assert main(words) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "jaxckpt plan own_model.py:loss --budget 60% --html page.html --trace trace.json" in page
+    assert "jaxckpt plan own_model.py:loss --budget 70% --html page.html --trace trace.json" in page
     assert str(tmp_path) not in page and "What other budgets cost" in page
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert "wrote" in capsys.readouterr().err
     assert main(["fit", "own_model.py:step", "--budget", "80%", "--donate", "0", "--html", "step.html"]) == 0
     whole = (tmp_path / "step.html").read_text()
     assert "optimizer" in whole and set(data_of(whole)["programs"]) == {"planned", "unplanned"}
-    assert main(["plan", "own_model.py:loss", "--budget", "60%", "--source"]) == 2
-    assert main(["plan", "own_model.py:loss", "--budget", "60%", "--html", "none/page.html"]) == 2
+    assert main(["plan", "own_model.py:loss", "--budget", "70%", "--source"]) == 2
+    assert main(["plan", "own_model.py:loss", "--budget", "70%", "--html", "none/page.html"]) == 2
 
 
 def test_a_step_says_what_it_donates_and_has_a_page_of_its_own():
@@ -254,7 +262,9 @@ def test_a_step_says_what_it_donates_and_has_a_page_of_its_own():
 def test_more_names_than_colours_leave_the_rest_to_others(reading):
     many = [b for b in reading.unplanned.buffers if b.role == "temporary"]
     renamed = tuple(
-        jaxckpt.Buffer(**{n: getattr(b, n) for n in b.__dataclass_fields__} | {"scope": f"part{'abcdefghijklmnop'[i % 16]}"})
+        jaxckpt.Buffer(
+            **{n: getattr(b, n) for n in b.__dataclass_fields__} | {"scope": f"part{'abcdefghijklmnop'[i % 16]}"}
+        )
         for i, b in enumerate(many)
     )
     memory = jaxckpt.CompiledMemory(

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from jaxckpt.cli.loading import UsageError
 
 YES, NO, USAGE = 0, 1, 2
+# Columns of a report where there is no terminal, and at most.
+_WIDTH, _MOST_WIDTH = 80, 118
 
 
 def command(commands: Any, name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
@@ -64,7 +67,9 @@ def takes_host_budget(command: argparse.ArgumentParser) -> None:
 
 def takes_page(command: argparse.ArgumentParser) -> None:
     """Let a command write a page about what it finds, and a trace."""
-    command.add_argument("--html", type=Path, metavar="FILE", help="write one offline page about it, such as report.html")
+    command.add_argument(
+        "--html", type=Path, metavar="FILE", help="write one offline page about it, such as report.html"
+    )
     command.add_argument("--source", action="store_true", help="show the text of source lines on the page")
     command.add_argument("--trace", type=Path, metavar="FILE", help="write its memory over the schedule for Perfetto")
 
@@ -137,11 +142,23 @@ def color() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
-def print_plan(found: Any, as_json: bool) -> None:
-    """Print a plan."""
+def columns() -> int:
+    """How wide reports are: as the terminal, as far as that is of use, and 80 columns elsewhere."""
+    if not sys.stdout.isatty():
+        return _WIDTH
+    return min(_MOST_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
+
+
+def takes_all(command: argparse.ArgumentParser) -> None:
+    """Let a command show every row of what is saved."""
+    command.add_argument("--all", action="store_true", help="show every row of what is saved, not the ten largest")
+
+
+def print_plan(found: Any, options: argparse.Namespace) -> None:
+    """Print a plan, as JSON where that is asked for."""
     from jaxckpt.result.report import show_plan
 
-    if as_json:
+    if options.json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        print(show_plan(found, color=color()))
+        print(show_plan(found, color=color(), width=columns(), all_rows=options.all))

@@ -14,6 +14,7 @@ from jaxckpt.cli.common import (
     command,
     number_or_text,
     print_plan,
+    takes_all,
     takes_checkpoints,
     takes_function,
     takes_host_budget,
@@ -45,9 +46,11 @@ def add(commands: Any) -> None:
     plan.add_argument("--profile", action="store_true", help="compile each distinct block on its own first")
     plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
     takes_page(plan)
+    takes_all(plan)
 
     show = command(commands, "show", _show, "print a plan from a file")
     show.add_argument("plan", type=Path)
+    takes_all(show)
 
     check = command(commands, "check", _check, "say whether a plan from a file is for this function")
     check.add_argument("plan", type=Path)
@@ -95,7 +98,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.output:
         found.save(options.output)
         print(f"wrote {options.output}", file=sys.stderr)
-    print_plan(found, options.json)
+    print_plan(found, options)
     _write_page(found, fun, args, options)
     return YES
 
@@ -125,7 +128,7 @@ def _write_page(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> 
 def _show(options: argparse.Namespace) -> int:
     from jaxckpt.result.plan import Plan
 
-    print_plan(Plan.load(options.plan), options.json)
+    print_plan(Plan.load(options.plan), options)
     return YES
 
 

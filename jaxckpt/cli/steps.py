@@ -7,8 +7,11 @@ from typing import Any
 from jaxckpt.cli.common import (
     YES,
     check_page,
+    color,
+    columns,
     command,
     number_or_text,
+    takes_all,
     takes_checkpoints,
     takes_host_budget,
     takes_limits,
@@ -42,11 +45,11 @@ def _takes_step(command: argparse.ArgumentParser, budget: str) -> None:
     command.add_argument("--donate", type=int, nargs="+", default=[], metavar="ARGNUM", help="arguments to donate")
     command.add_argument("--cost", choices=("time", "flops"), default="time", help="what is minimised")
     takes_host_budget(command)
+    takes_all(command)
 
 
 def _fit(options: argparse.Namespace) -> int:
     import jaxckpt
-    from jaxckpt.result.page.reading import read_step
 
     check_page(options)
     step, args = function_and_args(options)
@@ -64,7 +67,7 @@ def _fit(options: argparse.Namespace) -> int:
         on_infeasible="least" if options.least else "raise",
     )
     _print(found, options)
-    write_page(options, lambda: read_step(found.found, source=options.source), found.to_html)
+    write_page(options, lambda: found.read(source=options.source), found.to_html)
     return YES
 
 
@@ -98,5 +101,8 @@ def _largest_batch(options: argparse.Namespace) -> int:
 
 
 def _print(found: Any, options: argparse.Namespace) -> int:
-    print(json.dumps(found.to_json(), indent=1) if options.json else found)
+    if options.json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print(found.report(color=color(), width=columns(), all_rows=options.all))
     return YES

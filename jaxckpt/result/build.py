@@ -81,6 +81,7 @@ def build(found: Found) -> Plan:
         is_stopped=found.is_stopped,
         num_compiles=found.num_compiles,
         calibration=found.calibration,
+        split=analysis.split,
         **chosen,
     )
 

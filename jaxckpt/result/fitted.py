@@ -64,7 +64,17 @@ class Fitted:
 
     def __str__(self) -> str:
         """The report a person reads."""
-        return show_step(self, more=self._batch_rows())
+        return self.report()
+
+    def report(self, *, color: bool = False, width: int = 80, all_rows: bool = False) -> str:
+        """The report a person reads.
+
+        Args:
+            color: with terminal colours.
+            width: columns.
+            all_rows: whether to show every row of what is saved, and not the ten largest.
+        """
+        return show_step(self, more=self._batch_rows(), color=color, width=width, all_rows=all_rows)
 
     def _repr_html_(self) -> str:
         """The report, as notebooks show it."""
@@ -95,24 +105,34 @@ class Fitted:
             OptionError: the extra `html` is not installed, or the step was not made by `fit` or `largest_batch`.
         """
         vega.check_installed()
-        if reading is None:
-            if self.found is None:
-                raise OptionError("this step cannot be compiled again; make it with fit or largest_batch")
-            reading = read_step(self.found, source=source)
+        reading = reading or self.read(source=source)
         name = name or getattr(self.step, "__name__", "step")
         text = page_html(Content(name=name, plans=self.plans, step=self, reading=reading, command=command))
         if path is not None:
             write_text(path, text)
         return text
 
+    def read(self, *, source: bool = False) -> Reading:
+        """Compile the step again, with its plans and without, and read where its bytes go.
+
+        Args:
+            source: whether the text of source lines is read too.
+
+        Raises:
+            OptionError: the step was not made by `fit` or `largest_batch`.
+        """
+        if self.found is None:
+            raise OptionError("this step cannot be compiled again; make it with fit or largest_batch")
+        return read_step(self.found, source=source)
+
     def _batch_rows(self) -> list[tuple[str, str, str]]:
         if self.batch is None:
             return []
         rows = [("batch", f"{self.batch:,}", "measured to fit")]
         if self.next_bytes is not None:
-            rows.append(("next larger batch", show_bytes(self.next_bytes), "measured at its least, does not fit"))
+            rows.append(("next larger batch", show_bytes(self.next_bytes), "measured, does not fit"))
         if self.global_batch is not None:
-            said = f"of {self.batch:,} each make the global batch of {self.global_batch:,}"
+            said = f"make a global batch of {self.global_batch:,}"
             rows.append(("accumulation steps", f"{self.accumulation_steps:,}", said))
         return rows
 

@@ -6,10 +6,10 @@ _STYLE = "font:12.5px/1.45 ui-monospace,Menlo,Consolas,monospace;overflow-x:auto
 
 
 def report_html(report: str) -> str:
-    """A report as a piece of HTML that takes the notebook's colours and runs nothing.
+    r"""A report as a piece of HTML that takes the notebook's colours and runs nothing.
 
     Example:
-        >>> report_html("3 MiB instead of 5 MiB\\nbudget <4 MiB>").count("&lt;")
+        >>> report_html("3 MiB instead of 5 MiB\nbudget <4 MiB>").count("&lt;")
         1
     """
     first, _, rest = html.escape(report).partition("\n")

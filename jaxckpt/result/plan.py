@@ -125,6 +125,7 @@ class Plan:
         lines: digests of the program's lines, to say what changed.
         unknown: primitives counted by their bytes, for want of a rule.
         is_profiled: whether its blocks were compiled one by one before, and not modelled.
+        split: over how many devices its values are cut; where there are several, bytes are those of each.
         schedule_digest: of what is applied: the program, the schedule, the blocks and what they save. The peaks were
             predicted or measured of that.
     """
@@ -174,6 +175,7 @@ class Plan:
     link_bytes: int = 0
     idle_time: int = 0
     num_worse_on_host: int = 0
+    split: int = 1
 
     @property
     def host_bytes(self) -> int:
@@ -335,7 +337,9 @@ class Plan:
             static = {"static_argnums": static_argnums, "static_argnames": static_argnames}
             reading = read_plan(self, fun, args, kwargs, **options, **static)
         if reading is None:
-            reading = Reading(why_not="Nothing was compiled for this page: give to_html the function and its arguments.")
+            reading = Reading(
+                why_not="Nothing was compiled for this page: give to_html the function and its arguments."
+            )
         content = Content(name=name, plans=(self,), reading=reading, frontier=frontier, command=command)
         text = page_html(content)
         if path is not None:

@@ -27,7 +27,14 @@ def timeline() -> Spec:
             {"stack": "v", "groupby": ["x"], "sort": [{"field": "place"}], "as": ["y0", "y1"]},
         ],
         "mark": {"type": "area", "interpolate": "step-after"},
-        "encoding": {"x": x, "y": y, "y2": {"field": "y1"}, "color": _color(), "detail": {"field": "band"}, "opacity": lit},
+        "encoding": {
+            "x": x,
+            "y": y,
+            "y2": {"field": "y1"},
+            "color": _color(),
+            "detail": {"field": "band"},
+            "opacity": lit,
+        },
     }
     return _chart(
         [_phases(0.1, {"value": 0}, {"value": "height"}), bands, _phases(1, _below(3), _below(9)), *_limits()],
@@ -103,7 +110,9 @@ def heap() -> Spec:
 def frontier() -> Spec:
     """Step cost over peak bytes: plans as a curve, hand-written policies as points, the chosen plan ringed."""
     x = _axis("peak", "$peak", domain=None) | {"scale": {"zero": False, "nice": True, "padding": 14}}
-    y = _axis("cost", "step cost, unplanned = 1", domain=None, format=".2f") | {"scale": {"zero": False, "nice": True, "padding": 14}}
+    y = _axis("cost", "step cost, unplanned = 1", domain=None, format=".2f") | {
+        "scale": {"zero": False, "nice": True, "padding": 14}
+    }
     tips = [{"field": name, "title": title} for name, title in _FRONTIER_TIPS.items()]
     points = {"x": x, "y": y, "tooltip": tips}
     shapes = {"domain": ["plan", "policy", "unplanned"], "range": ["circle", "triangle-up", "square"]}

@@ -109,7 +109,8 @@ class _Groups:
         return OTHER
 
     def _divide(self) -> set[tuple[str, ...]]:
-        chosen, divided = {()}, set()
+        chosen: set[tuple[str, ...]] = {()}
+        divided: set[tuple[str, ...]] = set()
         while True:
             for key in sorted(chosen - divided, key=lambda key: (-self._sizes[key], key)):
                 parts = self._parts(key)

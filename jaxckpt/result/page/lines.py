@@ -139,4 +139,3 @@ def texts_of(lines: Iterable[str]) -> dict[str, str]:
 def _files() -> Sequence[str]:
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     return sorted(file for file in files if isinstance(file, str) and file.endswith(".py"))
-

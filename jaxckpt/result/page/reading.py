@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -15,9 +15,9 @@ from jaxckpt.compilation.program_memory import program_memory
 from jaxckpt.errors import CompilerError
 from jaxckpt.model.time import timer
 from jaxckpt.program.interpret import run
-from jaxckpt.program.ir import Program
 from jaxckpt.program.static import bound_call
 from jaxckpt.program.trace import Traced
+from jaxckpt.result._protocols import AppliedLike
 from jaxckpt.result.page.content import Reading
 from jaxckpt.result.page.lines import Costs, line_costs, texts_of
 from jaxckpt.search.step import Step
@@ -29,31 +29,8 @@ _FLAT = re.compile(r"args\[(\d+)\]")
 Read = Callable[[], CompiledMemory]
 
 
-class Applied(Protocol):
-    """A plan, as far as it is compiled here."""
-
-    @property
-    def target(self) -> str: ...
-
-    @property
-    def cost(self) -> str: ...
-
-    @property
-    def keeps_checkpoints(self) -> bool: ...
-
-    @property
-    def is_on_host(self) -> bool: ...
-
-    @property
-    def schedule(self) -> Any: ...
-
-    def check(self, program: Program) -> None: ...
-
-    def flat(self, program: Program) -> Callable[..., list[Any]]: ...
-
-
 def read_plan(
-    plan: Applied,
+    plan: AppliedLike,
     fun: Callable,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -107,7 +84,9 @@ def read_plan(
 
         def costs(runner: Callable) -> Costs:
             specs = [*input_specs(program), *cotangent_specs(program, goal)]
-            return line_costs(jax.make_jaxpr(goal.differentiated(runner))(*specs), timer(plan.cost, find_target(target)))
+            return line_costs(
+                jax.make_jaxpr(goal.differentiated(runner))(*specs), timer(plan.cost, find_target(target))
+            )
 
         runs = (plain, flat) if plan.schedule is not None else (plain,)
         return _reading([functools.partial(memory, f) for f in runs], tuple(costs(f) for f in runs), source)
@@ -130,9 +109,7 @@ def read_step(found: FoundStep, *, source: bool = False) -> Reading:
 
 
 def _step_memory(step: Step, picks: Any) -> CompiledMemory:
-    return program_memory(
-        step.under(picks), step.args, step.target, step.donate_argnums, jit_options=step.jit_options
-    )
+    return program_memory(step.under(picks), step.args, step.target, step.donate_argnums, jit_options=step.jit_options)
 
 
 def _reading(reads: Sequence[Read], costs: tuple[Costs, ...], source: bool) -> Reading:
@@ -183,5 +160,3 @@ def _named(memory: CompiledMemory, names: Sequence[str]) -> CompiledMemory:
         is_one = buffer.role == "argument" and match is not None and int(match[1]) < len(names)
         buffers.append(replace(buffer, scope=names[int(match[1])]) if match and is_one else buffer)
     return replace(memory, buffers=tuple(buffers))
-
-

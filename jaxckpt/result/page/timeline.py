@@ -60,7 +60,9 @@ def _program(
 ) -> dict[str, Any]:
     drawn, peak = columns(memory), memory.peak_step
     shown = [step for _, step in drawn]
-    live = [sum(sizes) for sizes in zip(*(b.size_bytes for b in bands["phase"].values() if b.kind == "live"), strict=True)]
+    live = [
+        sum(sizes) for sizes in zip(*(b.size_bytes for b in bands["phase"].values() if b.kind == "live"), strict=True)
+    ]
     return {
         "steps": memory.num_steps,
         "x": [first for first, _ in drawn],
@@ -148,5 +150,3 @@ def value_key(buffer: Buffer) -> tuple[str, str, str]:
 
 def _table(texts: Any) -> dict[str, int]:
     return {text: i for i, text in enumerate(sorted(set(texts)))}
-
-

@@ -10,6 +10,7 @@ from ckptsolvers.schedule import Node
 
 from jaxckpt.kinds.base import kind_named
 from jaxckpt.result._protocols import PlanLike
+from jaxckpt.result.regions import runs, span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,25 +33,6 @@ def region_rows(plan: PlanLike) -> dict[str, Any] | None:
         return None
     rows = list(_rows(plan.schedule.nodes, plan, 0))
     return {"blocks": len(plan.blocks), "depth": 1 + max(row["depth"] for row in rows), "rows": rows}
-
-
-def runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
-    """Nodes in a row, kept ones together."""
-    run: list[Node] = []
-    for node in nodes:
-        if run and not (isinstance(node, Keep) and isinstance(run[-1], Keep)):
-            yield run
-            run = []
-        run.append(node)
-    if run:
-        yield run
-
-
-def span(start: int, stop: int, plan: PlanLike) -> str:
-    """Blocks as a person reads them, with what they are."""
-    blocks = f"block {start}" if stop == start + 1 else f"blocks {start}-{stop - 1}"
-    first, last = plan.block_labels[start], plan.block_labels[stop - 1]
-    return f"{blocks}  {first}" if first == last else f"{blocks}  {first} ... {last}"
 
 
 # Regions nest some twenty deep at most, so recursion is safe here.

@@ -19,9 +19,7 @@ def check_installed() -> None:
     """
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise OptionError(
-            f"a page needs {' and '.join(missing)}, not installed here: pip install 'jaxckpt[html]' brings what it needs"
-        )
+        raise OptionError(f"a page needs {' and '.join(missing)}, which is not here: pip install 'jaxckpt[html]'")
 
 
 @functools.cache

@@ -50,7 +50,9 @@ def verdict(content: Content) -> Verdict:
     fits = spare is None or spare >= 0
     tiles = [
         Tile(title="Peak under the plan", number=short_bytes(peak), label=label),
-        Tile(title="Without a plan", number="not compiled" if before is None else short_bytes(before), label=before_label),
+        Tile(
+            title="Without a plan", number="not compiled" if before is None else short_bytes(before), label=before_label
+        ),
     ]
     if before:
         tiles.append(Tile(title="Taken off", number=f"{1 - peak / before:.1%}", label="of the bytes without a plan"))
