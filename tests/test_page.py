@@ -1,6 +1,7 @@
 """The page about a plan, without a browser: what is on it, what is not, and that it is always the same."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -161,7 +162,8 @@ def test_the_peak_in_rows_is_the_peak(reading):
         assert all(r.why and r.advice for r in rows)
     saved = [r for r in peak_rows(reading.unplanned) if r.why == "saved by the forward pass for the backward"]
     assert saved and saved[0].count > 1 and saved[0].scope == "layer*/dense" and "test_page.py" in saved[0].source
-    assert "params['layers'][*]" not in {r.scope for r in rows} and any("an argument" in r.why for r in rows)
+    [weights] = [r for r in rows if r.scope == "params['layers'][*]"]
+    assert weights.count == 8 and weights.phase == "argument" and "an argument" in weights.why
 
 
 def test_arguments_have_the_names_that_users_gave(reading):
@@ -197,6 +199,25 @@ def test_the_verdict_is_one_line(budget, word, said, plan):
     made = plan if budget else jaxckpt.plan(loss, *ARGS, max_cost=1.2, verify=False)
     found = verdict(content(made, Reading()))
     assert found.word == word and said in found.sentence and found.is_good and "cpu" in found.sentence
+
+
+def test_of_several_devices_bytes_are_said_to_be_of_each(plan, reading):
+    found = verdict(content(dataclasses.replace(plan, split=4), reading))
+    assert "per device" in found.sentence
+    assert all("per device" in tile.label for tile in found.tiles if re.search("[KMG]iB", tile.number))
+    assert "per device" not in verdict(content(plan, reading)).sentence
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+def test_a_page_for_a_chip_that_is_not_here(target):
+    made = jaxckpt.plan(loss, *ARGS, budget="70%", target=target)
+    page = made.to_html(loss, *ARGS)
+    data = data_of(page)
+    assert set(data["programs"]) == {"unplanned", "planned"} and f" on {target}, " in page
+    assert "recomputed" in data["by"]["phase"]["labels"] and "Above this scale: the chip" in page
+    fitted = jaxckpt.fit(step, *ARGS, budget="80%", target=target, donate_argnums=0)
+    assert "measured, whole step" in fitted.to_html()
 
 
 def test_what_does_not_fit_is_said():
@@ -238,25 +259,19 @@ def test_the_command_line_writes_pages_and_traces(tmp_path, monkeypatch, capsys)
     )
     monkeypatch.chdir(tmp_path)
     place = str(tmp_path / "page.html")
-    words = ["plan", "own_model.py:loss", "--budget", "70%", "--html", place, "--trace", "trace.json"]
+    words = ["plan", "own_model.py:loss", "--budget", "80%", "--html", place, "--trace", "trace.json"]
     assert main(words) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "jaxckpt plan own_model.py:loss --budget 70% --html page.html --trace trace.json" in page
+    assert "jaxckpt plan own_model.py:loss --budget 80% --html page.html --trace trace.json" in page
     assert str(tmp_path) not in page and "What other budgets cost" in page
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert "wrote" in capsys.readouterr().err
     assert main(["fit", "own_model.py:step", "--budget", "80%", "--donate", "0", "--html", "step.html"]) == 0
     whole = (tmp_path / "step.html").read_text()
+    assert "measured, whole step" in whole and "donated: a result takes its place" in whole
     assert "optimizer" in whole and set(data_of(whole)["programs"]) == {"planned", "unplanned"}
-    assert main(["plan", "own_model.py:loss", "--budget", "70%", "--source"]) == 2
-    assert main(["plan", "own_model.py:loss", "--budget", "70%", "--html", "none/page.html"]) == 2
-
-
-def test_a_step_says_what_it_donates_and_has_a_page_of_its_own():
-    fitted = jaxckpt.fit(step, *specs(5), budget="80%", donate_argnums=0)
-    page = fitted.to_html(name="step")
-    assert "measured, whole step" in page and "donated: a result takes its place" in page
-    assert "found" not in fitted.to_json() and "Step for cpu" in fitted._repr_html_()
+    assert main(["plan", "own_model.py:loss", "--budget", "80%", "--source"]) == 2
+    assert main(["plan", "own_model.py:loss", "--budget", "80%", "--html", "none/page.html"]) == 2
 
 
 def test_more_names_than_colours_leave_the_rest_to_others(reading):

@@ -128,6 +128,9 @@ def test_a_step_of_several_devices_says_so_at_every_number(plan):
     rows = [line for line in own.splitlines()[1:] if "MiB" in line or "GiB" in line]
     assert len(rows) >= 4 and all("per device" in row for row in rows) and "per device" in own.splitlines()[0]
     assert is_narrow(show_step(fitted))
+    assert "found" not in fitted.to_json() and "Step for cpu" in fitted._repr_html_()
+    with pytest.raises(jaxckpt.OptionError, match="fit or largest_batch"):
+        fitted.read()
 
 
 def test_a_frontier_is_drawn_in_text(frontier):

@@ -16,7 +16,7 @@ from jaxckpt.result.page.lines import LineRow, line_rows
 from jaxckpt.result.page.peak import peak_rows
 from jaxckpt.result.page.timeline import timelines
 from jaxckpt.result.page.tree import Branch, branches, region_rows
-from jaxckpt.result.page.verdict import budget_of, chip_bytes, verdict
+from jaxckpt.result.page.verdict import budget_of, chip_bytes, is_sharded, verdict
 from jaxckpt.units import short_bytes
 
 # Rows of a table before somebody asks for more, and at most.
@@ -86,7 +86,7 @@ def _hash(script: str) -> str:
 
 def _head(content: Content) -> dict[str, Any]:
     target = content.plans[0].target if content.step is None else content.step.measurement.target
-    return {"name": content.name, "target": target, "verdict": verdict(content), "is_sharded": ":" in target}
+    return {"name": content.name, "target": target, "verdict": verdict(content), "is_sharded": is_sharded(content)}
 
 
 def _programs(reading: Reading) -> dict[str, Any]:

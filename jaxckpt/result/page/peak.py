@@ -25,7 +25,7 @@ class PeakRow:
         shape: of each.
         scope: with a star for numbers.
         source: `file:line`.
-        phase: in which they are made.
+        phase: in which they are made; of arguments, results and constants what they are.
         made_at: the first step at which one is made.
         last_read: the last step at which one is read.
         why: they are alive.
@@ -55,17 +55,14 @@ def peak_rows(memory: CompiledMemory) -> list[PeakRow]:
         if id(buffer) in counted and buffer.size_bytes:
             is_again = value_key(buffer) in again and buffer.phase == "forward"
             why, advice = _why(buffer, memory), _advice(buffer, memory, live, is_again)
-            # Arguments have names of their own, which say less than their shapes.
-            where = "" if buffer.role == "argument" else layers.any(buffer.scope)
-            groups[where, buffer.source, buffer.shape, buffer.phase, why, advice].append(buffer)
+            phase = buffer.phase if buffer.role in ("temporary", "thread-local") else buffer.role
+            groups[layers.any(buffer.scope), buffer.source, buffer.shape, phase, why, advice].append(buffer)
     rows = [_row(key, members) for key, members in groups.items()]
     return sorted(rows, key=lambda row: (-row.size_bytes, row.source, row.shape, row.scope, row.made_at))
 
 
 def _row(key: tuple, members: list[Buffer]) -> PeakRow:
     scope, source, shape, phase, why, advice = key
-    if members[0].role == "argument" and len(members) == 1:
-        scope = members[0].scope
     return PeakRow(
         count=len(members),
         size_bytes=sum(b.size_bytes for b in members),

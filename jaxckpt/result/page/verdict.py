@@ -41,7 +41,7 @@ def verdict(content: Content) -> Verdict:
     before, before_label = _before(content)
     budget = budget_of(content)
     cost, number, cost_label = _cost(content)
-    of = " of each device" if ":" in target else ""
+    each, of = (", per device", " per device") if is_sharded(content) else ("", "")
     spare = None if budget is None else budget - peak
     words = [f"{short_bytes(peak)}{of} on {target}"]
     if spare is not None:
@@ -49,18 +49,25 @@ def verdict(content: Content) -> Verdict:
     words.append(f"at {cost}")
     fits = spare is None or spare >= 0
     tiles = [
-        Tile(title="Peak under the plan", number=short_bytes(peak), label=label),
+        Tile(title="Peak under the plan", number=short_bytes(peak), label=label + each),
         Tile(
-            title="Without a plan", number="not compiled" if before is None else short_bytes(before), label=before_label
+            title="Without a plan",
+            number="not compiled" if before is None else short_bytes(before),
+            label=before_label + each,
         ),
     ]
     if before:
         tiles.append(Tile(title="Taken off", number=f"{1 - peak / before:.1%}", label="of the bytes without a plan"))
     if spare is not None:
-        tiles.append(Tile(title="Budget left", number=short_bytes(spare), label=f"of {short_bytes(budget or 0)}"))
+        tiles.append(Tile(title="Budget left", number=short_bytes(spare), label=f"of {short_bytes(budget or 0)}{each}"))
     tiles.append(Tile(title="Cost", number=number, label=cost_label))
     word = "Planned" if budget is None else "Fits" if fits else "Does not fit"
     return Verdict(word=word, is_good=fits, sentence=", ".join(words), tiles=tuple(tiles))
+
+
+def is_sharded(content: Content) -> bool:
+    """Whether bytes are those of each of several devices."""
+    return any(plan.split > 1 for plan in content.plans)
 
 
 def budget_of(content: Content) -> int | None:
