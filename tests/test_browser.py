@@ -65,7 +65,9 @@ def pages(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     """A Chromium. Where there is none these tests fail: nobody has looked at the page."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs playwright")
+    # A failure where it is missing, not a skip: `make test-browser` installs it.
+    import playwright.sync_api as playwright
+
     with playwright.sync_playwright() as started:
         own = Path(started.chromium.executable_path)
         named = [os.environ.get("JAXCKPT_CHROMIUM"), *map(shutil.which, NAMES), str(own) if own.exists() else None]

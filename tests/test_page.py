@@ -42,9 +42,9 @@ def step(params, x):
     return jax.tree.map(lambda w, g: w - 0.1 * g, params, gradients), value
 
 
-def specs(num_layers):
-    layers = [jax.ShapeDtypeStruct((32, 32), jnp.float32)] * num_layers
-    return {"layers": layers}, jax.ShapeDtypeStruct((512, 32), jnp.float32)
+def specs(num_layers, rows=512, width=32):
+    layers = [jax.ShapeDtypeStruct((width, width), jnp.float32)] * num_layers
+    return {"layers": layers}, jax.ShapeDtypeStruct((rows, width), jnp.float32)
 
 
 ARGS = specs(8)
@@ -211,12 +211,13 @@ def test_of_several_devices_bytes_are_said_to_be_of_each(plan, reading):
 @pytest.mark.targets
 @pytest.mark.parametrize("target", ["h100", "v5e"])
 def test_a_page_for_a_chip_that_is_not_here(target):
-    made = jaxckpt.plan(loss, *ARGS, budget="70%", target=target)
-    page = made.to_html(loss, *ARGS)
+    args = specs(8, 16384, 128)
+    made = jaxckpt.plan(loss, *args, budget="70%", target=target)
+    page = made.to_html(loss, *args)
     data = data_of(page)
     assert set(data["programs"]) == {"unplanned", "planned"} and f" on {target}, " in page
     assert "recomputed" in data["by"]["phase"]["labels"] and "Above this scale: the chip" in page
-    fitted = jaxckpt.fit(step, *ARGS, budget="80%", target=target, donate_argnums=0)
+    fitted = jaxckpt.fit(step, *args, budget="80%", target=target, donate_argnums=0)
     assert "measured, whole step" in fitted.to_html()
 
 

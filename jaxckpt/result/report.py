@@ -97,15 +97,16 @@ def show_frontier(frontier: FrontierLike, *, color: bool = False, width: int = _
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     has_host = any(point.host_bytes for point in frontier.points)
     is_sharded = any(plan.split > 1 for plan in frontier.plans)
-    heads = ["per device" if is_sharded else "peak", "share", *(["on the host"] if has_host else []), "step cost"]
+    # Both beside each other would leave no room for what the points are.
+    beside = "on the host" if has_host else "share"
+    heads = ["per device" if is_sharded else "peak", beside, "step cost"]
     for name in (*heads, "recomputed", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True, overflow="ellipsis")
     unplanned = next(p.peak_bytes for p in frontier.points if p.name == "unplanned")
     for point in frontier.points:
         table.add_row(
             short_bytes(point.peak_bytes),
-            f"{point.peak_bytes / max(1, unplanned):.1%}",
-            *((short_bytes(point.host_bytes),) if has_host else ()),
+            short_bytes(point.host_bytes) if has_host else f"{point.peak_bytes / max(1, unplanned):.1%}",
             f"{point.cost_ratio:.4f}",
             f"{point.recompute_flops / max(1, frontier.forward_flops):.2%}",
             _point_name(point),
@@ -114,7 +115,7 @@ def show_frontier(frontier: FrontierLike, *, color: bool = False, width: int = _
     cost = "modelled" if frontier.cost == "time" else "counted"
     note = (
         f"Step cost is {cost}, as a fraction of the unplanned step's; recomputed FLOPs are counted, of the forward's. "
-        f"Peaks are {label}{', per device' * is_sharded}, and shares are of the unplanned peak."
+        f"Peaks are {label}{', per device' * is_sharded}{'' if has_host else ', and shares are of the unplanned peak'}."
     )
     if not frontier.is_measured:
         note += " verify=True compiles every point and measures it."
@@ -255,7 +256,7 @@ def _sizes(plan: PlanLike) -> Table:
     rows.append(("recomputation", f"{short_count(plan.recompute_flops)}FLOP, {share:.2%} of the forward", "counted"))
     if plan.cost == "time":
         step = plan.recompute_cost / max(1, plan.unplanned_cost)
-        said = "modelled" if step >= 0 else "saved: loops stack less"
+        said = "modelled" if step >= 0 else "saved: less stacking"
         rows.append(("", f"{abs(step):.2%} of the unplanned step's time", said))
     rows += [*_constants(plan.constant_bytes), *_compiles(plan.num_compiles, plan.calibration)]
     return _table(rows, is_sharded=plan.split > 1)
