@@ -216,7 +216,7 @@ def test_a_page_for_a_chip_that_is_not_here(target):
     page = made.to_html(loss, *args)
     data = data_of(page)
     assert set(data["programs"]) == {"unplanned", "planned"} and f" on {target}, " in page
-    assert "forward" in data["by"]["phase"]["labels"] and "Above this scale: the chip" in page
+    assert "forward" in data["by"]["phase"]["labels"] and "chip&#39;s memory is" in page
     for program in data["programs"].values():
         assert {sum(column) for column in zip(*program["bands"]["scope"], strict=True)} == {program["total"]}
     fitted = jaxckpt.fit(step, *args, budget="100%", target=target, donate_argnums=0)
