@@ -59,7 +59,7 @@ $(TARGETS_STAMP): pyproject.toml
 	  echo "the compiler for $$chip could not be installed: its tests are skipped"; rm -f $@; \
 	done
 
-# XProf's memory viewer, for `make nightly PART=memory-xprof`.
+# XProf's memory viewer, for `make nightly PART=memory-xprof-cpu`.
 .venv-xprof/.installed:
 	$(PYTHON) -m venv .venv-xprof
 	.venv-xprof/bin/python -m pip install --quiet xprof

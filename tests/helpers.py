@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +31,11 @@ def jit(fun: Callable, **options: Any) -> Callable:
     """Compile fast, and keep recomputation on every CPU."""
     compiler_options = {"xla_backend_optimization_level": 0, **_compat.CPU_REMAT_OPTIONS}
     return jax.jit(fun, compiler_options=compiler_options, **options)
+
+
+def slow_but(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """Parameters of a test, of which only some run in the ordinary suite: the others are of the same kind."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def no_compiles() -> contextlib.AbstractContextManager:

@@ -57,7 +57,15 @@ def test_gradients_are_those_of_the_plain_loop(length, num_states, reverse):
         assert_close(*grads, 1e-12)
 
 
-@pytest.mark.parametrize(("length", "reverse"), [(1, False), (9, True), (11, False), (11, True)])
+@pytest.mark.parametrize(
+    ("length", "reverse"),
+    [
+        (1, False),
+        pytest.param(9, True, marks=pytest.mark.slow),
+        pytest.param(11, False, marks=pytest.mark.slow),
+        (11, True),
+    ],
+)
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
 def test_second_derivatives_are_those_of_the_plain_loop(outer, length, reverse):
     with x64():
@@ -168,6 +176,7 @@ def test_the_program_does_not_grow_with_the_length():
     assert sizes[8] == sizes[80]
 
 
+@pytest.mark.slow
 def test_a_decorated_loop_with_few_states_keeps_its_transformations():
     def fun(w, xs):
         return jnp.sum(lax.scan(lambda h, x: (jnp.tanh(h @ w + x), None), xs[0] * 0, xs)[0] ** 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from ckptsolvers.online import num_online_forwards
 from ckptsolvers.revolve import num_forwards
-from helpers import assert_close, jit, x64
+from helpers import assert_close, jit, slow_but, x64
 from jax import lax
 
 import jaxckpt
@@ -66,6 +66,7 @@ def test_the_bound_ends_the_loop():
         assert cut(w, x, 30)["i"] == 9
 
 
+@pytest.mark.slow
 def test_forward_over_reverse_and_vmap():
     with x64():
         w, x = args()
@@ -119,7 +120,7 @@ def steps_run(num_steps, num_checkpoints):
     return len(seen)
 
 
-@pytest.mark.parametrize("num_checkpoints", [1, 3, 10])
+@pytest.mark.parametrize("num_checkpoints", slow_but([1, 3, 10], 1, 3))
 def test_steps_run_as_often_as_the_solver_says(num_checkpoints):
     for num_steps in (1, 5, 12, 60):
         # One more: the loop learns late which step is the last, and has run it.

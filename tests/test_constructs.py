@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
 import numpy as np
 import pytest
-from helpers import assert_close, count, x64
+from helpers import assert_close, count, slow_but, x64
 from jax import export, lax
 from jax.experimental import checkify
 from jax.extend.core import Primitive
@@ -75,7 +75,7 @@ def test_constants_among_results(name):
 
 
 @pytest.mark.parametrize("verify", [False, True])
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("length", slow_but([0, 1, 2, 3, 5], 0, 1, 3))
 def test_loops_of_every_length(length, verify):
     def looped(w, x):
         step = lambda c, _: (jnp.tanh(c @ w), jnp.sum(c))  # noqa: E731
@@ -196,7 +196,7 @@ def rotated(w, x):
     return jnp.mean(jnp.abs(z) ** 2)
 
 
-@pytest.mark.parametrize("fun", [fourier, pytest.param(rotated, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fun", slow_but([fourier, rotated], fourier))
 def test_complex_values_are_not_saved_by_name(fun):
     for budget in ("90%", "80%", "70%"):
         with jax.numpy_dtype_promotion("standard"):
@@ -220,7 +220,7 @@ def test_linear_functions_are_transposed(name):
         assert_close(change(decorated(fun))(cotangent), change(fun)(cotangent), 1e-5)
 
 
-@pytest.mark.parametrize("solver", ["cg", "gmres", "bicgstab"])
+@pytest.mark.parametrize("solver", slow_but(["cg", "gmres", "bicgstab"], "cg"))
 def test_solvers_of_linear_systems(solver):
     a, b = 4 * jnp.eye(16) + W @ W.T, X[0]
     solve = getattr(sparse, solver)
@@ -306,9 +306,7 @@ COLLECTIVES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "cond" else name for name in COLLECTIVES]
-)
+@pytest.mark.parametrize("name", slow_but(COLLECTIVES, "all_gather", "psum_scatter", "scan"))
 def test_collectives_under_vmap(name):
     def inside(f):
         return lambda w, x: jax.vmap(jax.grad(f), (None, 0), axis_name="d")(w, x)

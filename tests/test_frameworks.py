@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 import pytest
-from helpers import assert_close, count, jit
+from helpers import assert_close, count, jit, slow_but
 from zoo.models import chain_args, chain_loss
 
 from jaxckpt import JaxckptWarning, auto_remat
@@ -32,7 +32,7 @@ def quick_compiles():
 
 
 @pytest.mark.usefixtures("quick_compiles")
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", slow_but(EXAMPLES, "flax_linen", "flax_nnx"))
 def test_training_follows_the_same_curve(name, plans):
     pytest.importorskip("sklearn")
     pytest.importorskip(EXAMPLES[name])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, count, no_compiles, x64
+from helpers import assert_close, count, no_compiles, slow_but, x64
 
 import jaxckpt
 from jaxckpt import JaxckptWarning, OptionError, _compat
@@ -143,7 +143,11 @@ def accumulated(ws, x):
 
 
 @pytest.mark.parametrize(
-    "step", [with_aux, by_vjp, by_jacrev, physics, meta, in_a_jit, accumulated], ids=lambda f: f.__name__
+    "step",
+    slow_but(
+        [with_aux, by_vjp, by_jacrev, physics, meta, in_a_jit, accumulated], with_aux, by_vjp, in_a_jit, accumulated
+    ),
+    ids=lambda f: f.__name__,
 )
 def test_whatever_is_differentiated_is_planned(step):
     with x64():
@@ -335,6 +339,7 @@ def in_a_process(code, **env):
     return found.stdout
 
 
+@pytest.mark.slow
 def test_nothing_but_a_sharding_changes():
     assert in_a_process(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=4").strip() == "same"
 
@@ -499,6 +504,7 @@ print(json.dumps([len(compiles), step.measurement.device_bytes, step.plans[0].sc
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_takes_the_kept_plan(tmp_path):
     log = str(tmp_path / "log")
     first, second = (json.loads(in_a_process(SECOND.format(log=log)).splitlines()[-1]) for _ in range(2))
@@ -590,6 +596,7 @@ def test_equinox_modules_are_split_into_arrays_and_what_is_static():
     assert donated.measurement.alias_bytes > 0 and model.layers[0].weight.is_deleted() and not x.is_deleted()
 
 
+@pytest.mark.slow
 def test_a_flax_training_state_and_a_haiku_function():
     linen, train_state = pytest.importorskip("flax.linen"), pytest.importorskip("flax.training.train_state")
     hk = pytest.importorskip("haiku")
@@ -652,7 +659,7 @@ def test_closed_over_arrays_and_explicit_shapes():
     assert_close(planned(ws), wanted, 1e-5)
 
 
-@pytest.mark.parametrize("donated", [None, (0, 1)])
+@pytest.mark.parametrize("donated", slow_but([None, (0, 1)], (0, 1)))
 @pytest.mark.parametrize("budget", ["70%", pytest.param("1GB", marks=pytest.mark.slow)])
 def test_modules_and_optimizers_of_nnx_change_in_place_as_under_nnx_jit(budget, donated):
     nnx = pytest.importorskip("flax.nnx")

@@ -7,7 +7,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import pytest
 from ckptsolvers.revolve import num_forwards
-from helpers import assert_close, jit, x64
+from helpers import assert_close, jit, slow_but, x64
 from jax import lax
 from jax.extend.core import primitives as prims
 
@@ -124,7 +124,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", slow_but(SCHEDULES, "default", "one state"))
 def test_a_scan_has_the_same_results_and_gradients(name, reverse):
     with x64():
         for length in (1, 2, 9):
@@ -147,7 +147,7 @@ def test_a_scan_of_nothing_and_a_scan_without_xs():
         assert carry == 64 and ys.tolist() == [1, 2, 4, 8, 16, 32]
 
 
-@pytest.mark.parametrize("kwargs", [{"num_checkpoints": 3}, pytest.param({}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kwargs", slow_but([{"num_checkpoints": 3}, {}]))
 def test_a_scan_under_other_transformations(kwargs):
     with x64():
         state, xs = loop_args(7)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close
+from helpers import assert_close, slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,7 +69,7 @@ def after_two(fun, make=Net, transform=nnx.value_and_grad):
 # --- Modules go in and out ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_jitted", [False, True])
+@pytest.mark.parametrize("is_jitted", slow_but([False, True], True))
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_two_steps_leave_the_state_that_they_leave_undecorated(budget, is_jitted):
     def transform(fun):

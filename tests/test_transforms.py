@@ -258,6 +258,7 @@ def test_a_checkpoint_of_the_users_own_is_respected():
     assert sum(policy is own for policy in policies) >= 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_users_own_is_inlined_where_that_is_asked_for(tmp_path):
     layer = lambda x, w: jnp.tanh(jnp.tanh(x @ w) @ w)  # noqa: E731
 

@@ -107,6 +107,7 @@ def test_compare_names_the_leaf_that_differs_most():
     assert found.to_json()["gradients"]["path"] == "args[0]['w']"
 
 
+@pytest.mark.slow
 def test_compare_makes_arrays_of_specs_and_wants_the_plans_function():
     specs = jax.eval_shape(lambda: (W, X))
     plan = jaxckpt.plan(loss, *specs, budget="70%", calibration=None)
@@ -148,6 +149,7 @@ def test_a_step_takes_named_static_and_donated_arguments():
         fitted.step(W, x=X[:8], num_layers=12)
 
 
+@pytest.mark.slow
 def test_arguments_by_name_are_donated_too():
     fitted = jaxckpt.fit(step, x=X, w=W, donate_argnames="w", budget="80%")
     assert fitted.measurement.alias_bytes == W.nbytes
@@ -202,6 +204,7 @@ def test_the_largest_batch_that_divides_a_global_one():
             jaxckpt.largest_batch(step, specs, budget="400kB", global_batch=wrong)
 
 
+@pytest.mark.slow
 def test_a_step_that_accumulates_itself():
     def accumulated(w, xs):
         def one(total, x):
@@ -215,6 +218,7 @@ def test_a_step_that_accumulates_itself():
     assert found.measurement.device_bytes <= 1_000_000 < found.next_bytes
 
 
+@pytest.mark.slow
 def test_the_largest_batch_with_static_and_named_arguments():
     found = jaxckpt.largest_batch(
         step, specs, budget="300kB", num_layers=6, static_argnames="num_layers", donate_argnames="w"

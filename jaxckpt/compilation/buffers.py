@@ -194,8 +194,9 @@ class CompiledMemory:
         """The device's memory over the schedule: what is stacked in a picture.
 
         Args:
-            by: an attribute of buffers, or a function of a buffer that returns a label. Where XLA gives no scope it is
-                the line that counts, and the other way round; buffers whose label is empty are unattributed.
+            by: an attribute of buffers, or a function of a buffer that returns a label. By scope and by source
+                arguments are one band and constants another, and where XLA does not give the one the other counts;
+                buffers whose label is empty are unattributed.
 
         Returns:
             Bands whose bytes add up to `totals.device_bytes` at every step, the largest at the peak first, then
@@ -263,8 +264,11 @@ class CompiledMemory:
 
 
 def _label(buffer: Buffer, by: str) -> str:
-    other = {"scope": buffer.source, "source": buffer.scope}.get(by, "")
-    return getattr(buffer, by) or other
+    if by not in ("scope", "source"):
+        return getattr(buffer, by)
+    if buffer.role in ("argument", "constant"):
+        return f"{buffer.role}s"
+    return (buffer.scope or buffer.source) if by == "scope" else (buffer.source or buffer.scope)
 
 
 _RECORD = record_of(

@@ -338,11 +338,11 @@ def _refusal(
         for kinds in (results, results & donated)
     )
     return Measurement(
-        device_bytes=arguments + outputs - aliased + needed,
+        device_bytes=needed,
         argument_bytes=arguments,
         output_bytes=outputs,
         alias_bytes=aliased,
-        temp_bytes=needed,
+        temp_bytes=max(0, needed - (arguments + outputs - aliased)),
         code_bytes=0,
         target=target,
         compile_s=0.0,

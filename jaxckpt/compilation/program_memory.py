@@ -19,7 +19,7 @@ from jaxckpt.errors import CompilerError, ProgramFormatError
 from jaxckpt.targets.chip import find_target
 
 _FINAL = "*after_optimizations.hlo.pb"
-# What a TPU's compiler writes before it assigns, and is there where it then refuses the program.
+# What a TPU's compiler writes before it assigns.
 _SCHEDULED = "*before_buffer_assignment.hlo.pb"
 
 
@@ -42,8 +42,8 @@ def program_memory(
         jit_options: other keywords of `jax.jit`, a plan's compiler options among them.
 
     Returns:
-        The buffers as XLA assigned them. Where the compiler refuses the program as too large for the chip but says how
-        it would schedule it, they are estimated from shapes, and `is_estimated` says so.
+        The buffers as XLA assigned them, also of a program that a TPU's compiler then refuses as too large. Where it
+        gets no further than a schedule they are estimated from shapes, and `is_estimated` says so.
 
     Raises:
         CompilerError: the target's compiler is not here, failed, or refused the program without a word of it.

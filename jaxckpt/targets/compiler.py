@@ -200,7 +200,11 @@ class Compiler:
         return False
 
     def refused_bytes(self, error: Exception) -> int | None:
-        """Bytes that it said a program needs when it refused it; None where the error says something else."""
+        """Bytes that it said a program needs when it refused it; None where the error says something else.
+
+        A TPU's compiler says "HLO temporaries" and means arguments and results too: so say its own buffers of five
+        programs that it refused, with and without arguments given away.
+        """
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:
             return None

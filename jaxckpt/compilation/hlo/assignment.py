@@ -1,16 +1,16 @@
 """From XLA's buffer assignment to buffers: what lies where, from when to when, and what it is for."""
 
-import bisect
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxckpt.compilation.buffers import Buffer, CompiledMemory, Place, Role, Totals
 from jaxckpt.compilation.hlo import proto
 from jaxckpt.compilation.hlo.module import Module
 from jaxckpt.compilation.hlo.origins import Origin, Origins
+from jaxckpt.compilation.hlo.pieces import Piece, check_apart, one_after_another
 from jaxckpt.compilation.hlo.ranges import Range, last_reads, ranges, without_overlaps
 from jaxckpt.compilation.hlo.shapes import show_shape, unpadded_bytes
 from jaxckpt.compilation.hlo.values import Position, Values, indices_of, shape_at
@@ -18,25 +18,6 @@ from jaxckpt.errors import ProgramFormatError
 
 # XLA's numbers of memories, as its compilers for TPU and GPU use them.
 _PLACES: dict[int, Place] = {0: "device", 1: "vmem", 5: "host"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    """Values at one place that take over from each other: one buffer.
-
-    Attributes:
-        values: in the order in which they are made.
-        offset: in its allocation.
-        size: in bytes.
-        start: first step.
-        end: last step.
-    """
-
-    values: tuple[int, ...]
-    offset: int
-    size: int
-    start: int
-    end: int
 
 
 def read_program(
@@ -107,7 +88,7 @@ class Reader:
         """The buffers of an allocation, without those that never take room."""
         pieces = self._pieces(allocation)
         # Elsewhere than on the device XLA assigns with finer ranges than those of its schedule.
-        pieces = _one_after_another(pieces, strict=allocation.color == 0)
+        pieces = one_after_another(pieces, strict=allocation.color == 0)
         for piece in pieces:
             if piece.offset + piece.size > allocation.size:
                 raise ProgramFormatError(f"a buffer reaches beyond its allocation {allocation.index}")
@@ -118,7 +99,7 @@ class Reader:
             return found
         return [b if b.name == owner else replace(b, shared_with=owner) for b in _with_owner(found, owner)]
 
-    def _pieces(self, allocation: Any) -> list[_Piece]:
+    def _pieces(self, allocation: Any) -> list[Piece]:
         places: dict[tuple[int, int], list[int]] = defaultdict(list)
         for each in allocation.assigned:
             places[each.offset, each.size].append(each.buffer)
@@ -128,7 +109,7 @@ class Reader:
             live = {v: self._held(v, allocation, num_steps) for v in values}
             for group in self._runs(sorted(values, key=lambda v: (live[v], v)), live):
                 start, end = min(live[v][0] for v in group), max(live[v][1] for v in group)
-                found.append(_Piece(values=tuple(group), offset=offset, size=size, start=start, end=end))
+                found.append(Piece(values=tuple(group), offset=offset, size=size, start=start, end=end))
         return found
 
     def _held(self, value: int, allocation: Any, num_steps: int) -> Range:
@@ -154,7 +135,7 @@ class Reader:
         is_merged = group is not None and any(self._group.get(v) == group for v in run)
         return is_merged and live[value][0] <= max(live[v][1] for v in run) + 1
 
-    def _buffer(self, piece: _Piece, allocation: Any, base: int | None) -> Buffer:
+    def _buffer(self, piece: Piece, allocation: Any, base: int | None) -> Buffer:
         (number, index), origin = self._named(piece.values)
         instruction = self.module.instructions[number]
         shape = shape_at(instruction.shape, index)
@@ -198,7 +179,7 @@ class Reader:
                 number, index = self._places[relative]
                 yield self._origins.of(self.module.instructions[number], index)
 
-    def _role(self, piece: _Piece, allocation: Any) -> Role:
+    def _role(self, piece: Piece, allocation: Any) -> Role:
         if allocation.is_thread_local:
             return "thread-local"
         if allocation.is_constant:
@@ -225,51 +206,6 @@ def live_bytes(buffers: Iterable[Buffer], num_steps: int) -> tuple[int, ...]:
         changes[buffer.made_at] += buffer.size_bytes
         changes[buffer.held_until + 1] -= buffer.size_bytes
     return tuple(itertools.accumulate(changes[:-1]))
-
-
-def check_apart(pieces: Iterable[_Piece], allocation: int) -> None:
-    """See that no two buffers take the same bytes at one step, so that their sum is what is taken.
-
-    Raises:
-        ProgramFormatError: two do.
-    """
-    events = sorted(
-        itertools.chain.from_iterable(((p.start, 1, p), (p.end + 1, 0, p)) for p in pieces if p.size),
-        key=lambda event: (event[0], event[1], event[2].offset),
-    )
-    taken: list[tuple[int, int]] = []
-    for step, is_start, piece in events:
-        span = piece.offset, piece.offset + piece.size
-        at = bisect.bisect_left(taken, span)
-        if not is_start:
-            del taken[at]
-            continue
-        if (at and taken[at - 1][1] > span[0]) or (at < len(taken) and taken[at][0] < span[1]):
-            raise ProgramFormatError(f"two buffers of allocation {allocation} lie at one place at step {step}")
-        taken.insert(at, span)
-
-
-def _one_after_another(pieces: list[_Piece], *, strict: bool) -> list[_Piece]:
-    """Let a buffer end before the one that is written over it in the step that reads it last.
-
-    Args:
-        pieces: of one allocation.
-        strict: whether a longer overlap is left for `check_apart` to refuse; otherwise the earlier buffer ends.
-    """
-    pieces = sorted(pieces, key=lambda p: (p.start, p.end))
-    found = []
-    for i, piece in enumerate(pieces):
-        end = piece.end
-        for later in itertools.islice(pieces, i + 1, None):
-            if later.start > piece.end:
-                break
-            apart = later.offset >= piece.offset + piece.size or piece.offset >= later.offset + later.size
-            if not apart and (not strict or later.start == piece.end):
-                end = later.start - 1
-                break
-        if end >= piece.start:
-            found.append(replace(piece, end=end))
-    return found
 
 
 def _with_owner(found: list[Buffer], owner: str) -> list[Buffer]:

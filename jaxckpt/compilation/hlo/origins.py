@@ -23,7 +23,9 @@ _OPTIMIZER = re.compile(r"optim", re.IGNORECASE)
 # Parts of name stacks that are JAX's own, and those that are transformations of what is in their parentheses.
 _OWN = re.compile(
     r"while|body|cond|scan|checkpoint|remat2?|rematted_computation|closed_call|core_call|eval_jaxpr|shard_map|pjit|"
-    r"custom_[jv]vp_call(?:_jaxpr)?|branch_\d+_fun|jit\(.*\)|jvp\(\)|transpose\(\)|vmap\(\)"
+    r"custom_[jv]vp_call(?:_jaxpr)?|branch_\d+_fun|jit\(.*\)|jvp\(\)|transpose\(\)|vmap\(\)|"
+    # What `jnp.einsum` puts around its products.
+    r"[^/]*->[^/]*"
 )
 _TRANSFORMED = re.compile(r"(?:jvp|transpose|vmap|linearize|checkpoint|remat)\((.*)\)")
 _LIBRARIES = re.compile(r"(?:^|/)(?:jax|jaxlib|jaxckpt|ckptsolvers)/")
