@@ -10,7 +10,7 @@ PROGRAMS ?= 2000
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help plan test test-slow test-fuzz test-targets lint format bench bench-quick bench-targets fuzz nightly clean
+.PHONY: help plan test test-slow test-fuzz test-targets test-browser browser lint format bench bench-quick bench-targets fuzz nightly clean
 
 help:
 	@echo "make plan    plan GPT-2 small from shapes and print the chosen checkpoint set"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  run the long ones too: real sizes, every budget"
 	@echo "make test-fuzz  a hundred random programs"
 	@echo "make test-targets  install the TPU's and the GPU's compilers (no driver, no CUDA libraries), run their tests"
+	@echo "make test-browser  look at pages in a headless Chromium; make browser installs one on Debian and Ubuntu"
 	@echo "make lint    ruff, pyright, the import contract"
 	@echo "make bench   the benchmarks, as tables"
 	@echo "make bench-quick  plans against hand-written policies on three tiny models"
@@ -38,7 +39,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not targets'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not targets and not browser'
 
 test-fuzz: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'slow or not slow' tests/test_fuzz.py
@@ -66,6 +67,22 @@ $(TARGETS_STAMP): pyproject.toml
 
 test-targets: $(TARGETS_STAMP)
 	$(TARGETS_BIN)/python -m pytest -m targets -rs
+
+# Playwright comes with no browser: the tests take the Chromium that is here, and say how to get one where there is none.
+BROWSER_STAMP := $(VENV)/.browser
+
+$(BROWSER_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,browser]'
+	touch $@
+
+test-browser: $(BROWSER_STAMP)
+	$(BIN)/python -m pytest -m browser tests/test_browser.py
+
+browser:
+	@for name in chromium-headless-shell chromium chromium-browser google-chrome; do \
+	  command -v $$name && exit 0; \
+	done; \
+	apt-get update && apt-get install --yes --no-install-recommends chromium-headless-shell
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

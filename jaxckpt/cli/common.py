@@ -3,11 +3,18 @@
 import argparse
 import json
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from jaxckpt.cli.loading import UsageError
+
 YES, NO, USAGE = 0, 1, 2
+# Columns of a report where there is no terminal, and at most.
+_WIDTH, _MOST_WIDTH = 80, 118
 
 
 def command(commands: Any, name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
@@ -58,6 +65,68 @@ def takes_host_budget(command: argparse.ArgumentParser) -> None:
     )
 
 
+def takes_page(command: argparse.ArgumentParser) -> None:
+    """Let a command write a page about what it finds, and a trace."""
+    command.add_argument(
+        "--html", type=Path, metavar="FILE", help="write one offline page about it, such as report.html"
+    )
+    command.add_argument("--source", action="store_true", help="show the text of source lines on the page")
+    command.add_argument("--trace", type=Path, metavar="FILE", help="write its memory over the schedule for Perfetto")
+
+
+def check_page(options: argparse.Namespace) -> None:
+    """Refuse a page or a trace that could not be written, before the work that it is about.
+
+    Raises:
+        UsageError: `--source` without a page.
+        OptionError: what draws a page is not installed.
+    """
+    from jaxckpt.compilation.files import check_writable
+    from jaxckpt.result.page import vega
+
+    if options.source and not options.html:
+        raise UsageError("--source is about the page that --html FILE writes")
+    if options.html:
+        vega.check_installed()
+    for path in filter(None, (options.html, options.trace)):
+        check_writable(path)
+
+
+def write_page(options: argparse.Namespace, read: Callable[[], Any], page: Callable[..., str]) -> None:
+    """Write the page and the trace that were asked for.
+
+    Args:
+        options: of the command.
+        read: reads the compiled programs.
+        page: makes a page; it takes `reading`, `name` and `command`.
+
+    Raises:
+        CompilerError: a trace was asked for, and the compiler refused the program.
+    """
+    from jaxckpt.compilation.files import write_text
+    from jaxckpt.compilation.trace_events import trace_text
+    from jaxckpt.errors import CompilerError
+
+    if not (options.html or options.trace):
+        return
+    reading = read()
+    if options.trace:
+        shown = reading.planned or reading.unplanned
+        if shown is None:
+            raise CompilerError(f"there is no trace: {reading.why_not}")
+        write_text(options.trace, trace_text(shown))
+        print(f"wrote {options.trace}", file=sys.stderr)
+    if options.html:
+        write_text(options.html, page(reading=reading, name=options.function, command=_command(options)))
+        print(f"wrote {options.html}", file=sys.stderr)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command as it was typed, files below this folder relative to it."""
+    here = os.getcwd() + os.sep
+    return shlex.join(["jaxckpt", *(word.replace(here, "") for word in options.typed)])
+
+
 def number_or_text(text: str) -> int | str:
     """Bytes or text, as budgets are written."""
     return int(text) if text.isdigit() else text
@@ -73,11 +142,23 @@ def color() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
-def print_plan(found: Any, as_json: bool) -> None:
-    """Print a plan."""
+def columns() -> int:
+    """How wide reports are: as the terminal, as far as that is of use, and 80 columns elsewhere."""
+    if not sys.stdout.isatty():
+        return _WIDTH
+    return min(_MOST_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
+
+
+def takes_all(command: argparse.ArgumentParser) -> None:
+    """Let a command show every row of what is saved."""
+    command.add_argument("--all", action="store_true", help="show every row of what is saved, not the ten largest")
+
+
+def print_plan(found: Any, options: argparse.Namespace) -> None:
+    """Print a plan, as JSON where that is asked for."""
     from jaxckpt.result.report import show_plan
 
-    if as_json:
+    if options.json:
         print(json.dumps(found.to_json(), indent=1))
     else:
-        print(show_plan(found, color=color()))
+        print(show_plan(found, color=color(), width=columns(), all_rows=options.all))

@@ -6,7 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxckpt.cli.common import YES, argnums, color, command, takes_checkpoints, takes_function, takes_host_budget
+from jaxckpt.cli.common import (
+    YES,
+    argnums,
+    color,
+    columns,
+    command,
+    takes_checkpoints,
+    takes_function,
+    takes_host_budget,
+)
 from jaxckpt.cli.loading import function_and_args
 
 
@@ -53,6 +62,10 @@ def _frontier(options: argparse.Namespace) -> int:
     import jaxckpt
     from jaxckpt.result.report import show_frontier
 
+    if options.plot:
+        from jaxckpt.result.plot import check_plot
+
+        check_plot(options.plot)  # known before the work, which takes long
     fun, args = function_and_args(options)
     found = jaxckpt.frontier(
         fun,
@@ -71,5 +84,7 @@ def _frontier(options: argparse.Namespace) -> int:
 
         draw_frontier(found, options.plot)
         print(f"wrote {options.plot}", file=sys.stderr)
-    print(json.dumps(found.to_json(), indent=1) if options.json else show_frontier(found, color=color()))
+    print(
+        json.dumps(found.to_json(), indent=1) if options.json else show_frontier(found, color=color(), width=columns())
+    )
     return YES

@@ -10,13 +10,17 @@ from jaxckpt.cli.common import (
     NO,
     YES,
     argnums,
+    check_page,
     command,
     number_or_text,
     print_plan,
+    takes_all,
     takes_checkpoints,
     takes_function,
     takes_host_budget,
     takes_limits,
+    takes_page,
+    write_page,
 )
 from jaxckpt.cli.loading import UsageError, function_and_args
 
@@ -41,9 +45,12 @@ def add(commands: Any) -> None:
     takes_host_budget(plan)
     plan.add_argument("--profile", action="store_true", help="compile each distinct block on its own first")
     plan.add_argument("-o", "--output", type=Path, help="write the plan to this file")
+    takes_page(plan)
+    takes_all(plan)
 
     show = command(commands, "show", _show, "print a plan from a file")
     show.add_argument("plan", type=Path)
+    takes_all(show)
 
     check = command(commands, "check", _check, "say whether a plan from a file is for this function")
     check.add_argument("plan", type=Path)
@@ -61,10 +68,11 @@ def _plan(options: argparse.Namespace) -> int:
     import jaxckpt
     from jaxckpt.compilation.files import check_writable
 
-    if options.output and options.solver == "names":
-        raise UsageError("--solver names makes no plan file: it prints a policy to paste, as jaxckpt names does")
+    if options.solver == "names" and (options.output or options.html or options.trace):
+        raise UsageError("--solver names makes no plan file, page or trace: it prints a policy to paste")
     if options.output:
         check_writable(options.output)  # known before planning, which takes long
+    check_page(options)
     fun, args = function_and_args(options)
     found = jaxckpt.plan(
         fun,
@@ -90,14 +98,37 @@ def _plan(options: argparse.Namespace) -> int:
     if options.output:
         found.save(options.output)
         print(f"wrote {options.output}", file=sys.stderr)
-    print_plan(found, options.json)
+    print_plan(found, options)
+    _write_page(found, fun, args, options)
     return YES
+
+
+def _write_page(plan: Any, fun: Any, args: Any, options: argparse.Namespace) -> None:
+    """The page about a plan, with what other budgets would cost."""
+    import jaxckpt
+    from jaxckpt.result.page.reading import read_plan
+
+    same = {"argnums": argnums(options), "has_aux": options.has_aux}
+
+    def page(**given: Any) -> str:
+        frontier = jaxckpt.frontier(
+            fun,
+            *args,
+            cost=options.cost,
+            target=options.target,
+            host_budget=options.host_budget,
+            keep_checkpoints=not options.inline_checkpoints,
+            **same,
+        )
+        return plan.to_html(frontier=frontier, **given)
+
+    write_page(options, lambda: read_plan(plan, fun, args, {}, source=options.source, **same), page)
 
 
 def _show(options: argparse.Namespace) -> int:
     from jaxckpt.result.plan import Plan
 
-    print_plan(Plan.load(options.plan), options.json)
+    print_plan(Plan.load(options.plan), options)
     return YES
 
 

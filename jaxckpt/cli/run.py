@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
+    options.typed = sys.argv[1:] if argv is None else argv
     if not hasattr(options, "run"):
         parser.print_help(sys.stderr)
         return USAGE

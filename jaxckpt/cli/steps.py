@@ -6,12 +6,18 @@ from typing import Any
 
 from jaxckpt.cli.common import (
     YES,
+    check_page,
+    color,
+    columns,
     command,
     number_or_text,
+    takes_all,
     takes_checkpoints,
     takes_host_budget,
     takes_limits,
     takes_named,
+    takes_page,
+    write_page,
 )
 from jaxckpt.cli.loading import UsageError, function_and_args, function_and_maker
 
@@ -24,6 +30,7 @@ def add(commands: Any) -> None:
     fit.add_argument("--solver", default="auto", help="as for plan")
     takes_limits(fit)
     takes_checkpoints(fit)
+    takes_page(fit)
 
     largest = command(commands, "largest-batch", _largest_batch, "find the largest batch whose step fits a budget")
     takes_named(largest, "MODULE:STEP", "returns the arguments at a batch size; default: its example_args")
@@ -38,11 +45,13 @@ def _takes_step(command: argparse.ArgumentParser, budget: str) -> None:
     command.add_argument("--donate", type=int, nargs="+", default=[], metavar="ARGNUM", help="arguments to donate")
     command.add_argument("--cost", choices=("time", "flops"), default="time", help="what is minimised")
     takes_host_budget(command)
+    takes_all(command)
 
 
 def _fit(options: argparse.Namespace) -> int:
     import jaxckpt
 
+    check_page(options)
     step, args = function_and_args(options)
     found = jaxckpt.fit(
         step,
@@ -57,7 +66,9 @@ def _fit(options: argparse.Namespace) -> int:
         max_compiles=options.max_compiles,
         on_infeasible="least" if options.least else "raise",
     )
-    return _print(found, options)
+    _print(found, options)
+    write_page(options, lambda: found.read(source=options.source), found.to_html)
+    return YES
 
 
 def _largest_batch(options: argparse.Namespace) -> int:
@@ -90,5 +101,8 @@ def _largest_batch(options: argparse.Namespace) -> int:
 
 
 def _print(found: Any, options: argparse.Namespace) -> int:
-    print(json.dumps(found.to_json(), indent=1) if options.json else found)
+    if options.json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print(found.report(color=color(), width=columns(), all_rows=options.all))
     return YES

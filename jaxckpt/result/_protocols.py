@@ -4,13 +4,14 @@ A report imports nothing but this, so that plans and frontiers may print themsel
 because the records are frozen.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from ckptsolvers import Schedule
 
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.model.option import Save
+from jaxckpt.program.ir import Program
 
 
 class Group(Protocol):
@@ -163,6 +164,41 @@ class PlanLike(Protocol):
 
     @property
     def unknown(self) -> Sequence[str]: ...
+
+    @property
+    def split(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def schedule_digest(self) -> str: ...
+
+    @property
+    def jax_version(self) -> str: ...
+
+
+class AppliedLike(Protocol):
+    """A plan, as far as it is compiled again."""
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def cost(self) -> str: ...
+
+    @property
+    def keeps_checkpoints(self) -> bool: ...
+
+    @property
+    def is_on_host(self) -> bool: ...
+
+    @property
+    def schedule(self) -> Schedule | None: ...
+
+    def check(self, program: Program) -> None: ...
+
+    def flat(self, program: Program) -> Callable[..., list[Any]]: ...
 
 
 class StepLike(Protocol):

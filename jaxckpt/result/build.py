@@ -81,6 +81,7 @@ def build(found: Found) -> Plan:
         is_stopped=found.is_stopped,
         num_compiles=found.num_compiles,
         calibration=found.calibration,
+        split=analysis.split,
         **chosen,
     )
 
@@ -97,6 +98,7 @@ def build_step(found: FoundStep) -> Fitted:
         is_stopped=found.is_stopped,
         calibration=found.calibration,
         constant_bytes=jaxpr_constant_bytes(found.step.closed),
+        found=found,
     )
 
 

@@ -30,7 +30,13 @@ from jaxckpt.program.ir import Program
 from jaxckpt.program.nnx import pure
 from jaxckpt.program.static import bind_static, bound_call, places_and_names
 from jaxckpt.program.trace import trace
+from jaxckpt.result._protocols import FrontierLike
 from jaxckpt.result.comparison import Comparison, arrays_like, compare_runs
+from jaxckpt.result.notebook import report_html
+from jaxckpt.result.page import vega
+from jaxckpt.result.page.content import Content, Reading
+from jaxckpt.result.page.page import page_html
+from jaxckpt.result.page.reading import read_plan
 from jaxckpt.result.report import show_plan
 from jaxckpt.targets.sharding import trace_placed
 
@@ -119,6 +125,7 @@ class Plan:
         lines: digests of the program's lines, to say what changed.
         unknown: primitives counted by their bytes, for want of a rule.
         is_profiled: whether its blocks were compiled one by one before, and not modelled.
+        split: over how many devices its values are cut; where there are several, bytes are those of each.
         schedule_digest: of what is applied: the program, the schedule, the blocks and what they save. The peaks were
             predicted or measured of that.
     """
@@ -168,6 +175,7 @@ class Plan:
     link_bytes: int = 0
     idle_time: int = 0
     num_worse_on_host: int = 0
+    split: int = 1
 
     @property
     def host_bytes(self) -> int:
@@ -275,6 +283,68 @@ class Plan:
         leaves = traced.dynamic(jax.tree.leaves((call.args, call.kwargs)))
         goal = objective(traced, argnums, has_aux)
         return compare_runs(call.fun, traced, self._planned(traced.program), goal, leaves)
+
+    def _repr_html_(self) -> str:
+        """The report, as notebooks show it."""
+        return report_html(str(self))
+
+    def to_html(
+        self,
+        fun: Callable | None = None,
+        /,
+        *args: Any,
+        path: str | os.PathLike | None = None,
+        frontier: FrontierLike | None = None,
+        reading: Reading | None = None,
+        name: str = "",
+        command: str = "",
+        source: bool = False,
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+        static_argnums: int | Sequence[int] = (),
+        static_argnames: str | Sequence[str] = (),
+        **kwargs: Any,
+    ) -> str:
+        """One page about the plan that needs nothing from anywhere: memory over time with the plan and without.
+
+        Args:
+            fun: the function the plan was made for, which is compiled twice to see where its bytes go; without it the
+                page has the plan alone.
+            *args: its arguments, arrays or specs.
+            path: a file to write the page to.
+            frontier: of the function, to see this plan among others.
+            reading: of the compiled programs, where they were read already.
+            name: of the function, as the page has it.
+            command: that makes the page, as the page has it.
+            source: whether the page shows the text of source lines.
+            argnums: as in `jax.grad`.
+            has_aux: as in `jax.grad`.
+            static_argnums: as the plan was made with.
+            static_argnames: likewise.
+            **kwargs: named arguments of the function.
+
+        Returns:
+            The page, the same text for the same plan and versions.
+
+        Raises:
+            OptionError: the extra `html` is not installed.
+            PlanMismatchError: the function or its shapes are not those of the plan.
+        """
+        vega.check_installed()
+        name = name or getattr(fun, "__name__", "plan")
+        if reading is None and fun is not None:
+            options = {"argnums": argnums, "has_aux": has_aux, "source": source}
+            static = {"static_argnums": static_argnums, "static_argnames": static_argnames}
+            reading = read_plan(self, fun, args, kwargs, **options, **static)
+        if reading is None:
+            reading = Reading(
+                why_not="Nothing was compiled for this page: give to_html the function and its arguments."
+            )
+        content = Content(name=name, plans=(self,), reading=reading, frontier=frontier, command=command)
+        text = page_html(content)
+        if path is not None:
+            write_text(path, text)
+        return text
 
     def flat(self, program: Program) -> Callable[..., list[Any]]:
         """Return the planned program as a function of flat inputs.

@@ -1,6 +1,7 @@
 """What a person reads of a plan: sizes with their labels, the tree of regions, what is saved, what is not counted."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,31 +13,38 @@ from rich.text import Text
 from rich.tree import Tree
 
 from jaxckpt.kinds.base import kind_named
-from jaxckpt.model.option import Place
-from jaxckpt.result._protocols import FrontierLike, Group, PlanLike, PointLike, StepLike
+from jaxckpt.result._protocols import FrontierLike, PlanLike, PointLike, StepLike
+from jaxckpt.result.regions import runs, span
+from jaxckpt.result.saved_table import saved_table
+from jaxckpt.result.text_chart import text_chart
 from jaxckpt.units import short_bytes, short_count, show_bytes
 
-_WIDTH = 118
-_MAX_ROWS = 24
+_WIDTH = 80
 _STOPPED = "The search stopped at max_compiles; with more of them there may be a cheaper plan."
 
 
-def show_plan(plan: PlanLike, *, color: bool = False, width: int = _WIDTH) -> str:
+def show_plan(plan: PlanLike, *, color: bool = False, width: int = _WIDTH, all_rows: bool = False) -> str:
     """Return the whole report as text.
 
     Args:
         plan: what to report.
         color: with terminal colours.
         width: columns.
+        all_rows: whether to show every row of what is saved, and not the ten largest.
     """
     parts = [Text(_headline(plan), style="bold"), _sizes(plan)]
     if plan.schedule is not None:
-        parts += [_tree(plan), _saved(plan.saved)]
+        parts += [_tree(plan), saved_table(plan.saved, width=width, is_sharded=plan.split > 1, all_rows=all_rows)]
     return _rendered([*parts, *_notes(plan)], color, width)
 
 
 def show_step(
-    step: StepLike, *, more: Sequence[tuple[str, str, str]] = (), color: bool = False, width: int = _WIDTH
+    step: StepLike,
+    *,
+    more: Sequence[tuple[str, str, str]] = (),
+    color: bool = False,
+    width: int = _WIDTH,
+    all_rows: bool = False,
 ) -> str:
     """Return the report of a whole step as text: its own bytes, and the reports of its plans.
 
@@ -45,33 +53,32 @@ def show_step(
         more: rows to begin the table with.
         color: with terminal colours.
         width: columns.
+        all_rows: as in `show_plan`.
     """
     measured, unplanned = step.measurement, step.unplanned
     planned = sum(plan.schedule is not None for plan in step.plans)
+    is_sharded = any(plan.split > 1 for plan in step.plans)
+    each = " per device" if is_sharded else ""
     instead = "" if unplanned is None else f" instead of {short_bytes(unplanned.device_bytes)}"
     headline = (
-        f"Step for {measured.target}: {short_bytes(measured.device_bytes)}{instead}, {planned} of {len(step.plans)} "
-        f"function{'' if len(step.plans) == 1 else 's'} planned."
+        f"Step for {measured.target}: {short_bytes(measured.device_bytes)}{instead}{each}, {planned} of "
+        f"{len(step.plans)} function{'' if len(step.plans) == 1 else 's'} planned."
     )
-    table = _table()
-    for row in more:
-        table.add_row(*row)
-    table.add_row("budget", show_bytes(step.budget_bytes), "given")
+    rows = [*more, ("budget", show_bytes(step.budget_bytes), "given")]
     if unplanned is not None:
-        table.add_row("unplanned step", show_bytes(unplanned.device_bytes), "measured")
-    said = "measured, at most" if measured.is_at_most else "measured"
-    table.add_row("step", show_bytes(measured.device_bytes), said)
+        rows.append(("unplanned step", show_bytes(unplanned.device_bytes), "measured"))
+    rows.append(("step", show_bytes(measured.device_bytes), "measured, at most" if measured.is_at_most else "measured"))
     held = measured.argument_bytes + measured.output_bytes - measured.alias_bytes
-    table.add_row("arguments and results", show_bytes(held), "measured, the same under every plan")
-    _add_constants(table, step.constant_bytes)
-    _add_compiles(table, step.num_compiles, step.calibration)
+    rows.append(("arguments and results", show_bytes(held), "measured, in all plans"))
+    rows += [*_constants(step.constant_bytes), *_compiles(step.num_compiles, step.calibration)]
+    table = _table(rows, is_sharded=is_sharded)
     notes = []
     if measured.device_bytes > step.budget_bytes:
         notes.append('Nothing fits the budget; these are the plans with the least bytes (on_infeasible="least").')
     if step.is_stopped:
         notes.append(_STOPPED)
     own = _rendered([Text(headline, style="bold"), table, *notes], color, width)
-    return "\n".join([own, *(show_plan(plan, color=color, width=width) for plan in step.plans)])
+    return "\n".join([own, *(show_plan(plan, color=color, width=width, all_rows=all_rows) for plan in step.plans)])
 
 
 def show_frontier(frontier: FrontierLike, *, color: bool = False, width: int = _WIDTH) -> str:
@@ -87,17 +94,19 @@ def show_frontier(frontier: FrontierLike, *, color: bool = False, width: int = _
         f"Peak bytes against step {'time' if frontier.cost == 'time' else 'FLOPs'} on {frontier.target}: "
         f"{len(frontier.plans)} of {frontier.num_candidates} plans, and policies written around the whole function."
     )
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     has_host = any(point.host_bytes for point in frontier.points)
-    host = ("on the host",) if has_host else ()
-    for name in (f"peak, {label}", "of unplanned", *host, "step cost", "recomputed", ""):
-        table.add_column(name, justify="left" if not name else "right")
+    is_sharded = any(plan.split > 1 for plan in frontier.plans)
+    # Both beside each other would leave no room for what the points are.
+    beside = "on the host" if has_host else "share"
+    heads = ["per device" if is_sharded else "peak", beside, "step cost"]
+    for name in (*heads, "recomputed", ""):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True, overflow="ellipsis")
     unplanned = next(p.peak_bytes for p in frontier.points if p.name == "unplanned")
     for point in frontier.points:
         table.add_row(
-            show_bytes(point.peak_bytes),
-            f"{point.peak_bytes / max(1, unplanned):.1%}",
-            *((short_bytes(point.host_bytes),) if has_host else ()),
+            short_bytes(point.peak_bytes),
+            short_bytes(point.host_bytes) if has_host else f"{point.peak_bytes / max(1, unplanned):.1%}",
             f"{point.cost_ratio:.4f}",
             f"{point.recompute_flops / max(1, frontier.forward_flops):.2%}",
             _point_name(point),
@@ -106,11 +115,13 @@ def show_frontier(frontier: FrontierLike, *, color: bool = False, width: int = _
     cost = "modelled" if frontier.cost == "time" else "counted"
     note = (
         f"Step cost is {cost}, as a fraction of the unplanned step's; recomputed FLOPs are counted, of the forward's. "
-        f"Peaks are {label}."
+        f"Peaks are {label}{', per device' * is_sharded}{'' if has_host else ', and shares are of the unplanned peak'}."
     )
     if not frontier.is_measured:
         note += " verify=True compiles every point and measures it."
-    return _rendered([Text(headline, style="bold"), table, note], color, width)
+    chart = text_chart(frontier.points)
+    drawn = [Text(f"\n{chart}\n")] if chart else []
+    return _rendered([Text(headline, style="bold"), table, *drawn, note], color, width)
 
 
 def _point_name(point: PointLike) -> str:
@@ -118,7 +129,7 @@ def _point_name(point: PointLike) -> str:
         return point.name
     schedule = point.plan.schedule
     saved = short_bytes(sum(g.size_bytes for g in point.plan.saved))
-    return f"plan: {schedule.num_regions} regions, {schedule.depth} deep, {saved} saved"
+    return f"{schedule.num_regions} regions, {schedule.depth} deep, {saved}"
 
 
 def _rendered(parts: Iterable[Any], color: bool, width: int) -> str:
@@ -137,7 +148,7 @@ def show_targets(rows: Sequence[dict[str, Any]], *, color: bool = False, width: 
         color: with terminal colours.
         width: columns.
     """
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("target", "memory", "TB/s", "host GB/s", "TFLOP/s bf16", "f32", "compiler", "defined by"):
         table.add_column(name, justify="left" if name in ("target", "compiler", "defined by") else "right")
     for row in rows:
@@ -150,7 +161,7 @@ def show_targets(rows: Sequence[dict[str, Any]], *, color: bool = False, width: 
             f"{row['host_bandwidth'] / 1e9:.3g}",
             f"{rates.get('bfloat16', rates['other']) / 1e12:.4g}",
             f"{rates['other'] / 1e12:.4g}",
-            f"{row['platform']} {row['compiler']}" if row["usable"] else f"{row['platform']}, not usable here",
+            f"{row['platform']} {row['compiler']}" if row["usable"] else f"{row['platform']}, not here",
             row["origin"],
         )
     missing = {row["platform"]: row for row in reversed(rows) if not row["usable"]}
@@ -171,9 +182,10 @@ def _headline(plan: PlanLike) -> str:
     share = plan.recompute_flops / max(1, plan.forward_flops)
     # Where both are predicted the table says so; a measured number beside a predicted one needs a word at once.
     guess = " (predicted)" if plan.measured_peak_bytes and not plan.is_unplanned_measured else ""
+    each = " per device" if plan.split > 1 else ""
     return (
         f"Plan for {plan.target} by {plan.solver}: {short_bytes(plan.peak_bytes)} instead of "
-        f"{short_bytes(plan.unplanned_peak_bytes)}{guess}, {share:.1%} of the forward FLOPs recomputed."
+        f"{short_bytes(plan.unplanned_peak_bytes)}{guess}{each}, {share:.1%} of the forward FLOPs recomputed."
     )
 
 
@@ -181,70 +193,88 @@ def _label(is_measured: bool) -> str:
     return "measured" if is_measured else "predicted"
 
 
-def _table() -> Table:
+Rows = list[tuple[str, str, str]]
+_BYTES = re.compile(r"bytes\)|\d [KMGT]?i?B\b")
+
+
+def _table(rows: Rows, *, is_sharded: bool) -> Table:
+    """Numbers with what they are of and where they come from; of several devices, each says whether it is one's."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    for _ in range(3):
-        table.add_column()
+    for no_wrap in (True, True, False):
+        table.add_column(no_wrap=no_wrap)
+    for name, number, said in rows:
+        table.add_row(name, _of_devices(number) if is_sharded else number, said)
     return table
 
 
-def _add_constants(table: Table, size_bytes: int) -> None:
-    if size_bytes:
-        table.add_row("closed-over arrays", show_bytes(size_bytes), "constants of the program, no arguments")
+def _of_devices(number: str) -> str:
+    """A number with whose it is: bytes are of each device, FLOPs of all of them."""
+    if "FLOP" in number:
+        return number.replace("FLOP", "FLOP on all devices")
+    last = [*_BYTES.finditer(number)][-1:]
+    if not last:
+        return number
+    end = last[0].end() - number[: last[0].end()].endswith(")")
+    return f"{number[:end]} per device{number[end:]}"
 
 
-def _add_compiles(table: Table, number: int, calibration: str | None) -> None:
-    table.add_row("compiles", str(number), f"calibrated by {calibration}" if calibration else "")
+def _constants(size_bytes: int) -> Rows:
+    return [("closed-over arrays", show_bytes(size_bytes), "constants")] if size_bytes else []
+
+
+def _compiles(number: int, calibration: str | None) -> Rows:
+    return [("compiles", f"{number}, calibrated by {calibration[:12]}" if calibration else str(number), "")]
 
 
 def _sizes(plan: PlanLike) -> Table:
-    table = _table()
+    rows: Rows = []
     if plan.budget_bytes is not None:
-        table.add_row("budget", show_bytes(plan.budget_bytes), "given")
+        rows.append(("budget", show_bytes(plan.budget_bytes), "given"))
     elif plan.max_cost is not None:
-        table.add_row("max cost", f"{plan.max_cost:g} x unplanned", "given")
-    table.add_row("unplanned peak", show_bytes(plan.unplanned_peak_bytes), _label(plan.is_unplanned_measured))
+        rows.append(("max cost", f"{plan.max_cost:g} x unplanned", "given"))
+    rows.append(("unplanned peak", show_bytes(plan.unplanned_peak_bytes), _label(plan.is_unplanned_measured)))
     if plan.written_peak_bytes is not None:
-        table.add_row("as it is written", show_bytes(plan.written_peak_bytes), "measured, with its own checkpoints")
+        rows.append(("as it is written", show_bytes(plan.written_peak_bytes), "measured"))
     if plan.measured_peak_bytes is not None:
         said = "measured, at most" if plan.is_at_most else "measured"
         said += ", its blocks profiled" if plan.is_profiled else ""
-        table.add_row("planned peak", show_bytes(plan.measured_peak_bytes), said)
+        rows.append(("planned peak", show_bytes(plan.measured_peak_bytes), said))
     else:
         said = "profiled" if plan.is_profiled else "predicted"
-        table.add_row("planned peak", show_bytes(plan.predicted_peak_bytes), said)
+        rows.append(("planned peak", show_bytes(plan.predicted_peak_bytes), said))
     if plan.next_peak_bytes is not None:
         said = "measured, does not fit" if plan.max_cost is None else "measured"
-        table.add_row("next cheaper plan", show_bytes(plan.next_peak_bytes), said)
+        rows.append(("next cheaper plan", show_bytes(plan.next_peak_bytes), said))
     if plan.least_peak_bytes is not None:
-        table.add_row("least feasible peak", show_bytes(plan.least_peak_bytes), "measured")
+        rows.append(("least feasible peak", show_bytes(plan.least_peak_bytes), "measured"))
     else:
-        table.add_row("least feasible peak", f"about {short_bytes(plan.expected_least_bytes)}", "predicted")
+        rows.append(("least feasible peak", f"about {short_bytes(plan.expected_least_bytes)}", "predicted"))
     if plan.host_bytes or plan.host_budget_bytes is not None:
-        _add_host(table, plan)
-    table.add_row("forward", f"{short_count(plan.forward_flops)}FLOP", "counted")
+        rows += _host(plan)
+    rows.append(("forward", f"{short_count(plan.forward_flops)}FLOP", "counted"))
     share = plan.recompute_flops / max(1, plan.forward_flops)
-    table.add_row("recomputation", f"{short_count(plan.recompute_flops)}FLOP, {share:.2%} of the forward", "counted")
+    rows.append(("recomputation", f"{short_count(plan.recompute_flops)}FLOP, {share:.2%} of the forward", "counted"))
     if plan.cost == "time":
         step = plan.recompute_cost / max(1, plan.unplanned_cost)
-        said = "" if step >= 0 else " saved: loops stack less"
-        table.add_row("", f"{abs(step):.2%} of the unplanned step's time{said}", "modelled")
-    _add_constants(table, plan.constant_bytes)
-    _add_compiles(table, plan.num_compiles, plan.calibration)
-    return table
+        said = "modelled" if step >= 0 else "saved: less stacking"
+        rows.append(("", f"{abs(step):.2%} of the unplanned step's time", said))
+    rows += [*_constants(plan.constant_bytes), *_compiles(plan.num_compiles, plan.calibration)]
+    return _table(rows, is_sharded=plan.split > 1)
 
 
-def _add_host(table: Table, plan: PlanLike) -> None:
+def _host(plan: PlanLike) -> Rows:
     """What is on the host, and what of it crosses the link."""
+    rows: Rows = []
     if plan.host_budget_bytes is not None:
-        table.add_row("host budget", show_bytes(plan.host_budget_bytes), "given")
-    table.add_row("on the host", show_bytes(plan.host_bytes), _label(plan.measured_host_bytes is not None))
+        rows.append(("host budget", show_bytes(plan.host_budget_bytes), "given"))
+    rows.append(("on the host", show_bytes(plan.host_bytes), _label(plan.measured_host_bytes is not None)))
     if not plan.link_bytes:
-        return
-    table.add_row("to and from it", f"{short_bytes(plan.link_bytes)} each way in a step", "predicted")
+        return rows
+    rows.append(("to and from it", f"{short_bytes(plan.link_bytes)} each way in a step", "predicted"))
     if plan.cost == "time":
-        waits = f"waits {plan.idle_time / max(1, plan.unplanned_cost):.2%} of the unplanned step's time for the link"
-        table.add_row("", waits, "modelled")
+        waits = f"{plan.idle_time / max(1, plan.unplanned_cost):.2%} of the unplanned step's time"
+        rows.append(("waiting for the link", waits, "modelled"))
+    return rows
 
 
 def _tree(plan: PlanLike) -> Tree:
@@ -257,64 +287,34 @@ def _tree(plan: PlanLike) -> Tree:
 
 def _grow(tree: Tree, nodes: Sequence[Node], plan: PlanLike) -> None:
     # Regions nest some twenty deep at most, so recursion is safe here.
-    for run in _runs(nodes):
+    for run in runs(nodes):
         first, last = run[0], run[-1]
         if isinstance(first, Keep):
-            branch = tree.add(f"keep {_span(first.start, last.stop, plan)}")
+            branch = tree.add(_line(f"keep {span(first.start, last.stop, plan)}"))
             for node in run:
                 save = plan.block_saves[node.start]
                 for line in kind_named(save.kind).describe(save):
-                    branch.add(f"block {node.start}: {line}")
+                    branch.add(_line(f"block {node.start}: {line}"))
         else:
-            branch = tree.add(f"recompute {_span(first.start, first.stop, plan)}")
+            branch = tree.add(_line(f"recompute {span(first.start, first.stop, plan)}"))
             if any(not isinstance(child, Keep) for child in first.children):
                 _grow(branch, first.children, plan)
 
 
-def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
-    """Kept blocks in a row belong on one line."""
-    run: list[Node] = []
-    for node in nodes:
-        if run and not (isinstance(node, Keep) and isinstance(run[-1], Keep)):
-            yield run
-            run = []
-        run.append(node)
-    if run:
-        yield run
-
-
-def _span(start: int, stop: int, plan: PlanLike) -> str:
-    blocks = f"block {start}" if stop == start + 1 else f"blocks {start}-{stop - 1}"
-    first, last = plan.block_labels[start], plan.block_labels[stop - 1]
-    return f"{blocks}  {first}" if first == last else f"{blocks}  {first} ... {last}"
-
-
-def _saved(groups: Sequence[Group]) -> Table:
-    total = sum(g.size_bytes for g in groups)
-    title = f"saved from forward to backward: {short_bytes(total)}"
-    if on_host := sum(g.size_bytes for g in groups if g.place == Place.HOST.value):
-        title += f", {short_bytes(on_host)} of it on the host"
-    table = Table(title=title, title_justify="left", box=None)
-    for name in ("count", "bytes", "value", "of", "where", "scope", *(("at",) if on_host else ())):
-        table.add_column(name, justify="right" if name in ("count", "bytes") else "left", overflow="fold")
-    for group in groups[:_MAX_ROWS]:
-        source = group.source.rsplit("/", 1)[-1]
-        row = [str(group.count), short_bytes(group.size_bytes), group.shape_dtype, group.primitive, source, group.scope]
-        table.add_row(*row, *((group.place,) if on_host else ()))
-    if len(groups) > _MAX_ROWS:
-        rest = groups[_MAX_ROWS:]
-        table.add_row(str(sum(g.count for g in rest)), short_bytes(sum(g.size_bytes for g in rest)), "others")
-    return table
+def _line(text: str) -> Text:
+    """A line that is cut where the terminal ends."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _notes(plan: PlanLike) -> Iterator[str]:
     is_part = plan.budget_bytes is None and plan.max_cost is None
     adam = 2 * plan.parameter_bytes
+    spread = " on all devices together" if plan.split > 1 else ""
     if not is_part:
         yield (
             "The budget covers arguments, gradients and temporaries of the value and gradient. It does not cover what "
-            f"lives outside: optimizer state (Adam: about {short_bytes(adam)}, twice the parameters), other models, "
-            "data. Leave room for it with reserve=..., or let fit(...) plan the whole step."
+            f"lives outside: optimizer state (Adam: about {short_bytes(adam)}{spread}, twice the parameters), other "
+            "models, data. Leave room for it with reserve=..., or let fit(...) plan the whole step."
         )
     if plan.unknown:
         yield f"Counted by their bytes, for want of a rule: {', '.join(plan.unknown)}."

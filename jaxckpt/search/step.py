@@ -338,12 +338,24 @@ class Step:
     def measure(self, picks: Picks) -> Measurement:
         """Compile the step; each choice is compiled once."""
         if picks not in self.measured:
-            fun = under(self.choice(picks), self.fun)
-            given = dict(self.options.jit)
-            options = {**self.compiler_options, **(given.pop("compiler_options", None) or {})}
-            given |= {"compiler_options": options} if options else {}
-            self.measured[picks] = compiled_bytes(fun, self.args, self.target, self.donate_argnums, jit_options=given)
+            fun, options = self.under(picks), self.jit_options
+            self.measured[picks] = compiled_bytes(fun, self.args, self.target, self.donate_argnums, jit_options=options)
         return self.measured[picks]
+
+    def under(self, picks: Picks) -> Callable:
+        """The step with these plans inside, to be compiled."""
+        return under(self.choice(picks), self.fun)
+
+    @property
+    def jit_options(self) -> dict[str, Any]:
+        """The keywords of `jax.jit` that it is compiled with."""
+        given = dict(self.options.jit)
+        options = {**self.compiler_options, **(given.pop("compiler_options", None) or {})}
+        return given | ({"compiler_options": options} if options else {})
+
+    def jaxpr(self, picks: Picks) -> Any:
+        """The closed jaxpr of the step with these plans inside."""
+        return jax.make_jaxpr(self.under(picks))(*self.args)
 
     def cost(self, picks: Picks) -> float:
         """Work beyond that without plans, as a fraction of what the functions take."""
@@ -356,7 +368,7 @@ class Step:
 
     def jitted(self, picks: Picks) -> Callable:
         """The step with these plans inside; it refuses arguments that it was not planned for."""
-        planned = under(self.choice(picks), self.fun)
+        planned = self.under(picks)
 
         def fitted(*args: Any, **kwargs: Any) -> Any:
             given = args if self._has_objects else self._pure(self._rebound(args, kwargs)).positional[1]
