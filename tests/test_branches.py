@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_plain_conditional(name):
                 assert_close(planned(ws, x + shift), plain(ws, x + shift), 1e-11)
 
 
-# How often a loop runs that holds few states is in a table and not in the jaxpr, and every plan of the nested one has such.
+# How often a loop with few states runs is in no jaxpr, and every plan of the nested one has such loops.
 @pytest.mark.parametrize("name", slow_but([name for name in LOSSES if name != "nested"], *QUICK))
 def test_predicted_recomputation_is_what_jax_does(name):
     s = analysed(LOSSES[name], *shapes())
