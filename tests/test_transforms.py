@@ -194,9 +194,10 @@ def compare(transform, construct):
 def recomputation(fun, args):
     """How many regions there are, and how many forward operations."""
     if os.environ.get("JAX_REMAT3"):
-        # In this mode regions are barriers, and primitives of a new kind that only costs are counted inside of.
+        # In this mode regions are barriers, or what they are elsewhere where barriers wait for nothing, and primitives
+        # of a new kind that only costs are counted inside of.
         barriers = str(jax.make_jaxpr(fun)(*args)).count("optimization_barrier")
-        return barriers, gradient_cost(fun, *args).flops
+        return barriers + count(fun, *args)["checkpoint"], gradient_cost(fun, *args).flops
     found = count(fun, *args)
     return found["checkpoint"], found["dot_general"] + found["tanh"]
 
