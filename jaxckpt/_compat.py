@@ -552,6 +552,13 @@ def is_kernel(eqn: Any) -> bool:
     return eqn.primitive.name == "pallas_call"
 
 
+def runs_kernel(primitive: Any, params: dict[str, Any]) -> bool:
+    """Whether a primitive calls a Pallas kernel, itself or in a jaxpr among its parameters."""
+    if primitive.name == "pallas_call":
+        return True
+    return any(runs_kernel(eqn.primitive, eqn.params) for jaxpr in jaxprs_in_params(params) for eqn in jaxpr.eqns)
+
+
 def is_shard_map(eqn: Any) -> bool:
     """Whether an equation is a `jax.shard_map` (its primitive has no public name)."""
     return eqn.primitive.name == "shard_map"
@@ -574,3 +581,10 @@ def saves_name(policy: Any, name: str) -> bool:
     if isinstance(case, bool):
         return case
     return type(case).__name__ in ("Offloadable", "SaveableType")
+
+
+def defined_at(jaxpr: Any) -> str:
+    """`file:line (function)` of the function that a jaxpr was traced from; empty where it does not say."""
+    info = getattr(getattr(jaxpr, "debug_info", None), "func_src_info", "") or ""
+    name, _, place = info.rpartition(" at ")
+    return f"{place} ({name})" if name and place else ""

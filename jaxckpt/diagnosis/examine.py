@@ -10,7 +10,7 @@ from jaxckpt.compilation.compiled import flags
 from jaxckpt.compilation.measure import Measurement
 from jaxckpt.diagnosis.names_faults import name_findings
 from jaxckpt.diagnosis.residuals import Kept, copies_of_constants, gathered, is_in, kernels_again
-from jaxckpt.diagnosis.sites import Group, equations, groups_of, line_of
+from jaxckpt.diagnosis.sites import Group, equations, groups_of
 from jaxckpt.diagnosis.subject import EVERY, Subject, Treatment, change
 from jaxckpt.diagnosis.suspects import Suspect, misses_kernels, suspects_of
 from jaxckpt.diagnosis.texts import TEXTS
@@ -20,6 +20,7 @@ from jaxckpt.result.diagnosis import Checkpoint, Diagnosis, Finding, Label, Shar
 # Of the device bytes, less than this is no difference, and less than that is not worth a word.
 _SAME, _WORTH = 1 / 200, 1 / 200
 _MOST_SHARES = 12
+_UNREAD = ("names-nowhere", "names-outside", "names-no-residual")
 
 
 def examine(
@@ -46,7 +47,7 @@ class _Examination:
 
     def run(self, name: str, is_step: bool, kept_for_plan: int) -> Diagnosis:
         subject = self.subject
-        base = subject.measure(as_set=bool(_compat.barrier_flags()))
+        base = subject.measure(as_set=subject.as_set is not None)
         assert base is not None, "one compile at least is allowed"
         self.base = base
         memory = self._memory()
@@ -55,12 +56,17 @@ class _Examination:
         subject.most_compiles -= kept_for_plan
         findings = [*self._about_flags(), *self._about_groups(), *self._about_kernels()]
         bare = subject.measure(change(EVERY, "out")) if self.groups else None
+        checkpoints = tuple(map(self._checkpoint, self.groups))
         subject.most_compiles += kept_for_plan
         if self.groups:
             findings += name_findings(self.groups, self.losses, subject.jaxpr(change(EVERY, "save nothing")))
         findings += self._about_residuals(memory)
+        # Where there is a cause, that nothing is saved is no finding of its own.
+        explained = {f.source for f in findings if f.kind in ("cse-outside-loop", *_UNREAD)}
+        if any(f.kind == "barriers-removed" for f in findings):
+            explained |= {group.source for group in self.groups}
+        findings = [f for f in findings if f.kind != "saves-nothing" or f.source not in explained]
         findings.sort(key=lambda f: -(f.size_bytes or 0))
-        checkpoints = tuple(map(self._checkpoint, self.groups))
         return Diagnosis(
             name=name,
             target=base.target,
@@ -147,20 +153,16 @@ class _Examination:
 
     def _about_kernels(self) -> Iterator[Finding]:
         groups = [group for group in self.groups if misses_kernels(group)]
-        again = kernels_again(self.subject.jaxpr()) if groups else {}
+        again = kernels_again(self.subject.jaxpr()) if groups else set()
         for group in groups:
-            inside = {line_of(eqn.source_info) for s in group.sites for eqn in equations(s.jaxpr) if _compat.is_kernel(eqn)}
-            names = sorted({name for line in inside for name in again.get(line, ())})
-            if not names:
-                continue
+            inside = (eqn for site in group.sites for eqn in equations(site.jaxpr) if _compat.is_kernel(eqn))
+            names = sorted(again & {_compat.kernel_cost(eqn)[0] for eqn in inside})
             treatment = change(group.source, "save kernels")
-            bytes_, label = self._bytes(treatment)
-            work = self.subject.flops() - self.subject.flops(treatment)
+            work = self.subject.flops() - self.subject.flops(treatment) if names else 0
             if work > 0:
-                named = {"names": ", ".join(names)}
-                yield _finding(
-                    "kernel-recomputed", group.source, named, self.base.device_bytes - bytes_, work, label
-                )
+                bytes_, label = self._bytes(treatment)
+                spared, named = self.base.device_bytes - bytes_, {"names": ", ".join(names)}
+                yield _finding("kernel-recomputed", group.source, named, spared, work, label)
 
     def _checkpoint(self, group: Group) -> Checkpoint:
         treatment = change(group.source, "out")
@@ -199,29 +201,28 @@ class _Examination:
 
     def _about_residuals(self, memory: CompiledMemory | None) -> Iterator[Finding]:
         jaxpr = self.subject.jaxpr()
-        for kind, all_kept in (
-            ("constant-saved-by-iterations", _by_line(copies_of_constants(jaxpr))),
-            ("gathers-saved", gathered(jaxpr)),
-        ):
-            for kept in all_kept:
-                if kept.size_bytes < _WORTH * self.base.device_bytes:
-                    continue
+        found = [*copies_of_constants(jaxpr), *(("gathers-saved", kept) for kept in gathered(jaxpr))]
+        for kind, kept in _by_line(found):
+            if kept.size_bytes >= _WORTH * self.base.device_bytes:
                 label = "measured" if is_in(memory, kept.avals) else "counted"
                 yield _finding(kind, kept.source, {"names": kept.shown}, kept.size_bytes, None, label)
 
 
-def _by_line(found: Iterator[Kept]) -> list[Kept]:
-    by: dict[str, list[Kept]] = {}
-    for kept in found:
-        by.setdefault(kept.source, []).append(kept)
+def _by_line(found: list[tuple[str, Kept]]) -> list[tuple[str, Kept]]:
+    by: dict[tuple[str, str], list[Kept]] = {}
+    for kind, kept in found:
+        by.setdefault((kind, kept.source), []).append(kept)
     return [
-        Kept(
-            source=source,
-            shown=", ".join(dict.fromkeys(k.shown for k in some)),
-            size_bytes=sum(k.size_bytes for k in some),
-            avals=tuple(aval for k in some for aval in k.avals),
+        (
+            kind,
+            Kept(
+                source=source,
+                shown=", ".join(dict.fromkeys(k.shown for k in some)),
+                size_bytes=sum(k.size_bytes for k in some),
+                avals=tuple(aval for k in some for aval in k.avals),
+            ),
         )
-        for source, some in by.items()
+        for (kind, source), some in by.items()
     ]
 
 

@@ -1,5 +1,6 @@
 """What a differentiated program saves that it need not: copies of a constant, gathered arrays, results of kernels."""
 
+import enum
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from jaxckpt.program.primitives import ALIAS, find_primitives
 
 # The same elements, or the same in another precision.
 _SAME = ALIAS | find_primitives("convert_element_type transpose")
+_TAKES = find_primitives("dynamic_slice gather")
+_CALLS = frozenset({prims.jit_p, prims.closed_call_p, prims.remat_p})
 _BACKWARD, _AGAIN = "transpose(", "rematted_computation"
 
 
@@ -38,35 +41,82 @@ class Kept:
     avals: tuple[Any, ...]
 
 
-def copies_of_constants(jaxpr: Any) -> Iterator[Kept]:
-    """What loops stack for the backward pass although it is the same in every iteration."""
+def copies_of_constants(jaxpr: Any) -> Iterator[tuple[str, Kept]]:
+    """What loops stack for the backward pass although it is the same in every iteration, or lies in a constant.
+
+    Returns:
+        Pairs of what kind of finding it is, and the values.
+    """
     for body in _bodies(jaxpr):
         readers = _readers(body)
         for eqn in body.eqns:
             if eqn.primitive is not prims.scan_p or not is_loop(eqn) or _is_backward(eqn):
                 continue
-            same = _invariant_results(eqn)
-            kept = [v for v in same if any(map(_is_backward, readers.get(v, ())))]
-            for v in kept:
-                size = size_bytes(v.aval)
-                yield Kept(
-                    source=line_of(eqn.source_info),
-                    shown=show_aval(v.aval),
-                    size_bytes=size - size // eqn.params["length"],
-                    avals=(v.aval,),
-                )
+            for v, what in _needless(eqn):
+                if any(map(_is_backward, readers.get(v, ()))):
+                    size, length = size_bytes(v.aval), eqn.params["length"]
+                    is_same = what is _Of.CONSTANTS
+                    yield (
+                        "constant-saved-by-iterations" if is_same else "slices-saved",
+                        Kept(
+                            source=line_of(eqn.source_info),
+                            shown=show_aval(v.aval),
+                            size_bytes=size - size // length if is_same else size,
+                            avals=(v.aval,),
+                        ),
+                    )
 
 
-def _invariant_results(eqn: Any) -> list[Any]:
-    """The stacked results of a scan that depend on neither what is carried nor a slice."""
+class _Of(enum.IntEnum):
+    """What a value in a loop's body is made of."""
+
+    CONSTANTS = 0  # the same in every iteration
+    SLICES = 1  # a part of what is the same
+    ITERATIONS = 2
+
+
+def _needless(eqn: Any) -> Iterator[tuple[Any, _Of]]:
+    """The stacked results of a scan that need not be stacked."""
     num_consts, num_carry = _compat.scan_layout(eqn.params)
     body = eqn.params["jaxpr"].jaxpr
-    changing = set(body.invars[num_consts:])
-    for one in body.eqns:
-        if one.effects or any(not isinstance(v, jex.Literal) and v in changing for v in one.invars):
-            changing |= set(one.outvars)
-    pairs = zip(body.outvars[num_carry:], eqn.outvars[num_carry:], strict=True)
-    return [made for inner, made in pairs if not isinstance(inner, jex.Literal) and inner not in changing]
+    given = [_Of.CONSTANTS if i < num_consts else _Of.ITERATIONS for i in range(len(body.invars))]
+    made = _made_of(body, given)[num_carry:]
+    for v, what in zip(eqn.outvars[num_carry:], made, strict=True):
+        if what is not _Of.ITERATIONS:
+            yield v, what
+
+
+def _made_of(jaxpr: Any, given: list[_Of]) -> list[_Of]:
+    """What the results of a jaxpr are made of.
+
+    Args:
+        jaxpr: open.
+        given: what its operands are made of.
+    """
+    env = dict(zip(jaxpr.invars, given, strict=True))
+    of = lambda v: _Of.CONSTANTS if isinstance(v, jex.Literal) else env.get(v, _Of.CONSTANTS)  # noqa: E731
+    for eqn in jaxpr.eqns:
+        operands = [of(v) for v in eqn.invars]
+        env |= zip(eqn.outvars, _results(eqn, operands), strict=True)
+    return [of(v) for v in jaxpr.outvars]
+
+
+def _results(eqn: Any, operands: list[_Of]) -> list[_Of]:
+    worst = max(operands, default=_Of.CONSTANTS)
+    if eqn.effects:
+        worst = _Of.ITERATIONS
+    elif eqn.primitive is prims.cond_p:
+        # Which branch runs is another matter: what it saves is the same wherever it does.
+        branches = [_made_of(branch.jaxpr, operands[1:]) for branch in eqn.params["branches"]]
+        return [max(column) for column in zip(*branches, strict=True)]
+    elif eqn.primitive in _CALLS:
+        (inner,) = jex.jaxprs_in_params(eqn.params)
+        return _made_of(inner, operands)
+    elif eqn.primitive in _TAKES and operands[0] is not _Of.ITERATIONS:
+        worst = max(operands[0], _Of.SLICES if worst is _Of.ITERATIONS else worst)
+    elif worst is _Of.SLICES and eqn.primitive not in _SAME:
+        worst = _Of.ITERATIONS
+    return [worst] * len(eqn.outvars)
 
 
 def gathered(jaxpr: Any) -> list[Kept]:
@@ -112,23 +162,21 @@ def _find_gathered(jaxpr: Any, trips: int, wanted: set[Any], found: dict[str, li
             _find_gathered(inner, trips * trips_of(eqn), own, found)
 
 
-def kernels_again(jaxpr: Any, is_again: bool = False) -> dict[str, set[str]]:
-    """Pallas kernels that checkpoints run again in the backward pass: their lines and names.
+def kernels_again(jaxpr: Any, is_again: bool = False) -> set[str]:
+    """The names of Pallas kernels that checkpoints run again in the backward pass.
 
     Args:
         jaxpr: a differentiated jaxpr.
         is_again: whether all of it is recomputation.
     """
-    found: dict[str, set[str]] = defaultdict(set)
+    found: set[str] = set()
     for eqn in jaxpr.eqns:
         again = is_again or _AGAIN in str(eqn.source_info.name_stack)
         if _compat.is_kernel(eqn):
-            if again:
-                found[line_of(eqn.source_info)].add(_compat.kernel_cost(eqn)[0])
+            found |= {_compat.kernel_cost(eqn)[0]} if again else set()
             continue
         for inner in jex.jaxprs_in_params(eqn.params):
-            for source, names in kernels_again(inner, again).items():
-                found[source] |= names
+            found |= kernels_again(inner, again)
     return found
 
 

@@ -70,6 +70,17 @@ def line_of(source_info: Any) -> str:
     return relative_source(_compat.source_line(source_info))
 
 
+def checkpoint_line(line: str, jaxpr: Any) -> str:
+    """The line of a `jax.checkpoint`: where it is called, or, where jaxckpt is who calls it, what is checkpointed.
+
+    Args:
+        line: that of the call, as JAX has it.
+        jaxpr: what is inside.
+    """
+    shown = relative_source(line)
+    return relative_source(_compat.defined_at(jaxpr)) or shown if not shown or shown.startswith("jaxckpt/") else shown
+
+
 def groups_of(jaxprs: Sequence[Any]) -> tuple[Group, ...]:
     """The checkpoints in differentiated functions, by line, in the order of the program."""
     found: dict[str, list[Site]] = defaultdict(list)
@@ -98,7 +109,7 @@ def _sites(jaxpr: Any, around: _Around) -> Iterator[Site]:
         inside = _inside(eqn, around, later)
         if eqn.primitive is prims.remat_p:
             site = Site(
-                source=line_of(eqn.source_info),
+                source=checkpoint_line(_compat.source_line(eqn.source_info), eqn.params["jaxpr"]),
                 jaxpr=eqn.params["jaxpr"],
                 policy=eqn.params["policy"],
                 has_barriers=_any(eqn.params["prevent_cse"]),

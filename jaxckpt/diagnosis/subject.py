@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -12,9 +11,8 @@ from jaxckpt import _compat
 from jaxckpt.compilation.buffers import CompiledMemory
 from jaxckpt.compilation.measure import Measurement, compiled_bytes
 from jaxckpt.compilation.program_memory import program_memory
-from jaxckpt.diagnosis.sites import jaxpr_flops
+from jaxckpt.diagnosis.sites import checkpoint_line, jaxpr_flops
 from jaxckpt.program.flatten import flatten
-from jaxckpt.program.source import relative_source
 from jaxckpt.search.subjects import TREATED, Treated, peak_of
 from jaxckpt.targets.sharding import step_split
 
@@ -45,15 +43,19 @@ class Subject:
         donate_argnums: as in `jax.jit`.
         jit_options: other keywords of `jax.jit`.
         closed_over: arrays that `fun` takes before the others and that are constants of the program.
+        as_set: the same function under JAX's own flags where those say which kind of checkpoint there is, as
+            `JAX_REMAT3` does; None elsewhere.
         most_compiles: how many programs may be compiled.
+        num_compiles: how many were.
     """
 
     fun: Callable
     specs: Sequence[Any]
     target: str | None
     donate_argnums: int | Sequence[int] = ()
-    jit_options: Mapping[str, Any] = MappingProxyType({})
+    jit_options: Mapping[str, Any] = field(default_factory=dict)
     closed_over: Sequence[Any] = ()
+    as_set: Callable | None = None
     most_compiles: int = 12
     num_compiles: int = 0
     _measured: dict[Any, Measurement] = field(default_factory=dict)
@@ -98,14 +100,14 @@ class Subject:
         Args:
             treatment: of its checkpoints.
             options: compiler options instead of its own; None for those.
-            as_set: leave checkpoints to JAX's own flags, such as `JAX_REMAT3`.
+            as_set: as JAX's own flags say, where they say it.
         """
         key = treatment, None if options is None else tuple(sorted(options.items())), as_set
         if key not in self._measured:
             if not self.can_compile:
                 return None
             self.num_compiles += 1
-            fun = self.fun if as_set else _changed(self.fun, treatment)
+            fun = self.as_set if as_set and self.as_set is not None else _changed(self.fun, treatment)
             given = dict(self.jit_options) if options is None else {**self.jit_options, "compiler_options": options}
             self._measured[key] = compiled_bytes(
                 fun, self.specs, self.target, self.donate_argnums, self.closed_over, given
@@ -116,7 +118,7 @@ class Subject:
         """Its buffers, as it is written."""
         self.num_compiles += 1
         return program_memory(
-            self.fun, self.specs, self.target, self.donate_argnums, self.closed_over, self.jit_options
+            self.as_set or _changed(self.fun, AS_WRITTEN), self.specs, self.target, self.donate_argnums, self.closed_over, self.jit_options
         )
 
     def predict(self, treatment: Treatment, base: Measurement) -> int:
@@ -144,7 +146,7 @@ def _hand(treatment: Treatment) -> Any:
     changes = dict(treatment)
 
     def hand(line: str, params: dict[str, Any]) -> dict[str, Any] | None:
-        what = changes.get(relative_source(line), changes.get(EVERY))
+        what = changes.get(checkpoint_line(line, params["jaxpr"]), changes.get(EVERY))
         if what == "out":
             return None
         if what in ("barriers", "no barriers"):
@@ -163,7 +165,9 @@ def _with_kernels(policy: Any) -> Callable[..., Any]:
     """A policy that saves what Pallas kernels make, too."""
 
     def saves(primitive: Any, *avals: Any, **params: Any) -> Any:
-        return primitive.name == "pallas_call" or (policy is not None and policy(primitive, *avals, **params))
+        if _compat.runs_kernel(primitive, params):
+            return True
+        return policy is not None and policy(primitive, *avals, **params)
 
     return saves
 

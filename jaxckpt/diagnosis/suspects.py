@@ -13,7 +13,7 @@ from jaxckpt.diagnosis.subject import Change
 from jaxckpt.program.primitives import MATMULS
 
 # Of the function's FLOPs, what a checkpoint around the whole of it has at least, and what is left after the last layer.
-_WHOLE, _LITTLE = 0.9, 0.1
+_WHOLE, _LITTLE = 0.9, 0.2
 # Of a checkpoint's FLOPs, what is in a loop or a shard_map that it is around.
 _MOST = 0.8
 

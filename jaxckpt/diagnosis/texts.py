@@ -61,6 +61,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Every iteration of the loop saves a copy of the same {names}, which depends on no iteration.",
         "Compute it before the loop and pass it in, or recompute it in the backward pass.",
     ),
+    "slices-saved": (
+        "Every iteration of the loop saves its slice of an array that is there anyway, {names}: together a copy of it.",
+        "Loop over the array with lax.scan's xs in place of an index, or recompute the slice in the backward pass.",
+    ),
     "gathers-saved": (
         "What all-gathers bring together, {names}, is saved from the forward to the backward pass: each device holds "
         "the whole of what is divided.",
