@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from jaxckpt.kinds.base import Kind as Kind
     from jaxckpt.kinds.base import register_kind as register_kind
     from jaxckpt.result.diagnosis import Diagnosis as Diagnosis
-    from jaxckpt.result.diagnosis import Finding as Finding
+    from jaxckpt.result.findings import Finding as Finding
     from jaxckpt.result.fitted import Fitted as Fitted
     from jaxckpt.result.frontier import Frontier as Frontier
     from jaxckpt.result.names import Names as Names
@@ -75,7 +75,7 @@ _HOMES = {
     "UnsupportedProgramError": "errors",
     "Fitted": "result.fitted",
     "Diagnosis": "result.diagnosis",
-    "Finding": "result.diagnosis",
+    "Finding": "result.findings",
     "doctor": "api.doctor",
     "fit": "api.fit",
     "jit": "api.jit",

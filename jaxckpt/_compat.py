@@ -521,12 +521,8 @@ def hand_over_checkpoints(asks: Callable[[], CheckpointHand | None]) -> None:
 
     def bind(*args: Any, **params: Any) -> Any:
         hand = None if params["differentiated"] else asks()
-        if hand is not None:
-            given, jaxpr = params, params["jaxpr"]
-            params = hand(source_line(source_info_util.current()), given)
-            if params is None:
-                return core.eval_jaxpr(jaxpr, (), *args)
-        return original(*args, **params)
+        given = params if hand is None else hand(source_line(source_info_util.current()), params)
+        return core.eval_jaxpr(params["jaxpr"], (), *args) if given is None else original(*args, **given)
 
     bind.hands_over = True  # type: ignore[attr-defined]
     remat_p.bind = bind

@@ -39,8 +39,8 @@ def doctor(
     """Say what is wrong with a function's own `jax.checkpoint` calls, where its bytes go, and what a plan would do.
 
     Causes are looked for in the traced program: where each checkpoint stands, what its policy names, what loops and
-    collectives save. What is about bytes is then compiled with and without. A checkpoint is taken out while the function
-    is traced, so that JAX differentiates the function without it; those of one line of source go together.
+    collectives save. What is about bytes is then compiled with and without. A checkpoint is taken out while the
+    function is traced, so that JAX differentiates the function without it; those of one line of source go together.
 
     Args:
         fun: a loss, which is differentiated here; or a gradient, or a step that differentiates functions of its own,

@@ -15,17 +15,18 @@ from jaxckpt.diagnosis.subject import EVERY, Subject, Treatment, change
 from jaxckpt.diagnosis.suspects import Suspect, misses_kernels, suspects_of
 from jaxckpt.diagnosis.texts import TEXTS
 from jaxckpt.errors import ProgramFormatError
-from jaxckpt.result.diagnosis import Checkpoint, Diagnosis, Finding, Label, Share, Where
+from jaxckpt.result.diagnosis import Diagnosis
+from jaxckpt.result.findings import Checkpoint, Finding, Label, Share, Where
 
 # Of the device bytes, less than this is no difference, and less than that is not worth a word.
 _SAME, _WORTH = 1 / 200, 1 / 200
+# What a checkpoint saves at most whose place says why it saves next to nothing.
+_LITTLE = 1 / 50
 _MOST_SHARES = 12
 _UNREAD = ("names-nowhere", "names-outside", "names-no-residual")
 
 
-def examine(
-    subject: Subject, name: str, is_step: bool, options: Mapping[str, Any], kept_for_plan: int
-) -> Diagnosis:
+def examine(subject: Subject, name: str, is_step: bool, options: Mapping[str, Any], kept_for_plan: int) -> Diagnosis:
     """Examine a function; a plan's offers are added by who can plan.
 
     Args:
@@ -130,7 +131,8 @@ class _Examination:
         spared, work = self.base.device_bytes - bytes_, self.subject.flops() - self.subject.flops(treatment)
         little = _SAME * self.base.device_bytes
         if suspect.rule == "spares work":
-            is_so = work > 0 and spared >= -little
+            most = little if suspect.kind == "saves-nothing" else _LITTLE * self.base.device_bytes
+            is_so = work > 0 and spared >= -most
         elif suspect.rule == "spares bytes":
             is_so = spared > little or self._merges(treatment)
         else:
@@ -283,5 +285,3 @@ def _where(memory: CompiledMemory) -> Where:
         gap_bytes=memory.gap_bytes[peak] if memory.gap_bytes else 0,
         is_estimated=memory.is_estimated,
     )
-
-

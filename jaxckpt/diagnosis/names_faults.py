@@ -9,7 +9,7 @@ from jaxckpt import _compat
 from jaxckpt.diagnosis.sites import Group, equations
 from jaxckpt.diagnosis.texts import TEXTS
 from jaxckpt.program.regions import names_of
-from jaxckpt.result.diagnosis import Finding
+from jaxckpt.result.findings import Finding
 
 
 def name_findings(groups: Sequence[Group], losses: Sequence[Any], recomputing: Any) -> Iterator[Finding]:
@@ -52,10 +52,6 @@ def _finding(kind: str, group: Group, names: set[str]) -> Finding:
 def _names_recomputed(differentiated: Any) -> set[str]:
     """The names in the parts of a differentiated jaxpr that checkpoints run in the backward pass."""
     backward = (
-        eqn
-        for eqn in equations(differentiated)
-        if eqn.primitive is prims.remat_p and eqn.params["differentiated"]
+        eqn for eqn in equations(differentiated) if eqn.primitive is prims.remat_p and eqn.params["differentiated"]
     )
     return {name for eqn in backward for name in names_of(eqn.params["jaxpr"].eqns)}
-
-

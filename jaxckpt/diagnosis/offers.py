@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxckpt.diagnosis.subject import Subject
 from jaxckpt.errors import OptionError, UnsupportedProgramError
-from jaxckpt.result.diagnosis import Diagnosis, Offer
+from jaxckpt.result.diagnosis import Diagnosis
+from jaxckpt.result.findings import Offer
 from jaxckpt.search.shared_budget import Picks
 from jaxckpt.search.step import Step, StepOptions
 from jaxckpt.units import short_bytes

@@ -158,7 +158,9 @@ def _find_gathered(jaxpr: Any, trips: int, wanted: set[Any], found: dict[str, li
         for inner in jex.jaxprs_in_params(eqn.params):
             own = set()
             if len(inner.outvars) == len(eqn.outvars):
-                own = {v for v, keep in zip(inner.outvars, kept, strict=True) if keep and not isinstance(v, jex.Literal)}
+                own = {
+                    v for v, keep in zip(inner.outvars, kept, strict=True) if keep and not isinstance(v, jex.Literal)
+                }
             _find_gathered(inner, trips * trips_of(eqn), own, found)
 
 

@@ -118,7 +118,12 @@ class Subject:
         """Its buffers, as it is written."""
         self.num_compiles += 1
         return program_memory(
-            self.as_set or _changed(self.fun, AS_WRITTEN), self.specs, self.target, self.donate_argnums, self.closed_over, self.jit_options
+            self.as_set or _changed(self.fun, AS_WRITTEN),
+            self.specs,
+            self.target,
+            self.donate_argnums,
+            self.closed_over,
+            self.jit_options,
         )
 
     def predict(self, treatment: Treatment, base: Measurement) -> int:
@@ -170,5 +175,3 @@ def _with_kernels(policy: Any) -> Callable[..., Any]:
         return policy is not None and policy(primitive, *avals, **params)
 
     return saves
-
-

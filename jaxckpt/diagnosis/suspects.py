@@ -107,13 +107,14 @@ def _has_checkpoint_in_loop(site: Site) -> bool:
 
 def misses_kernels(group: Group) -> bool:
     """Whether a policy that saves what some operations make is given a Pallas kernel, and does not save that."""
-    return any(
-        site.policy is not None
-        and any(map(_compat.is_kernel, equations(site.jaxpr)))
-        and _saves_products(site)
-        and not any(_compat.policy_says(site.policy, e) != "remat" for e in equations(site.jaxpr) if _compat.is_kernel(e))
-        for site in group.sites
-    )
+    return any(map(_misses_kernels, group.sites))
+
+
+def _misses_kernels(site: Site) -> bool:
+    kernels = [eqn for eqn in equations(site.jaxpr) if _compat.is_kernel(eqn)]
+    if site.policy is None or not kernels or not _saves_products(site):
+        return False
+    return all(_compat.policy_says(site.policy, eqn) == "remat" for eqn in kernels)
 
 
 def _saves_products(site: Site) -> bool:

@@ -3,14 +3,14 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from jaxckpt.result.diagnosis import Diagnosis, Finding, Offer
+from jaxckpt.result.findings import Examined, Finding, Offer, Share
 from jaxckpt.units import short_bytes, short_count
 
 _WIDTH, _MOST_ROWS = 80, 8
 _BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 
-def show_diagnosis(found: Diagnosis, *, color: bool = False) -> str:
+def show_diagnosis(found: Examined, *, color: bool = False) -> str:
     """The report a person reads.
 
     Args:
@@ -20,7 +20,7 @@ def show_diagnosis(found: Diagnosis, *, color: bool = False) -> str:
     return "\n".join(_lines(found, color))
 
 
-def _lines(found: Diagnosis, color: bool) -> Iterator[str]:
+def _lines(found: Examined, color: bool) -> Iterator[str]:
     num = len(found.findings)
     said = "nothing found" if not num else f"{num} finding{'s' if num > 1 else ''}"
     verdict = f"{found.name} for {found.target}: {said}, {short_bytes(found.device_bytes)} measured."
@@ -52,7 +52,7 @@ def _finding(i: int, finding: Finding, color: bool) -> Iterator[str]:
     yield from _wrapped(f"-> {advice}", 3)
 
 
-def _sizes(found: Diagnosis) -> Iterator[str]:
+def _sizes(found: Examined) -> Iterator[str]:
     yield _row("device bytes", short_bytes(found.device_bytes), "measured")
     yield _row("  arguments", short_bytes(found.argument_bytes), "")
     yield _row("  results", short_bytes(found.output_bytes), "")
@@ -76,7 +76,7 @@ def _row(label: str, value: str, note: str) -> str:
     return f"{label:23}{value:>14}  {note}".rstrip()[:_WIDTH]
 
 
-def _checkpoints(found: Diagnosis) -> Iterator[str]:
+def _checkpoints(found: Examined) -> Iterator[str]:
     if not found.checkpoints:
         return
     yield ""
@@ -88,11 +88,13 @@ def _checkpoints(found: Diagnosis) -> Iterator[str]:
         yield from _wrapped(f"{saved}recomputes {short_count(one.recomputed_flops)}FLOP", 4)
 
 
-def _where(found: Diagnosis) -> Iterator[str]:
+def _where(found: Examined) -> Iterator[str]:
     if found.where is None:
         return
     label = "estimated from shapes" if found.where.is_estimated else "measured"
-    for title, shares in (("scope", found.where.scopes), ("line", found.where.lines)):
+    tables = [("scope", found.where.scopes), ("line", found.where.lines)]
+    # Code without named scopes has its lines in both.
+    for title, shares in tables[found.where.scopes == found.where.lines :]:
         yield ""
         yield f"at the peak, by {title} ({label})"
         yield from (_share(s.label, s.size_bytes) for s in shares[:_MOST_ROWS])
@@ -102,8 +104,8 @@ def _where(found: Diagnosis) -> Iterator[str]:
     yield _share("gaps in the heap", found.where.gap_bytes)
 
 
-def _rest(shares: Sequence[object]) -> int:
-    return sum(s.size_bytes for s in shares[_MOST_ROWS:])  # type: ignore[attr-defined]
+def _rest(shares: Sequence[Share]) -> int:
+    return sum(s.size_bytes for s in shares[_MOST_ROWS:])
 
 
 def _share(label: str, size_bytes: int) -> str:
@@ -112,7 +114,7 @@ def _share(label: str, size_bytes: int) -> str:
     return f"{short_bytes(size_bytes):>14}  {shown}"
 
 
-def _compiler(found: Diagnosis) -> Iterator[str]:
+def _compiler(found: Examined) -> Iterator[str]:
     yield ""
     if found.num_recomputed is not None and found.num_asked:
         yield from _wrapped(
