@@ -17,7 +17,7 @@ from jaxckpt.result.diagnosis import Diagnosis
 from jaxckpt.targets.sharding import described
 
 # More are predicted; and of them so many are for plans.
-_MOST_COMPILES, _FOR_PLANS = 12, 2
+_MOST_COMPILES, _FOR_PLANS = 12, 3
 
 
 def doctor(

@@ -11,7 +11,9 @@ from jaxckpt.result.diagnosis import Diagnosis
 from jaxckpt.result.findings import Offer
 from jaxckpt.search.shared_budget import Picks
 from jaxckpt.search.step import Step, StepOptions
-from jaxckpt.units import short_bytes
+
+# How many plans are compiled to find one at the same bytes.
+_MOST_TRIES = 3
 
 
 def with_offers(found: Diagnosis, subject: Subject) -> Diagnosis:
@@ -55,25 +57,41 @@ class _Offers:
 
     def added(self) -> Diagnosis:
         """The diagnosis with its offers."""
-        limit = self.found.flops - self.found.bare_flops
-        cheap = [p for p in self.paths if self._flops(p) <= limit]
-        small = [p for p in self.paths if self._expected(p) <= self.found.device_bytes]
-        same_cost = self._offer(min(cheap, key=lambda p: (self._expected(p), self._flops(p)))) if cheap else None
-        same_bytes = self._offer(min(small, key=lambda p: (self._flops(p), self._expected(p)))) if small else None
-        most = self.found.device_bytes
-        if same_cost is not None and same_cost.device_bytes >= most:
-            self.notes.append(f"the plan that was tried at the same work takes {short_bytes(same_cost.device_bytes)}")
-            same_cost = None
-        if same_bytes is not None and same_bytes.device_bytes > most:
-            self.notes.append(f"the plan that was tried at the same bytes takes {short_bytes(same_bytes.device_bytes)}")
-            same_bytes = None
+        offers = self._same_cost(), self._same_bytes()
+        for what, offer in zip(("work", "bytes"), offers, strict=True):
+            if offer is None:
+                self.notes.append(f"no plan was found that takes less at the same {what}")
         return replace(
             self.found,
-            same_cost=same_cost,
-            same_bytes=same_bytes,
+            same_cost=offers[0],
+            same_bytes=offers[1],
             notes=(*self.found.notes, *self.notes),
             num_compiles=self.subject.num_compiles,
         )
+
+    def _same_cost(self) -> Offer | None:
+        """The plan with the least bytes that recomputes no more."""
+        limit = self.found.flops - self.found.bare_flops
+        cheap = [p for p in self.paths if self._flops(p) <= limit]
+        if not cheap:
+            return None
+        offer = self._offer(min(cheap, key=lambda p: (self._expected(p), self._flops(p))))
+        return offer if offer.device_bytes < self.found.device_bytes else None
+
+    def _same_bytes(self) -> Offer | None:
+        """The plan with the least work that takes no more bytes; where it does, one that is expected to take fewer."""
+        most, off = self.found.device_bytes, 1.0
+        again = self.found.flops - self.found.bare_flops
+        for _ in range(_MOST_TRIES):
+            small = [p for p in self.paths if self._expected(p) * off <= most and self._flops(p) < again]
+            if not small:
+                return None
+            picks = min(small, key=lambda p: (self._flops(p), self._expected(p)))
+            offer = self._offer(picks)
+            if offer.device_bytes <= most:
+                return offer
+            off = offer.device_bytes / max(1, self._expected(picks))
+        return None
 
     def _flops(self, picks: Picks) -> int:
         return round(self.step.cost(picks) * self.total)
