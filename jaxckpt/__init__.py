@@ -8,6 +8,7 @@ from jaxckpt._version import __version__ as __version__
 if TYPE_CHECKING:
     from jaxckpt.api.auto_remat import auto_remat as auto_remat
     from jaxckpt.api.auto_remat import compiler_options as compiler_options
+    from jaxckpt.api.doctor import doctor as doctor
     from jaxckpt.api.fit import fit as fit
     from jaxckpt.api.frontier import frontier as frontier
     from jaxckpt.api.jit import jit as jit
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from jaxckpt.errors import UnsupportedProgramError as UnsupportedProgramError
     from jaxckpt.kinds.base import Kind as Kind
     from jaxckpt.kinds.base import register_kind as register_kind
+    from jaxckpt.result.diagnosis import Diagnosis as Diagnosis
+    from jaxckpt.result.findings import Finding as Finding
     from jaxckpt.result.fitted import Fitted as Fitted
     from jaxckpt.result.frontier import Frontier as Frontier
     from jaxckpt.result.names import Names as Names
@@ -71,6 +74,9 @@ _HOMES = {
     "TargetError": "errors",
     "UnsupportedProgramError": "errors",
     "Fitted": "result.fitted",
+    "Diagnosis": "result.diagnosis",
+    "Finding": "result.findings",
+    "doctor": "api.doctor",
     "fit": "api.fit",
     "jit": "api.jit",
     "Measurement": "compilation.measure",

@@ -28,7 +28,7 @@ from jax._src.lax import parallel
 from jax._src.lax.control_flow import conditionals
 from jax._src.mesh import AbstractDevice
 from jax.extend.core import jaxprs_in_params
-from jax.extend.core.primitives import jit_p
+from jax.extend.core.primitives import jit_p, name_p, remat_p
 from jax.interpreters import ad, partial_eval
 
 JAX_VERSION = jax.__version__
@@ -87,6 +87,9 @@ COLLECTIVES = REDUCING | frozenset(
     getattr(parallel, f"{name}_p")
     for name in ("all_gather", "all_gather_invariant", "reduce_scatter", "all_to_all", "ppermute", "ragged_all_to_all")
     if hasattr(parallel, f"{name}_p")
+)
+GATHERS = frozenset(
+    getattr(parallel, f"{name}_p") for name in ("all_gather", "all_gather_invariant") if hasattr(parallel, f"{name}_p")
 )
 # Which of the CUDA plugins is published for this JAX.
 CUDA_PLUGIN = 12 if _release(JAXLIB_VERSION) < (0, 12) else 13
@@ -495,3 +498,89 @@ def forget_fast_calls(jitted: Any) -> None:
 def default_device() -> Any:
     """Where uncommitted arrays are used: as `jax.default_device` says, or the first device."""
     return jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+
+
+# Given a checkpoint's line and its parameters, the parameters to bind it with, or None to run what is inside instead.
+CheckpointHand = Callable[[str, dict[str, Any]], dict[str, Any] | None]
+
+
+def hand_over_checkpoints(asks: Callable[[], CheckpointHand | None]) -> None:
+    """Let each `jax.checkpoint` pass through a hand that a caller may hold out while a function is traced.
+
+    A checkpoint is bound once where it is called, before anything is differentiated, and again wherever JAX evaluates a
+    jaxpr that has it inside (there is no public way to see either). `remat_p.bind` is replaced, as JAX replaces it too.
+
+    Args:
+        asks: the hand that is held out where it is called; None leaves everything as it is.
+    """
+    original = remat_p.bind
+    if hasattr(original, "hands_over"):
+        return
+    # The operation keeps the line of who called `jax.checkpoint`.
+    source_info_util.register_exclusion(__file__)
+
+    def bind(*args: Any, **params: Any) -> Any:
+        hand = None if params["differentiated"] else asks()
+        given = params if hand is None else hand(source_line(source_info_util.current()), params)
+        return core.eval_jaxpr(params["jaxpr"], (), *args) if given is None else original(*args, **given)
+
+    bind.hands_over = True  # type: ignore[attr-defined]
+    remat_p.bind = bind
+
+
+def plain_checkpoints() -> contextlib.AbstractContextManager:
+    """Let `jax.checkpoint` inside be the primitive that `hand_over_checkpoints` sees, whatever `JAX_REMAT3` says."""
+    state = getattr(config, "remat3", None)
+    return state(False) if state is not None and state.value else contextlib.nullcontext()
+
+
+def barrier_flags() -> tuple[str, ...]:
+    """JAX's flags under which checkpoints have no barriers, or such as wait for nothing; none elsewhere."""
+    if isinstance(ordered_checkpoints(), contextlib.nullcontext):
+        return ()
+    waits_less = getattr(config, "remat_barrier_no_cotangents", None)
+    weak = waits_less is not None and waits_less.value
+    return ("JAX_REMAT3=1", *(("JAX_REMAT_BARRIER_NO_COTANGENTS=1",) if weak else ()))
+
+
+def is_kernel(eqn: Any) -> bool:
+    """Whether an equation calls a Pallas kernel (its primitive has no public name)."""
+    return eqn.primitive.name == "pallas_call"
+
+
+def runs_kernel(primitive: Any, params: dict[str, Any]) -> bool:
+    """Whether a primitive calls a Pallas kernel, itself or in a jaxpr among its parameters."""
+    if primitive.name == "pallas_call":
+        return True
+    return any(runs_kernel(eqn.primitive, eqn.params) for jaxpr in jaxprs_in_params(params) for eqn in jaxpr.eqns)
+
+
+def is_shard_map(eqn: Any) -> bool:
+    """Whether an equation is a `jax.shard_map` (its primitive has no public name)."""
+    return eqn.primitive.name == "shard_map"
+
+
+def kernel_cost(eqn: Any) -> tuple[str, int]:
+    """A Pallas kernel's name and in how many programs of its grid it runs."""
+    params = eqn.params
+    grid = getattr(params.get("grid_mapping"), "grid", ())
+    trips = 1
+    for size in grid:
+        trips *= size if isinstance(size, int) else 1
+    info = params.get("name_and_src_info")
+    return str(params.get("name") or getattr(info, "name", "") or "kernel"), trips
+
+
+def saves_name(policy: Any, name: str) -> bool:
+    """Whether a checkpoint policy keeps a value of this name, on the device or on the host."""
+    case = policy(name_p, name=name)
+    if isinstance(case, bool):
+        return case
+    return type(case).__name__ in ("Offloadable", "SaveableType")
+
+
+def defined_at(jaxpr: Any) -> str:
+    """`file:line (function)` of the function that a jaxpr was traced from; empty where it does not say."""
+    info = getattr(getattr(jaxpr, "debug_info", None), "func_src_info", "") or ""
+    name, _, place = info.rpartition(" at ")
+    return f"{place} ({name})" if name and place else ""

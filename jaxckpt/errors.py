@@ -1,5 +1,16 @@
 """The errors users meet. Each is a sentence that says what to do next; numbers are attributes."""
 
+SEE_DOCTOR = (
+    "`jaxckpt doctor` on the same function or step (in Python jaxckpt.doctor) says where its bytes go, and which of "
+    "its own jax.checkpoint calls do nothing."
+)
+
+
+def advise(error: Exception) -> None:
+    """Let an error of a compiler or a device that has no memory left say what to do next."""
+    if "RESOURCE_EXHAUSTED" in str(error) and SEE_DOCTOR not in getattr(error, "__notes__", ()):
+        error.add_note(SEE_DOCTOR)
+
 
 class JaxckptError(Exception):
     """Base of every error jaxckpt raises on purpose."""
@@ -43,7 +54,8 @@ class InfeasibleBudgetError(JaxckptError):
         num_compiles: int,
         forced_by: tuple[tuple[str, int, str], ...],
     ):
-        super().__init__(message)
+        # Where several processes plan, each raises what the first one said.
+        super().__init__(message if SEE_DOCTOR in message else f"{message.rstrip()}\n{SEE_DOCTOR}")
         self.budget_bytes = budget_bytes
         self.least_peak_bytes = least_peak_bytes
         self.expected_least_bytes = expected_least_bytes

@@ -37,7 +37,7 @@ from jaxckpt.api.processes import Exchange, agreed
 from jaxckpt.api.switch import is_disabled
 from jaxckpt.compilation import cache
 from jaxckpt.compilation.measure import Measurement
-from jaxckpt.errors import JaxckptWarning, OptionError, TargetError
+from jaxckpt.errors import JaxckptWarning, OptionError, TargetError, advise
 from jaxckpt.model.time import check_cost
 from jaxckpt.program.flatten import flatten
 from jaxckpt.result.build import build_step
@@ -342,6 +342,9 @@ class PlannedJit:
             # Of leaves that JAX cannot trace, there are those of Equinox modules and of flax NNX.
             if type(form_of(self._fun, self._options.run, args, kwargs)) is PlainForm:
                 raise
+        except jax.errors.JaxRuntimeError as error:
+            advise(error)
+            raise
         return self._slow(args, kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -416,6 +419,9 @@ class PlannedJit:
         leave = _LEAVE.set(entry)
         try:
             result = variant.call(*args, **kwargs)
+        except jax.errors.JaxRuntimeError as error:
+            advise(error)
+            raise
         finally:
             _LEAVE.reset(leave)
         with self._lock:
@@ -530,7 +536,11 @@ class UnplannedJit(PlannedJit):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the step."""
-        return self._fast(*args, **kwargs)
+        try:
+            return self._fast(*args, **kwargs)
+        except jax.errors.JaxRuntimeError as error:
+            advise(error)
+            raise
 
     def report(self) -> str:
         """What a person reads."""

@@ -84,11 +84,13 @@ class Subject:
         fun: of the constants and the arguments, flat.
         specs: of the arguments.
         constants: arrays that the function closes over.
+        is_differentiated: whether it is the value and gradient of the function.
     """
 
     fun: Callable
     specs: Sequence[Any]
     constants: Sequence[Any]
+    is_differentiated: bool
 
 
 def subject_of(
@@ -115,7 +117,7 @@ def subject_of(
         has_aux: as in `jax.grad`.
         static_argnums: as in `plan`.
         static_argnames: as in `plan`.
-        verb: who asks, for messages.
+        verb: who asks, for messages; a gradient or a step is what `doctor` expects, and it is not warned of one.
         plan: one of this function.
 
     Raises:
@@ -132,12 +134,14 @@ def subject_of(
         plan.check(program)
     flat = functools.partial(run, program) if plan is None else plan.flat(program)
     goal = None if differentiate is False else _goal(traced, argnums, has_aux, differentiate is None)
-    if differentiate is None and goal is None:
+    if differentiate is None and goal is None and verb != "doctor":
         say_measured_as_it_is()
     constants = program.closed_over
     if goal is None:
-        return Subject(fun=flat, specs=input_specs(program)[len(constants) :], constants=constants)
-    return Subject(fun=goal.differentiated(flat), specs=measured_specs(program, goal), constants=constants)
+        specs = input_specs(program)[len(constants) :]
+        return Subject(fun=flat, specs=specs, constants=constants, is_differentiated=False)
+    specs = measured_specs(program, goal)
+    return Subject(fun=goal.differentiated(flat), specs=specs, constants=constants, is_differentiated=True)
 
 
 def _goal(traced: Traced, argnums: Any, has_aux: bool, may_be_step: bool) -> Objective | None:

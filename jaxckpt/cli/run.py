@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxckpt._version import __version__
-from jaxckpt.cli import measures, names, plans, steps, targets
+from jaxckpt.cli import doctor, measures, names, plans, steps, targets
 from jaxckpt.cli.common import NO, USAGE, YES
 from jaxckpt.cli.loading import UsageError
 
@@ -80,7 +80,7 @@ def _progress() -> Iterator[None]:
 
 
 # In the order of `--help`.
-_GROUPS = (plans, names, measures, steps, targets)
+_GROUPS = (plans, names, measures, doctor, steps, targets)
 
 
 def _parser() -> argparse.ArgumentParser:

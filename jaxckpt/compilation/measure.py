@@ -24,7 +24,7 @@ from jaxckpt.compilation import cache, process
 from jaxckpt.compilation.compiled import Compiled, read
 from jaxckpt.compilation.compiled import num_asked as num_asked_of
 from jaxckpt.compilation.host import host_bytes
-from jaxckpt.errors import CompilerError
+from jaxckpt.errors import SEE_DOCTOR, CompilerError
 from jaxckpt.program.ir import size_bytes
 from jaxckpt.targets import install
 from jaxckpt.targets.chip import Target, device_label, find_target
@@ -260,6 +260,7 @@ def _compiled(
             said = (str(error).splitlines() or [type(error).__name__])[0][:300]
             needs = any(word in said for word in ("ptxas", "PTX", "libdevice"))
             advice = f". Its assembler comes with: {install.shown_command(chip)}" if needs else ""
+            advice += f". {SEE_DOCTOR}" if "RESOURCE_EXHAUSTED" in str(error) else ""
             raise CompilerError(f"the compiler for target={label!r} failed: {said}{advice}") from error
         return refusal(needed)
     if time.perf_counter() - started > _SLOW_S:

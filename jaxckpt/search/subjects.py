@@ -114,13 +114,7 @@ class Named:
 
     def predict(self, treatment: Treatment) -> int:
         """Device bytes from the model, in the order the program is written."""
-        jaxpr = self._kept_jaxpr(treatment)
-        flat = flatten(opened(jaxpr), is_differentiated=True)
-        outputs = {x for x in flat.outputs if isinstance(x, int)}
-        size = lambda v: size_bytes(flat.avals[v])  # noqa: E731
-        rules = find_target(self.target).compiler.rules(flat.avals, flat.equations)
-        peak = peak_bytes(flat.equations, size, external=outputs, rules=rules)
-        return self.argument_bytes() + -(-(peak + sum(map(size, outputs))) // self.split)
+        return self.argument_bytes() + peak_of(self._kept_jaxpr(treatment), self.target, self.split)
 
     def _read(self, treatment: Treatment, cost: str) -> NameProblem:
         chip, split = find_target(self.target), self.split
@@ -150,6 +144,22 @@ class Named:
         for name, line in names_of(jaxpr.eqns).items():
             self.lines.setdefault(name, line)
         return treated(flatten(jaxpr, keep_checkpoints=treatment != WITHOUT), treatment)
+
+
+def peak_of(jaxpr: Any, target: str | None, split: int) -> int:
+    """Bytes of a differentiated jaxpr's temporaries and results on each device, from the model, as it is written.
+
+    Args:
+        jaxpr: without dead code.
+        target: a chip's name.
+        split: over how many devices its values are cut.
+    """
+    flat = flatten(opened(jaxpr), is_differentiated=True)
+    outputs = {x for x in flat.outputs if isinstance(x, int)}
+    size = lambda v: size_bytes(flat.avals[v])  # noqa: E731
+    rules = find_target(target).compiler.rules(flat.avals, flat.equations)
+    peak = peak_bytes(flat.equations, size, external=outputs, rules=rules)
+    return -(-(peak + sum(map(size, outputs))) // split)
 
 
 def treated(program: Program, treatment: Treatment) -> Program:
