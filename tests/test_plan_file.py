@@ -467,7 +467,9 @@ def redigested(data):
         saves = [save_from_json(save) for save in data["block_saves"]]
     except (ValueError, TypeError, LookupError):
         return data
-    digest = digest_schedule(data["fingerprint"], data["keeps_checkpoints"], schedule, data["blocks"], saves, data["draws_wait"])
+    digest = digest_schedule(
+        data["fingerprint"], data["keeps_checkpoints"], schedule, data["blocks"], saves, data["draws_wait"]
+    )
     return mutations.signed({**data, "schedule_digest": digest})
 
 
