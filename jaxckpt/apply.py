@@ -19,6 +19,7 @@ from jaxckpt.model.cut import Span, spans_at
 from jaxckpt.model.likeness import Likeness, Scopes, WithoutScopes
 from jaxckpt.model.option import NOTHING_SAVED, Place, Save
 from jaxckpt.model.tree import Tree
+from jaxckpt.program.draws import read_by_draws, waiting_keys
 from jaxckpt.program.interpret import outputs_of
 from jaxckpt.program.ir import Program
 from jaxckpt.targets.sharding import HOST
@@ -57,7 +58,14 @@ def _policy(places: tuple[tuple[str, Place], ...]) -> Callable[..., bool]:
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """Runs programs under plans."""
+    """Runs programs under plans.
+
+    Attributes:
+        draws_wait: whether random numbers wait for what is computed before them, for a compiler that draws them all
+            before anything else.
+    """
+
+    draws_wait: bool = False
 
     def function(self, program: Program, tree: Tree, prefix: str, *, is_body: bool = False) -> Callable[..., list[Any]]:
         """A program under a plan, as a function of flat inputs.
@@ -100,6 +108,8 @@ def planned(
     schedule: Schedule,
     saved: Sequence[Save],
     prefix: str = "jaxckpt",
+    *,
+    draws_wait: bool = False,
 ) -> Callable[..., list[Any]]:
     """Return the program as a function that recomputes as scheduled when it is differentiated.
 
@@ -109,11 +119,12 @@ def planned(
         schedule: what to keep and what to recompute.
         saved: `[n]`, what each kept block saves.
         prefix: what the names of saved values begin with.
+        draws_wait: as in `Application`.
 
     Returns:
         A function from the program's inputs to its outputs, both flat lists.
     """
-    return Application().planned(program, spans, schedule, saved, prefix)
+    return Application(draws_wait=draws_wait).planned(program, spans, schedule, saved, prefix)
 
 
 class _Runner:
@@ -139,6 +150,7 @@ class _Runner:
         # In a loop's body, nothing of an outermost region's recomputation can be merged with its first run.
         self.prevent_cse = not is_body
         self.last_reader: dict[int, int] = {}
+        self.maker: dict[int, int] = {v: k for k, span in enumerate(spans) for v in span.outputs}
         for k, span in enumerate(spans):
             self.last_reader.update(dict.fromkeys(span.inputs, k))
         self.last_reader.update({x: len(spans) for x in program.outputs if isinstance(x, int)})
@@ -176,6 +188,9 @@ class _Runner:
 
     def _keep(self, node: Keep, env: dict[int, Any], depth: int, is_inner: bool) -> None:
         save = self.saved[node.block]
+        keys = self._waiting_keys(self.spans[node.block], env) if self.applier.draws_wait else {}
+        given = {v: env[v] for v in keys}
+        env.update(keys)
         block = KeptBlock(
             equations=WithoutScopes(self.spans[node.block].equations, depth),
             save=save,
@@ -186,6 +201,13 @@ class _Runner:
             applier=self.applier,
         )
         kind_named(save.kind).run(block)
+        env.update(given)
+
+    def _waiting_keys(self, span: Span, env: dict[int, Any]) -> dict[int, Any]:
+        """The block's keys, so that it draws its random numbers after what it reads of earlier blocks."""
+        needed = read_by_draws(span.equations)
+        before = sorted((v for v in span.inputs if v in self.maker), key=self.maker.__getitem__)
+        return waiting_keys(env, needed, span.inputs, before) if needed else {}
 
     def _region(
         self,

@@ -184,6 +184,25 @@ def climbed(ratios, budget, **options):
     return search, search.cheapest(budget)
 
 
+def test_room_is_left_for_what_is_missed():
+    unknown = Surrogate(100, unplanned_bytes=1000)
+    # A share of what is predicted, and buffers as large for every plan.
+    assert unknown.at_most(500, 0) == pytest.approx(100 + 1.03 * 500 + 40)
+    assert unknown.at_most(100, 0) == pytest.approx(100 + 1.03 * 100 + 40)
+    known = Surrogate(100, unplanned_bytes=1000, before=[(0, 500, 550.0)])
+    assert known.at_most(500, 0) == pytest.approx(100 + 1.03 * 550)
+    # The farther away, the more; a plan of another kind says nothing of what is missed.
+    over = [known.at_most(p, 0) / known.mean(p, 0) for p in (500, 450, 400, 300)]
+    assert over == sorted(over) and over[0] < over[-1]
+    assert known.at_most(500, 1) > known.mean(500, 1) + 40
+
+
+def test_that_a_large_plan_takes_less_than_predicted_says_nothing_of_smaller_ones():
+    known = Surrogate(0, unplanned_bytes=1000, before=[(0, 500, 400.0)])
+    assert known.mean(200, 0) < 200 < known.at_most(200, 0)
+    assert known.at_most(600, 0) < 600
+
+
 @pytest.mark.parametrize("budget", [150, 300, 500, 800])
 @pytest.mark.parametrize("slope", [-0.3, 0.0, 0.3])
 @pytest.mark.parametrize("level", [0.8, 1.0, 1.3])

@@ -82,6 +82,29 @@ def test_neither_terminals_nor_options_nor_seeds_change_a_fingerprint(tmp_path):
     assert fingerprints(tmp_path / "options", OPTIONS="1", PYTHONHASHSEED="3", NO_COLOR="1") == here
 
 
+def test_a_notebook_kernel_changes_no_fingerprint(tmp_path):
+    client = pytest.importorskip("jupyter_client")
+    pytest.importorskip("ipykernel")
+    here = fingerprints(tmp_path / "pipe", PYTHONHASHSEED="1")
+    manager = client.KernelManager()
+    manager.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(tmp_path)}
+    manager.start_kernel(env={**os.environ, **environment})
+    try:
+        kernel = manager.client()
+        kernel.start_channels()
+        kernel.wait_for_ready(timeout=120)
+        # In cells, as in a notebook.
+        first, last = _PROGRAMS.split("found = ")
+        for cell in ("import sys; sys.argv[1:] = [" + repr(str(tmp_path / "kernel")) + "]", first, "found = " + last):
+            reply = kernel.execute_interactive(cell, timeout=120, output_hook=lambda message: None)
+            assert reply["content"]["status"] == "ok", reply["content"]
+        kernel.stop_channels()
+    finally:
+        manager.shutdown_kernel(now=True)
+    assert (tmp_path / "kernel").read_text().split() == here
+
+
 def fingerprint(fun, *args):
     return trace(fun, args or (SPEC,)).program.fingerprint()
 

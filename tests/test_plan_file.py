@@ -74,7 +74,7 @@ def test_a_plan_that_changes_nothing_comes_back_too(tmp_path):
 
 def test_json_has_the_attributes_names(plan, path):
     data = json.loads(path.read_text())
-    assert data["format"] == "jaxckpt plan" and data["schema"] == 7
+    assert data["format"] == "jaxckpt plan" and data["schema"] == 8
     wanted = (
         "budget_bytes unplanned_peak_bytes predicted_peak_bytes measured_peak_bytes least_peak_bytes forward_flops "
         "recompute_flops saved schedule solver target fingerprint"
@@ -328,7 +328,7 @@ HOSTILE = {
     "zeros": bytes(10_000),
     "no finite number": b'{"format": "jaxckpt plan", "schema": 1e999}',
     "no number": b'{"format": "jaxckpt plan", "schema": NaN}',
-    "a name twice": b'{"format": "jaxckpt plan", "schema": 7, "schema": 7}',
+    "a name twice": b'{"format": "jaxckpt plan", "schema": 8, "schema": 8}',
     "nothing": b"",
 }
 # In a process of its own: the least that was ever free cannot be measured in this one.
@@ -467,7 +467,9 @@ def redigested(data):
         saves = [save_from_json(save) for save in data["block_saves"]]
     except (ValueError, TypeError, LookupError):
         return data
-    digest = digest_schedule(data["fingerprint"], data["keeps_checkpoints"], schedule, data["blocks"], saves)
+    digest = digest_schedule(
+        data["fingerprint"], data["keeps_checkpoints"], schedule, data["blocks"], saves, data["draws_wait"]
+    )
     return mutations.signed({**data, "schedule_digest": digest})
 
 

@@ -98,7 +98,7 @@ class PlainForm:
     def split(self, fun: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PureCall:
         """A call as a function of specs."""
         numbers, names = _positions(self._static[0], len(args)), self._static[1]
-        static = {i: args[i] for i in numbers}
+        static, num_args = {i: args[i] for i in numbers}, len(args)
         static_names = {name: kwargs[name] for name in sorted(kwargs) if name in names}
         given_away = {name: kwargs[name] for name in sorted(kwargs) if name in self._donated[1]}
         others = {name: kwargs[name] for name in sorted(kwargs) if name not in {*static_names, *given_away}}
@@ -110,7 +110,7 @@ class PlainForm:
             values, extra = given[: len(dynamic)], given[len(dynamic) :]
             full = static | dict(zip(dynamic, values, strict=True))
             merged = static_names | {name: value for part in extra for name, value in part.items()}
-            return fun(*(full[i] for i in range(len(args))), **merged)
+            return fun(*(full[i] for i in range(num_args)), **merged)
 
         donated = _positions(self._donated[0], len(args))
         away = [k for k, i in enumerate(dynamic) if i in donated]

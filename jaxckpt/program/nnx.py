@@ -71,12 +71,13 @@ class Pure:
         """The same with every argument by its place, where the caller named none."""
         # As callers count them: by name, and what a function closes over at the end.
         names, number = sorted(self.kwargs, key=lambda name: (name == CLOSURE, name)), len(self.args)
+        fun = self.fun
         if not names:
-            return self.fun, self.args
+            return fun, self.args
 
-        @functools.wraps(self.fun)
+        @functools.wraps(fun)
         def by_place(*args: Any) -> Any:
-            return self.fun(*args[:number], **dict(zip(names, args[number:], strict=True)))
+            return fun(*args[:number], **dict(zip(names, args[number:], strict=True)))
 
         return by_place, (*self.args, *(self.kwargs[name] for name in names))
 

@@ -61,6 +61,8 @@ SOLVES = frozenset({lax.linear_solve_p})
 RANDOM = find_primitives(
     "random_bits random_fold_in random_seed random_split random_gamma rng_bit_generator rng_uniform threefry2x32"
 )
+# Of these what makes arrays of random numbers, and not one key of another.
+DRAWS = find_primitives("random_bits random_gamma rng_bit_generator threefry2x32")
 # Tangents end here.
 STOPS = find_primitives("stop_gradient")
 FUSIBLE = CHEAP | EXPENSIVE | LAYOUT

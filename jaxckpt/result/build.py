@@ -42,7 +42,9 @@ def build(found: Found) -> Plan:
     sent = 0 if candidate is None else candidate.judgement.host_bytes
     applied = [chosen[name] for name in ("schedule", "blocks", "block_saves")]
     return Plan(
-        schedule_digest=digest_schedule(program.fingerprint(), program.keeps_checkpoints, *applied),
+        schedule_digest=digest_schedule(
+            program.fingerprint(), program.keeps_checkpoints, *applied, analysis.draws_wait
+        ),
         forward_flops=analysis.forward_flops,
         recompute_flops=0 if candidate is None else analysis.recompute_flops(candidate),
         recompute_cost=0 if candidate is None else analysis.extra_cost(candidate),
@@ -53,6 +55,7 @@ def build(found: Found) -> Plan:
         fingerprint=program.fingerprint(),
         jax_version=_compat.JAX_VERSION,
         keeps_checkpoints=program.keeps_checkpoints,
+        draws_wait=analysis.draws_wait,
         is_profiled=analysis.is_profiled,
         parameter_bytes=sum(size_bytes(program.avals[program.inputs[i]]) for i in analysis.objective.inputs),
         constant_bytes=program_constant_bytes(program),

@@ -40,7 +40,7 @@ from jaxckpt.result.page.reading import read_plan
 from jaxckpt.result.report import show_plan
 from jaxckpt.targets.sharding import trace_placed
 
-SCHEMA = 7
+SCHEMA = 8
 _FORMAT = "jaxckpt plan"
 
 
@@ -126,6 +126,8 @@ class Plan:
         unknown: primitives counted by their bytes, for want of a rule.
         is_profiled: whether its blocks were compiled one by one before, and not modelled.
         split: over how many devices its values are cut; where there are several, bytes are those of each.
+        draws_wait: whether random numbers wait for what is computed before them, since the target's compiler would
+            draw them all before anything else.
         schedule_digest: of what is applied: the program, the schedule, the blocks and what they save. The peaks were
             predicted or measured of that.
     """
@@ -167,6 +169,7 @@ class Plan:
     lines: tuple[str, ...]
     unknown: tuple[str, ...]
     is_profiled: bool
+    draws_wait: bool
     schedule_digest: str
     written_peak_bytes: int | None = None
     host_budget_bytes: int | None = None
@@ -363,7 +366,7 @@ class Plan:
             return functools.partial(run, program)
         spans = spans_at(program, self.blocks)
         prefix = f"jaxckpt.{self.fingerprint[:8]}"
-        return planned(program, spans, self.schedule, self.block_saves, prefix)
+        return planned(program, spans, self.schedule, self.block_saves, prefix, draws_wait=self.draws_wait)
 
     def _check_blocks(self, program: Program) -> None:
         if self.schedule is None:
@@ -496,11 +499,12 @@ def digest_schedule(
     schedule: Schedule | None,
     blocks: Sequence[Sequence[int]],
     block_saves: Sequence[Save],
+    draws_wait: bool,
 ) -> str:
     """A digest of what is applied, to which a plan's peaks belong."""
     tree = None if schedule is None else schedule.to_json()
     saves = [save_to_json(save) for save in block_saves]
-    text = json.dumps([program_digest, keeps_checkpoints, tree, blocks, saves], sort_keys=True)
+    text = json.dumps([program_digest, keeps_checkpoints, tree, blocks, saves, draws_wait], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -530,7 +534,7 @@ def _check_shape(plan: Plan) -> None:
         raise ValueError(f"schedule is null, and there are {len(plan.blocks)} blocks")
     if plan.schedule is not None:
         check_cover(plan.schedule, len(plan.blocks))
-    applied = plan.fingerprint, plan.keeps_checkpoints, plan.schedule, plan.blocks, plan.block_saves
+    applied = plan.fingerprint, plan.keeps_checkpoints, plan.schedule, plan.blocks, plan.block_saves, plan.draws_wait
     if digest_schedule(*applied) != plan.schedule_digest:
         raise ValueError(
             "its schedule, blocks and saves are not those that its peaks are of (schedule_digest); plan again"

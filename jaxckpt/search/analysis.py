@@ -82,6 +82,7 @@ class Analysis:
             target=self.chip,
             outside_regions=lambda eqn: is_apart(eqn) or is_logits(eqn),
             profiler=self.profiler,
+            applier=apply.Application(draws_wait=self.draws_wait),
             # Sizes of the problem are those of all devices together.
             host_budget=None if host_budget is None else max(0, host_budget - self.fixed_host_bytes) * self.split,
         )
@@ -108,6 +109,11 @@ class Analysis:
     def is_modelled(self) -> bool:
         """Whether its bytes are what calibration is about: those of the model, under the planner's own solver."""
         return self.solver == "auto" and not self.is_profiled
+
+    @property
+    def draws_wait(self) -> bool:
+        """Whether random numbers are made to wait for what is computed before them."""
+        return self.chip.compiler.draws_early
 
     @property
     def blocks(self) -> Blocks | None:
@@ -233,7 +239,7 @@ class Analysis:
             spans = spans_at(program, [span.positions for span in spans])
         else:
             program = self.program
-        return apply.planned(program, spans, candidate.schedule, saved)
+        return apply.planned(program, spans, candidate.schedule, saved, draws_wait=self.draws_wait)
 
     def measure(self, candidate: Candidate | None) -> Measurement:
         """Compile the differentiated program under a candidate, or without a plan; each is compiled once."""

@@ -1,6 +1,5 @@
 """From a budget to a candidate: choose one, compile it, compare, correct the prediction, choose again."""
 
-import functools
 import math
 
 from jaxckpt.errors import BudgetError
@@ -13,8 +12,6 @@ from jaxckpt.search.request import Request
 from jaxckpt.search.surrogate import Surrogate
 from jaxckpt.units import Budget
 
-# Room left below the budget when nothing is compiled.
-_UNVERIFIED_MARGIN, _KNOWN_MARGIN = 0.1, 0.05
 # A program that was not compiled without a plan is, if what was measured says that it may come near the budget.
 _NEAR = 1.3
 # Within a cost, how many more candidates are compiled where the model was too low, by how much it must be.
@@ -53,6 +50,7 @@ class _Search:
                 prior_ratio=self._prior_ratio,
                 before=self._before(),
                 spread=self.record.spread(self.program) if self.record else 0.0,
+                unplanned_bytes=self.all_bytes,
             ),
             [c.judgement.peak_bytes for c in self.candidates],
             [analysis.extra_cost(c) / max(1, analysis.unplanned_cost) for c in self.candidates],
@@ -82,8 +80,7 @@ class _Search:
             raise BudgetError(f"reserve={self.request.reserve_bytes:,} leaves nothing of the budget")
         # Of a percentage the prediction cancels out.
         is_guess = not self.request.verify and wanted.size_bytes is not None
-        needed = (unplanned - self.analysis.fixed_bytes) * (self._margin if is_guess else 1)
-        if self.analysis.fixed_bytes + needed <= budget:
+        if (self._unplanned_at_most() if is_guess else unplanned) <= budget:
             return self._found(self._faster(budget), budget, unplanned)
         if not self.candidates or self._is_hopeless(budget):
             return self._least(budget, unplanned)
@@ -130,6 +127,10 @@ class _Search:
 
     def _expected_unplanned(self) -> int:
         return math.ceil(self.search.surrogate.mean(self.all_bytes))
+
+    def _unplanned_at_most(self) -> float:
+        """Device bytes that the program hardly exceeds without a plan."""
+        return max(self._expected_unplanned(), self.search.surrogate.at_most(self.all_bytes, 0))
 
     def _unplanned_bytes(self) -> int:
         if not self.request.verify:
@@ -184,20 +185,13 @@ class _Search:
 
     def _expected_best(self, budget: int) -> int | None:
         """The cheapest candidate that is expected to fit, a margin left."""
-        room = budget - self.analysis.fixed_bytes
         needed = [self._needed(i) for i in range(len(self.candidates))]
-        inside = [i for i, size in enumerate(needed) if size <= room]
+        inside = [i for i, size in enumerate(needed) if size <= budget]
         return min(inside, key=lambda i: (self.search.costs[i], needed[i]), default=None)
 
     def _needed(self, i: int) -> float:
-        """Bytes beyond the fixed ones to leave for a candidate that is not measured."""
-        return self._margin * (self.search.corrected(i) - self.analysis.fixed_bytes)
-
-    @functools.cached_property
-    def _margin(self) -> float:
-        """What to multiply predicted bytes beyond the fixed ones with where nothing is measured."""
-        knows = self.record is not None and self.record.knows(self.program)
-        return 1 + (_KNOWN_MARGIN if knows else _UNVERIFIED_MARGIN)
+        """Device bytes to leave for a candidate that is not measured."""
+        return self.search.surrogate.at_most(self.search.predicted_bytes[i], self.search.kinds[i])
 
     def _within_cost(self, unplanned: int) -> Found:
         assert self.request.max_cost is not None
@@ -257,7 +251,7 @@ class _Search:
             at = min(search.known, key=lambda i: search.known[i], default=self._expected_least())
             candidate = self.candidates[at]
             # Below this an unverified plan is refused too.
-            guess = self.analysis.fixed_bytes + math.ceil(self._needed(self._expected_least()))
+            guess = math.ceil(min(map(self._needed, range(len(self.candidates)))))
             expected = min(unplanned, search.known.get(at, guess))
             if search.least_bytes is not None:
                 least = expected = min(unplanned, search.least_bytes)

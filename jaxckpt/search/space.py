@@ -58,7 +58,7 @@ class BlockAnalyser:
         invariant: Collection[int],
     ) -> Blocks:
         """Analyse the blocks of a program that a block runs, such as a loop's body; see `kinds.base.Analyser`."""
-        analyser = BlockAnalyser(timer=self.timer, target=self.target, profiler=self.profiler)
+        analyser = BlockAnalyser(timer=self.timer, target=self.target, profiler=self.profiler, applier=self.applier)
         arguments = set(program.inputs)
         return analyser.blocks(program, graph, spans, active=active, arguments=arguments, invariant=invariant)
 

@@ -1,5 +1,6 @@
 """A whole step and the functions it differentiates: traced for what they are, compiled under any choice of plans."""
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from jaxckpt.search.analysis import Analysis
 from jaxckpt.search.candidates import check_solver
 from jaxckpt.search.shared_budget import Picks
 from jaxckpt.targets.chip import find_target
-from jaxckpt.targets.sharding import is_on_host, local_bytes, step_split
+from jaxckpt.targets.sharding import is_on_host, local_bytes, step_split, without_values
 
 # What differentiated functions ask while a step is traced; jit traces again when it changes.
 FITTING = jax.make_user_context(None)
@@ -182,27 +183,35 @@ class Step:
     ):
         check_cost(options.cost)
         check_solver(options.solver)
-        self._given, self._given_args, self._given_kwargs, self.options = fun, args, kwargs, options
+        self._given, self.options = fun, options
         self.target = options.target
-        self._bound = bind_static(fun, args, kwargs, *options.static)
-        self._names = tuple(sorted(self._bound.kwargs))
+        bound = bind_static(fun, args, kwargs, *options.static)
+        self._names = tuple(sorted(bound.kwargs))
         places, names = options.donated
         self.donate_argnums = tuple(p % len(args) for p in places if -len(args) <= p < len(args))
         self.donate_argnums += tuple(len(args) + i for i, name in enumerate(self._names) if name in names)
-        call = self._pure(self._bound)
-        self.fun, self.args = call.positional
+        call = self._pure(bound)
+        self.fun, given = call.positional
+        # What is fitted holds the step, and so do JAX's caches: the arrays that it is planned with must not stay alive.
+        self.args = without_values(given)
+        self._static, self._num_args = bound.static, len(args)
         self._has_objects = call.objects is not None
+        self._split = step_split((args, kwargs))
+        self._trace()
+
+    def _trace(self) -> None:
+        """Find the functions that it differentiates."""
         self.free = Choice(
-            split=step_split((args, kwargs)),
-            keep_checkpoints=options.keep_checkpoints,
-            solver=options.solver,
+            split=self._split,
+            keep_checkpoints=self.options.keep_checkpoints,
+            solver=self.options.solver,
             collects=True,
             analyse=self._analysis,
         )
         # Shapes of a whole step are all that is asked for; its jaxpr says whether another one is the same.
         self.closed, self.results = jax.make_jaxpr(under(self.free, self.fun), return_shape=True)(*self.args)
         if not self.free.functions:
-            raise OptionError(_nothing_found(getattr(fun, "__name__", "the step"), self.closed))
+            raise OptionError(_nothing_found(getattr(self._given, "__name__", "the step"), self.closed))
         self.measured: dict[Picks, Measurement] = {}
 
     @functools.cached_property
@@ -234,7 +243,11 @@ class Step:
 
     def without_host(self) -> "Step":
         """The same step, which sends nothing to the host."""
-        return Step(self._given, self._given_args, replace(self.options, host_budget=None), self._given_kwargs)
+        found = copy.copy(self)
+        found.__dict__ = {name: value for name, value in vars(self).items() if name not in _CACHED}
+        found.options = replace(self.options, host_budget=None)
+        found._trace()
+        return found
 
     def is_sending(self, picks: Picks) -> bool:
         """Whether a function sends something to the host."""
@@ -397,7 +410,7 @@ class Step:
             PlanMismatchError: its static arguments are others.
         """
         found = bind_static(self._given, args, kwargs, *self.options.static)
-        ours, theirs = self._bound.static, found.static
+        ours, theirs = self._static, found.static
         if len(ours) != len(theirs) or any(type(a) is not type(b) or a != b for a, b in zip(ours, theirs, strict=True)):
             self._refuse_call(f"its static arguments are {theirs}, and it was planned for {ours}")
         return found
@@ -428,7 +441,7 @@ class Step:
 
     def _shown(self, path: Any) -> str:
         """A path among the arguments, as a user would write it."""
-        number = path[0].idx - len(self._bound.args)
+        number = path[0].idx - self._num_args
         named = number >= 0 and number < len(self._names)
         return f"{self._names[number] if named else 'args'}{jax.tree_util.keystr(path[named:])}"
 
@@ -437,6 +450,9 @@ class Step:
             f"the fitted step is called at other arguments than it was planned and measured for: "
             f"{what[:_MOST_SHOWN]}; call jaxckpt.fit again with these"
         )
+
+
+_CACHED = frozenset(name for name, value in vars(Step).items() if isinstance(value, functools.cached_property))
 
 
 def _tree_difference(ours: Any, theirs: Any) -> str:

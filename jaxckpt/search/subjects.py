@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jaxckpt.program.objects import call_unchanged
 from jaxckpt.program.regions import Region, names_of, opened, regions_of, with_policy
 from jaxckpt.search.names import WITHOUT, WRITTEN, Treatment
 from jaxckpt.targets.chip import find_target
-from jaxckpt.targets.sharding import step_split
+from jaxckpt.targets.sharding import step_split, without_values
 
 # What differentiated functions ask while a step is traced; jit traces again when it changes.
 TREATED = jax.make_user_context(None)
@@ -219,18 +219,19 @@ class NamedStep(Named):
 
     Attributes:
         step: the step.
-        args: its arguments.
+        args: its arguments, of which the shapes are held.
         donate_argnums: as in `jax.jit`.
     """
 
     step: Callable = field(kw_only=True)
-    args: tuple[Any, ...] = field(kw_only=True)
+    args: InitVar[tuple[Any, ...]] = field(kw_only=True)
     donate_argnums: int | Sequence[int] = field(kw_only=True, default=())
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, args: tuple[Any, ...]) -> None:
         """Take objects of flax NNX apart."""
-        call = pure(self.step, self.args, {}, returns_all=self.donate_argnums not in ((), []))
-        self._fun, self._args = call.positional
+        call = pure(self.step, args, {}, returns_all=self.donate_argnums not in ((), []))
+        self._fun, given = call.positional
+        self._args = without_values(given)
 
     def differentiated(self, treatment: Treatment) -> tuple[Callable, Sequence[Any]]:
         """The step."""

@@ -82,6 +82,8 @@ class Compiler:
         part: what `define_target` and files of targets call that record.
         backend: what `jax.default_backend` calls the platform, where that is another name.
         nearest: the chip that stands for a device of the platform that is none of the known chips.
+        draws_early: whether it draws the random numbers of the whole program before anything else, and holds them until
+            they are read, so that plans make keys wait.
         has_layouts: whether what follows the colon of a target's name is a layout of its chips, such as "2x4", and not
             a number of devices.
     """
@@ -104,6 +106,7 @@ class Compiler:
     part: str = ""
     backend: str = ""
     nearest: str = "cpu"
+    draws_early: bool = False
     has_layouts: bool = False
 
     def __repr__(self) -> str:

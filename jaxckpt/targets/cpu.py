@@ -1,7 +1,7 @@
 """XLA's compiler for CPU: operands copied into another layout, room that an operation needs, and what runs first."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jaxckpt import _compat
 from jaxckpt.program import primitives
 from jaxckpt.program.ir import Equation, size_bytes
 from jaxckpt.targets.compiler import Chip, Compiler
-from jaxckpt.targets.rules import FusionRules, added_scatters
+from jaxckpt.targets.rules import FusionRules, Layouts, added_scatters
 
 
 class CpuCompiler(Compiler):
@@ -23,6 +23,8 @@ class CpuCompiler(Compiler):
     # What is ready first runs first; elsewhere schedulers mind the memory.
     mixes_passes = True
     stacks_tiny_badly = True
+    # Loops over counters, which wait for nothing: of 12 layers with dropout 29 of 32 MB, and 10 of 13 where they wait.
+    draws_early = True
     # A GPU reads slices of what is there in place.
     copies_slices = True
     # The host's memory is the device's own, so nothing is won there; that programs are right can be seen all the same.
@@ -40,7 +42,7 @@ class CpuCompiler(Compiler):
         indices per element, which depend on nothing and are therefore made before anything else; without a checkpoint
         it does so in the forward and keeps four per result. Its kernels for reductions do arithmetic on the way, but
         neither comparisons nor layout changes, and nothing whose result is read elsewhere. What is ready first runs
-        first.
+        first. A drawing of random numbers is a loop over two words for each of them, which it copies.
         """
         scatters = added_scatters(equations)
         added = {scatter.outputs[0] for scatter in scatters.values()}
@@ -56,6 +58,8 @@ class CpuCompiler(Compiler):
             return {x for x, is_copied in zip(eqn.inputs, flags, strict=True) if is_copied and isinstance(x, int)}
 
         def scratch_bytes(eqn: Equation) -> int:
+            if _is_threefry(eqn, avals):
+                return _words_bytes(avals[eqn.outputs[0]])
             if eqn.primitive is prims.scatter_add_p:
                 if eqn.outputs[0] in added:
                     return 0
@@ -77,6 +81,22 @@ class CpuCompiler(Compiler):
             scatters=scatters,
             is_breadth_first=True,
         )
+
+    def layouts(
+        self,
+        avals: Sequence[Any],
+        equations: Sequence[Equation],
+        *,
+        features: Mapping[int, int] | None = None,
+        read_by_derivatives: bool = False,
+    ) -> Layouts:
+        """Find what values take: of random numbers the words that they are made of are held until they are read."""
+        found = super().layouts(avals, equations, features=features, read_by_derivatives=read_by_derivatives)
+        sizes = list(found.full_bytes)
+        for eqn in equations:
+            if _is_threefry(eqn, avals):
+                sizes[eqn.outputs[0]] = _words_bytes(avals[eqn.outputs[0]])
+        return Layouts(sizes)
 
     def outside_regions(self, avals: Sequence[Any]) -> Callable[[Equation], bool]:
         """Return which operations it runs with less memory where no region covers them: poolings of maxima.
@@ -104,6 +124,16 @@ class CpuCompiler(Compiler):
         return tuple(here[:number]) if len(here) >= number else _compat.described_cpu_devices(number)
 
 
+def _is_threefry(eqn: Equation, avals: Sequence[Any]) -> bool:
+    return eqn.primitive is _RANDOM_BITS and str(avals[eqn.reads[0]].dtype) == "key<fry>"
+
+
+def _words_bytes(bits: Any) -> int:
+    """What a loop of threefry carries: two words for each number, or, where they depend on one another, one."""
+    words = math.prod(bits.shape) * max(1, bits.dtype.itemsize // _WORD_BYTES)
+    return _WORD_BYTES * (2 * math.prod(bits.shape) if jax.config.jax_threefry_partitionable else words)
+
+
 def _kernel_holds(eqn: Equation) -> bool:
     return eqn.primitive in _KERNEL_HOLDS
 
@@ -111,7 +141,8 @@ def _kernel_holds(eqn: Equation) -> bool:
 _KERNEL_HOLDS = (primitives.CHEAP | primitives.EXPENSIVE | primitives.BROADCASTS) - primitives.COMPARES
 _POOLINGS = frozenset({prims.reduce_window_max_p, prims.reduce_window_min_p})
 _POOLING_DERIVATIVE = prims.select_and_scatter_add_p
-_INDEX_BYTES = 4
+_INDEX_BYTES = _WORD_BYTES = 4
+(_RANDOM_BITS,) = primitives.find_primitives("random_bits")
 
 
 def _dot(params: dict[str, Any], ranks: Sequence[int]) -> tuple[bool, bool]:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -212,6 +213,22 @@ def place(specs: Sequence[Any], target: str | None) -> tuple[list[Any], int]:
         for x, s in zip(leaves, found, strict=True)
     ]
     return jax.tree.unflatten(tree, placed), number
+
+
+def without_values(tree: Any) -> Any:
+    """A tree whose arrays are specs: who holds it keeps no array alive."""
+    return jax.tree.map(_without_value, tree)
+
+
+def _without_value(leaf: Any) -> Any:
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
+        return leaf
+    # One that nobody put on its device may as well be on another.
+    sharding = leaf.sharding if getattr(leaf, "committed", False) else None
+    weak = getattr(leaf, "weak_type", False)
+    return jax.ShapeDtypeStruct(
+        leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding, weak_type=weak
+    )
 
 
 def is_on_host(sharding: Any) -> bool:
