@@ -407,6 +407,11 @@ def ordered_checkpoints() -> contextlib.AbstractContextManager:
     return state(False) if is_unordered else contextlib.nullcontext()
 
 
+def draws_numbers_apart() -> bool:
+    """Whether no random number depends on another one drawn with it (`jax_threefry_partitionable`)."""
+    return bool(config.threefry_partitionable.value)
+
+
 def scan_layout(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan's operands are constants and how many are carried; the rest are stacked."""
     if "num_carry" in params:

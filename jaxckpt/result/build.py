@@ -40,10 +40,14 @@ def build(found: Found) -> Plan:
         }
     )
     sent = 0 if candidate is None else candidate.judgement.host_bytes
-    applied = [chosen[name] for name in ("schedule", "blocks", "block_saves")]
     return Plan(
         schedule_digest=digest_schedule(
-            program.fingerprint(), program.keeps_checkpoints, *applied, analysis.draws_wait
+            program.fingerprint(),
+            program.keeps_checkpoints,
+            chosen["schedule"],
+            chosen["blocks"],
+            chosen["block_saves"],
+            analysis.draws_wait,
         ),
         forward_flops=analysis.forward_flops,
         recompute_flops=0 if candidate is None else analysis.recompute_flops(candidate),

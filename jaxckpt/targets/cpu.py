@@ -131,7 +131,7 @@ def _is_threefry(eqn: Equation, avals: Sequence[Any]) -> bool:
 def _words_bytes(bits: Any) -> int:
     """What a loop of threefry carries: two words for each number, or, where they depend on one another, one."""
     words = math.prod(bits.shape) * max(1, bits.dtype.itemsize // _WORD_BYTES)
-    return _WORD_BYTES * (2 * math.prod(bits.shape) if jax.config.jax_threefry_partitionable else words)
+    return _WORD_BYTES * (2 * math.prod(bits.shape) if _compat.draws_numbers_apart() else words)
 
 
 def _kernel_holds(eqn: Equation) -> bool:

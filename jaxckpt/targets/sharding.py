@@ -224,7 +224,7 @@ def _without_value(leaf: Any) -> Any:
     if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
         return leaf
     # One that nobody put on its device may as well be on another.
-    sharding = leaf.sharding if getattr(leaf, "committed", False) else None
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
     weak = getattr(leaf, "weak_type", False)
     return jax.ShapeDtypeStruct(
         leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding, weak_type=weak
