@@ -50,13 +50,13 @@ def waiting_keys(env: Mapping[int, Any], needed: set[int], inputs: Sequence[int]
 
 def _is_key(value: Any) -> bool:
     dtype = value.dtype
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or (
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key) or (
         jnp.issubdtype(dtype, jnp.unsignedinteger) and value.size <= _MAX_KEY_SIZE
     )
 
 
 def _waiting(key: Any, number: Any) -> Any:
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return _with_dependence(key, number)
     return jax.random.wrap_key_data(_with_dependence(jax.random.key_data(key), number), impl=jax.random.key_impl(key))
 

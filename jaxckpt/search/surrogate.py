@@ -27,9 +27,10 @@ _SHARED = 0.5
 # chain, a residual network, a graph network, dropout, an LSTM and Equinox (CPU, jax 0.12), 40 budgets each, what lies
 # between the plans interpolated: 0.6 % are over, and 1.3 % with a record of one plan, where a tenth and a twentieth of
 # the predicted bytes left 6.6 and 7.8 %. On seven other models (revolve, a U-Net's skips, convolutions, a loss that
-# differentiates, an ODE, Linen, 64 layers) none is over, and 0.4 % with a record (6.4 and 9.3 %); of an eighth, Haiku's,
-# all 40 are, and 19 of 80 (38 and 20): there XLA fuses sums of all layers, which holds their operands. In exchange 5 %
-# of the budgets are refused that something fits (2.3 and 0.5 %), and plans use 87.5 and 91.1 % of them (89.4 and 94.5 %).
+# differentiates, an ODE, Linen, 64 layers) none is over, and 0.4 % with a record (6.4 and 9.3 %); of an eighth,
+# Haiku's, all 40 are, and 19 of 80 (38 and 20): there XLA fuses sums of all layers, which holds their operands. In
+# exchange 5 % of the budgets are refused that something fits (2.3 and 0.5 %), and plans use 87.5 and 91.1 % of them
+# (89.4 and 94.5 %).
 _MISSED_SHARE, _MISSED_BUFFERS = 0.03, 0.04
 
 
