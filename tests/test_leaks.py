@@ -92,6 +92,13 @@ VERBS = {
     "fit-static": lambda params, x: jaxckpt.fit(
         lambda params, x, n: chain_step(params, x), params, x, 3, budget="1GB", static_argnums=2
     ),
+    "fit-key": lambda params, x: jaxckpt.fit(
+        lambda params, x, key: chain_step(params, x + jax.random.normal(key, x.shape)),
+        params,
+        x,
+        jax.random.key(0),
+        budget="1GB",
+    ),
     "fit-host": lambda params, x: jaxckpt.fit(chain_step, params, x, budget="1GB", host_budget="1MB"),
     "jit": jitted,
     "names": lambda params, x: jaxckpt.names(named, params, x, budget="1GB"),

@@ -21,16 +21,16 @@ _ALIKE = 1.3
 _UNKNOWN, _OTHER_KIND, _PER_FOLD, _LEAST = 0.04, 0.03, 0.08, 0.002
 # What plans of one kind are off by is half of what those of another kind are, give or take as much.
 _SHARED = 0.5
-# What the model misses is mostly a few buffers, which are as large in every plan. So predicted bytes are exceeded
-# by hardly more than this share of themselves and this share of the unplanned program's; of the latter the less,
-# the fewer e-folds away a measured plan of the kind is. Chosen on up to eight measured plans each of nested loops,
-# branches, a chain, a residual network, a graph network, dropout, an LSTM and Equinox (CPU, jax 0.12), 40 budgets
-# each, what lies between the plans interpolated: 0.6 % are over, and 1.3 % with a record of one plan, where a tenth
-# and a twentieth of the predicted bytes left 6.6 and 7.8 %. On seven other models (revolve, a U-Net's skips,
-# convolutions, a loss that differentiates, an ODE, Linen, 64 layers) none is over, and 0.4 % with a record (6.4 and
-# 9.3 %); of an eighth, Haiku's, all 40 are, and 19 of 80 (38 and 20): there XLA fuses sums of all layers, which
-# holds their operands. In exchange 5 % of the budgets are refused that something fits (2.3 and 0.5 %), and plans
-# use 87.5 and 91.1 % of them (89.4 and 94.5 %).
+# What the model misses is mostly a few buffers, which are as large in every plan. So predicted bytes are exceeded by
+# hardly more than this share of themselves and this share of the unplanned program's; of the latter the less, the fewer
+# e-folds away a measured plan of the kind is. Chosen on up to eight measured plans each of nested loops, branches, a
+# chain, a residual network, a graph network, dropout, an LSTM and Equinox (CPU, jax 0.12), 40 budgets each, what lies
+# between the plans interpolated: 0.6 % are over, and 1.3 % with a record of one plan, where a tenth and a twentieth of
+# the predicted bytes left 6.6 and 7.8 %. On seven other models (revolve, a U-Net's skips, convolutions, a loss that
+# differentiates, an ODE, Linen, 64 layers) none is over, and 0.4 % with a record (6.4 and 9.3 %); of an eighth,
+# Haiku's, all 40 are, and 19 of 80 (38 and 20): there XLA fuses sums of all layers, which holds their operands. In
+# exchange 5 % of the budgets are refused that something fits (2.3 and 0.5 %), and plans use 87.5 and 91.1 % of them
+# (89.4 and 94.5 %).
 _MISSED_SHARE, _MISSED_BUFFERS = 0.03, 0.04
 
 

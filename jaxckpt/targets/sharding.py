@@ -221,14 +221,13 @@ def without_values(tree: Any) -> Any:
 
 
 def _without_value(leaf: Any) -> Any:
-    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
+    if isinstance(leaf, np.ndarray):
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
         return leaf
     # One that nobody put on its device may as well be on another.
-    sharding = leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
-    weak = getattr(leaf, "weak_type", False)
-    return jax.ShapeDtypeStruct(
-        leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding, weak_type=weak
-    )
+    sharding = leaf.sharding if getattr(leaf, "committed", False) else None  # keys do not say
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
 
 
 def is_on_host(sharding: Any) -> bool:
