@@ -12,7 +12,7 @@ from jaxckpt.compilation.program_memory import program_memory
 from jaxckpt.errors import OptionError
 from jaxckpt.program.static import bound_call
 from jaxckpt.result.plan import Plan
-from jaxckpt.targets.chip import device_label
+from jaxckpt.targets.chip import labelled_target
 from jaxckpt.targets.sharding import described
 
 
@@ -69,7 +69,7 @@ def read_memory(
         262144
     """
     if plan is not None and target is None:
-        target = None if plan.target.split(":")[0] == device_label(None) else plan.target
+        target = labelled_target(plan.target)
     options = dict(compiler_options or {})
     if plan is not None and plan.is_on_host:
         options |= offload_options(plan.target)

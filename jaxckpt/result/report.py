@@ -223,7 +223,7 @@ def _constants(size_bytes: int) -> Rows:
 
 
 def _compiles(number: int, calibration: str | None) -> Rows:
-    return [("compiles", f"{number}, calibrated by {calibration[:12]}" if calibration else str(number), "")]
+    return [("compiles", f"{number}, calibrated by {calibration}" if calibration else str(number), "")]
 
 
 def _sizes(plan: PlanLike) -> Table:

@@ -317,6 +317,11 @@ def device_label(target: str | None, num_devices: int = 1) -> str:
     return target or jax.default_backend() + (f":{num_devices}" if num_devices > 1 else "")
 
 
+def labelled_target(label: str) -> str | None:
+    """The target that a label names; None where it is the default backend's."""
+    return None if label.partition(":")[0] == device_label(None) else label
+
+
 def device_budget(target: str | None) -> int:
     """What `budget="device"` is: the bytes that one device lets programs use, less a twentieth.
 

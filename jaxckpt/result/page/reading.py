@@ -22,7 +22,7 @@ from jaxckpt.result.page.content import Reading
 from jaxckpt.result.page.lines import Costs, line_costs, texts_of
 from jaxckpt.search.step import Step
 from jaxckpt.search.step_search import FoundStep
-from jaxckpt.targets.chip import find_target
+from jaxckpt.targets.chip import find_target, labelled_target
 from jaxckpt.targets.sharding import described, trace_placed
 
 _FLAT = re.compile(r"args\[(\d+)\]")
@@ -61,7 +61,7 @@ def read_plan(
         PlanMismatchError: the function or its shapes are not those of the plan.
         TargetError: an unknown target.
     """
-    target = None if plan.target.partition(":")[0] == jax.default_backend() else plan.target
+    target = labelled_target(plan.target)
     with described(target):
         bound = bound_call(fun, args, kwargs, static_argnums, static_argnames, "to_html")
         traced = trace_placed(bound.fun, bound.args, bound.kwargs, keep_checkpoints=plan.keeps_checkpoints)
