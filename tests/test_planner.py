@@ -186,7 +186,7 @@ def test_the_report_labels_every_number():
     assert lines["least feasible peak"].endswith(("predicted", "measured"))
     assert f"{plan.measured_peak_bytes:,}" in str(plan)
     assert "about" in lines["least feasible peak"] or f"{plan.least_peak_bytes:,}" in str(plan)
-    for word in ("reserve", "fit", "Adam", "recompute", "models.py:", "float32[256,32]"):
+    for word in ("reserve", "fit", "Adam", "recompute", "models.py:", "f32[256,32]"):
         assert word in str(plan)
 
 
