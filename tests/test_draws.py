@@ -77,7 +77,7 @@ KEYS = {
 
 @pytest.mark.parametrize(
     ("key", "draw"),
-    [("typed", None), ("raw", own_masks), ("rbg", None), ("typed", gamma)],
+    [("typed", None), ("raw", own_masks), ("rbg", None), pytest.param("typed", gamma, marks=pytest.mark.slow)],
     ids=["typed", "raw", "rbg", "gamma"],
 )
 def test_the_numbers_are_the_same(key, draw):

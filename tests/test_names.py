@@ -70,7 +70,7 @@ def test_layers_that_are_written_out_are_one_problem():
     assert set(ranks[0]) == set(ranks[1])
 
 
-@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("scanned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_pasted_policy_measures_the_same_bytes(scanned):
     args = named.specs(num_layers=3)
     written = named.decoder(save_only("query_proj", "lost"), scanned=scanned)
@@ -142,6 +142,7 @@ def test_twenty_names_are_measured():
     assert temp_and_all_bytes(pasted, *args)[1] == found.measured_peak_bytes
 
 
+@pytest.mark.slow
 def test_a_step_gets_the_names_of_what_it_differentiates():
     def step(policy, params, x):
         value, gradient = jax.value_and_grad(named.decoder(policy))(params, x)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow_but
 
 import jaxckpt
 from jaxckpt.result.comparison import Difference
@@ -260,7 +261,7 @@ def own_bytes(fun, *args):
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("fun", [closing, scanned, functools.partial(of_data, DATA)])
+@pytest.mark.parametrize("fun", [closing, *slow_but([scanned, functools.partial(of_data, DATA)])])
 def test_arrays_that_are_closed_over_are_named_and_are_what_they_are_to_jit(fun):
     plan = jaxckpt.plan(fun, W, budget="70%", calibration=None)
     assert plan.constant_bytes == DATA.nbytes and plan.to_json()["constant_bytes"] == DATA.nbytes
