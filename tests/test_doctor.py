@@ -217,7 +217,16 @@ def test_a_plan_in_place_of_the_checkpoints_is_measured():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [pytest.param(t, marks=pytest.mark.targets) for t in ("h100", "v5e")])
+@pytest.mark.targets
+@pytest.mark.parametrize(
+    "target",
+    [
+        "h100",
+        pytest.param(
+            "v5e", marks=pytest.mark.xfail(strict=True, reason="the tiny model lies in VMEM: no byte is saved")
+        ),
+    ],
+)
 def test_faults_are_named_for_chips_that_are_not_here(target):
     fun, args = faults.flat_policy()
     assert "flat-policy" in examined(fun, *args, target=target).kinds

@@ -10,6 +10,7 @@ from helpers import assert_close as assert_near
 from zoo import models
 
 import jaxckpt
+from jaxckpt import _compat
 from jaxckpt.program.draws import read_by_draws, waiting_keys
 from jaxckpt.program.trace import trace
 
@@ -56,8 +57,10 @@ NESTED = pytest.mark.xfail(strict=True, reason="the model does not count the num
 def test_what_is_held_of_random_numbers_is_predicted(budget):
     args = arguments()
     plan = jaxckpt.plan(dropped, *args, budget=budget, verify=False, calibration=None)
-    assert plan.unplanned_peak_bytes == pytest.approx(device_bytes(dropped, *args), rel=0.1)
-    assert plan.predicted_peak_bytes == pytest.approx(device_bytes(plan.apply(dropped), *args), rel=0.1)
+    # jaxlib before 0.12 holds one array of words more.
+    near = 0.12 if _compat.CPU_UNDOES_REMAT else 0.1
+    assert plan.unplanned_peak_bytes == pytest.approx(device_bytes(dropped, *args), rel=near)
+    assert plan.predicted_peak_bytes == pytest.approx(device_bytes(plan.apply(dropped), *args), rel=near)
 
 
 def own_masks(key, i, shape):
