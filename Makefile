@@ -66,7 +66,7 @@ $(TARGETS_STAMP): pyproject.toml
 	touch $@
 
 test-targets: $(TARGETS_STAMP)
-	$(TARGETS_BIN)/python -m pytest -m targets -rs
+	$(TARGETS_BIN)/python -m pytest -n $(JOBS) --dist worksteal -m targets -rs
 
 # Playwright comes with no browser: the tests take the Chromium that is here, and say how to get one where there is none.
 BROWSER_STAMP := $(VENV)/.browser
